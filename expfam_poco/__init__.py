@@ -1,0 +1,67 @@
+"""expfam_poco: name an exponential family, get its posterior-corrected optimizer.
+
+Example:
+    >>> import torch, expfam_poco as poco
+    >>> model = torch.nn.Linear(4, 1)
+    >>> opt = poco.PosteriorCorrected(model.parameters(), "diagonal_gaussian", lr=0.1, ess=100, weight_decay=1e-2)
+    >>> opt.param_groups[0]["family"]
+    DiagonalGaussian()
+"""
+
+from . import blr, checks, correction, estimators, family, noise
+from .alpha_svrg import AlphaSVRG
+from .checkpoint import CheckpointError
+from .checks import LawError, check_family
+from .correction import BurnIn
+from .data import megabatches
+from .estimators import Draws, Estimator
+from .evaluation import NonFiniteError
+from .family import ExponentialFamily
+from .optimizer import PosteriorCorrected
+from .optimizers import IVON, SVRG, VON, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
+from .per_example import PerExample
+from .posterior import Objective, predict
+from .registry import families_available, get_family, register, resolve_family
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # optimizers
+    "PosteriorCorrected",
+    "SVRG",
+    "AlphaSVRG",
+    "VSGDPoCo",
+    "VON",
+    "VONPoCo",
+    "IVON",
+    "IVONPoCo",
+    "IVONPoCoMo",
+    # families
+    "ExponentialFamily",
+    "register",
+    "families_available",
+    "get_family",
+    "resolve_family",
+    "check_family",
+    # estimators
+    "Estimator",
+    "Draws",
+    # around training
+    "BurnIn",
+    "PerExample",
+    "megabatches",
+    "predict",
+    "Objective",
+    # errors
+    "CheckpointError",
+    "LawError",
+    "NonFiniteError",
+    # modules for research
+    "blr",
+    "correction",
+    "estimators",
+    "family",
+    "noise",
+    "checks",
+    "__version__",
+]

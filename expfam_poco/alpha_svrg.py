@@ -1,0 +1,162 @@
+"""α-SVRG over any torch optimizer: corrected gradients for SGD, AdamW, … before their moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import correction
+from .evaluation import Closure, Request, capture_random, evaluate, replay_random
+from .family import Theta
+from .posterior import check_chunks
+
+
+class AlphaSVRG(torch.optim.Optimizer):
+    """α-SVRG (Yin et al. 2025), the isotropic case of PC Eq. 18 without noise, handing its gradient to `base`.
+
+        g = ∇ℓ_B(θ) − α (∇ℓ_B(θ_out) − g_out),     then base.step() with g as the parameters' gradients
+
+    It shares `param_groups` and `state` with the base, so that schedulers and wrappers see a real optimizer.
+    Weight decay, momentum and moments are the base's.
+
+    Args:
+        base_optimizer: any torch optimizer whose step needs only gradients.
+        alpha: α in [0, 1] or a schedule step → α; no effect before `refresh`.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = poco.AlphaSVRG(torch.optim.AdamW(model.parameters(), lr=1e-2), alpha=0.5)
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+        >>> closure = lambda: torch.nn.functional.mse_loss(model(x), y)
+        >>> _ = opt.refresh([closure])
+        >>> loss = opt.step(closure)
+    """
+
+    def __init__(self, base_optimizer: torch.optim.Optimizer, *, alpha: correction.Alpha = 1.0) -> None:
+        if not isinstance(base_optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"base_optimizer={type(base_optimizer).__name__}: give a torch.optim.Optimizer, made for the "
+                "model's parameters."
+            )
+        if not callable(alpha):
+            correction.alpha_at(alpha, 1)
+        self.base = base_optimizer
+        self.alpha = alpha
+        self._steps = 0
+        self._outer: dict[Parameter, tuple[Tensor, Tensor]] = {}
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self.param_groups = base_optimizer.param_groups
+        self.state = base_optimizer.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; it is corrected from the next `refresh` on."""
+        if not any(param_group is group for group in self.base.param_groups):
+            self.base.add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """Evaluate the closure here and, after a `refresh`, at the snapshot; correct; let the base step.
+
+        Returns:
+            the mini-batch loss at the current weights.
+        """
+        if closure is None or not callable(closure):
+            raise TypeError(
+                "closure: step() evaluates the loss at two points; call step(closure) with a function that returns "
+                "the mini-batch's mean loss."
+            )
+        params = self._params()
+        alpha, _ = correction.alpha_at(self.alpha, self._steps + 1)
+        random = capture_random(params)
+        inner = evaluate(closure, params, Request())
+        grads = list(inner.grads)
+        if alpha > 0.0 and any(p in self._outer for p in params):
+            with replay_random(random), self._snapshot_weights(params):
+                outer = evaluate(closure, params, Request())
+            grads = [self._corrected(p, g, o, alpha) for p, g, o in zip(params, inner.grads, outer.grads, strict=True)]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        self.base.step()
+        for p in params:
+            p.grad = None
+        self._steps += 1
+        return inner.loss
+
+    @torch.no_grad()
+    def refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Tensor:
+        """Take the snapshot: θ_out ← θ, g_out ← mean of the chunks' gradients there (weighted by `weights`)."""
+        closures, shares = check_chunks(closures, weights)
+        params = self._params()
+        means = [torch.zeros_like(p) for p in params]
+        losses = []
+        for closure, share in zip(closures, shares, strict=True):
+            measured = evaluate(closure, params, Request())
+            losses.append(share * measured.loss)
+            for mean, grad in zip(means, measured.grads, strict=True):
+                if grad is not None:
+                    mean.add_(grad, alpha=share)
+        self._outer = {p: (p.detach().clone(), mean) for p, mean in zip(params, means, strict=True)}
+        return torch.stack(losses).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state, and the snapshot by parameter number."""
+        numbered = list(enumerate(p for group in self.param_groups for p in group["params"]))
+        outer = {i: list(self._outer[p]) for i, p in numbered if p in self._outer}
+        return {**self.base.state_dict(), "alpha_svrg": {"outer": outer, "steps": self._steps}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; refuses snapshots of other shapes and leaves everything as it was."""
+        own = state_dict.get("alpha_svrg")
+        if not isinstance(own, Mapping):
+            raise ValueError("state_dict['alpha_svrg']: missing; this is not a checkpoint of AlphaSVRG.")
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, (snapshot, _) in own["outer"].items():
+            if i >= len(params) or snapshot.shape != params[i].shape:
+                raise ValueError(
+                    f"state_dict['alpha_svrg']['outer'][{i}]: shape {tuple(snapshot.shape)} does not fit the model; "
+                    "load the checkpoint of this model."
+                )
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+        self._steps = own["steps"]
+        self._outer = {
+            params[i]: (
+                snapshot.to(params[i].device, copy=True),
+                mean.to(params[i].device, copy=True),
+            )
+            for i, (snapshot, mean) in own["outer"].items()
+        }
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's."""
+        self.base.zero_grad(set_to_none)
+
+    def _params(self) -> list[Parameter]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _corrected(self, p: Parameter, inner: Tensor | None, outer: Tensor | None, alpha: float) -> Tensor | None:
+        if inner is None or p not in self._outer:
+            return inner
+        at_snapshot = torch.zeros_like(inner) if outer is None else outer
+        mean = Theta(self._outer[p][1])
+        return correction.natural_correct(Theta(inner), Theta(at_snapshot), mean, alpha).theta
+
+    @contextmanager
+    def _snapshot_weights(self, params: Sequence[Parameter]) -> Iterator[None]:
+        """Inside, the weights are θ_out; outside they are what they were, bit for bit."""
+        present = {p: p.detach().clone() for p in params if p in self._outer}
+        try:
+            for p in present:
+                p.data.copy_(self._outer[p][0])
+            yield
+        finally:
+            for p, value in present.items():
+                p.data.copy_(value)

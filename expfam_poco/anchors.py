@@ -1,0 +1,116 @@
+r"""The anchor term α (H_out − H_i)(m_in − m_out) from Hessian-vector products, for any curvature of the precision.
+
+It must have mean zero, so H_out and H_i are measured alike, at weights drawn from q_out: H_i by a product on the
+mini-batch, H_out from the mega-batch's dense Hessian ("stored": one d × d matrix, one refresh costs d products) or by
+products on every chunk of the mega-batch at every step ("products": no memory, a mega-batch pass a step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import Block
+from .evaluation import Closure, capture_random, replay_random
+from .measurement import View, dense_hessian, measure_draw
+from .per_example import PerExample
+
+KINDS = ("curvature", "stored", "products")
+LARGEST_STORED = 10_000
+
+
+class Anchor:
+    """What the optimizer keeps of the mega-batch for the anchor term: nothing, a Hessian, or the closures."""
+
+    def __init__(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"anchor={kind!r}: choose one of {', '.join(KINDS)}.")
+        self.kind = kind
+        self.hessian: Tensor | None = None
+        self._chunks: list[tuple[Closure, list[View], float]] = []
+        self._pending: Any = None
+        self._target: list[Tensor] | None = None
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuse families whose sites have no curvature to anchor with."""
+        if self.kind != "curvature" and group["family"].curvature == "none":
+            raise ValueError(
+                f"anchor={self.kind!r}: {type(group['family']).__name__} keeps no curvature; use anchor='curvature'."
+            )
+
+    def begin(self) -> None:
+        """A new mega-batch starts."""
+        self._pending = [] if self.kind == "products" else None
+
+    def collect(self, closure: Closure, views: Sequence[View], share: float) -> None:
+        """Add a chunk that counts `share` of the mega-batch."""
+        if self.kind == "curvature":
+            return
+        if isinstance(closure, PerExample):
+            raise ValueError(f"anchor={self.kind!r}: it needs closures, not PerExample; use anchor='curvature'.")
+        if self.kind == "products":
+            self._pending.append((closure, [view.again() for view in views], share))
+            return
+        size = sum(view.block.numel for view in views)
+        if size > LARGEST_STORED:
+            raise ValueError(
+                f"anchor='stored': {size} entries would need a Hessian of {size}²; it is meant for at most "
+                f"{LARGEST_STORED}, use anchor='products' or 'curvature'."
+            )
+        draws = views[0].noise.shape[0]
+        for draw in range(draws):
+            part = dense_hessian(closure, views, draw) * (share / draws)
+            self._pending = part if self._pending is None else self._pending + part
+
+    def commit(self) -> None:
+        """The mega-batch is complete."""
+        if self.kind == "stored":
+            self.hessian = self._pending
+        elif self.kind == "products":
+            self._chunks = self._pending
+        self._pending = None
+
+    def shift(self, inner: Sequence[View], outer: Sequence[View] | None) -> list[Tensor] | None:
+        """m_in − m_out of every view, or None where this kind needs no products; prepares H_out (m_in − m_out)."""
+        if outer is None or self.kind == "curvature":
+            return None
+        shifts = [
+            view.block.family.point(view.state) - view.block.family.point(other.state)
+            for view, other in zip(inner, outer, strict=True)
+        ]
+        self._target = self._mega_products(inner, shifts)
+        return shifts
+
+    def difference(self, products: Sequence[Tensor]) -> list[Tensor]:
+        """(H_out − H_i)(m_in − m_out) of every view, from the mini-batch's products."""
+        assert self._target is not None
+        return [target - product for target, product in zip(self._target, products, strict=True)]
+
+    def term(self, block: Block, product: Tensor, weight: float) -> Any:
+        """The anchor as a site: its gradient is weight · product, nothing else."""
+        zero = product.new_zeros(())
+        first, *others = block.family.Site._fields
+        return block.family.Site(**{first: weight * product}, **dict.fromkeys(others, zero))
+
+    def _mega_products(self, inner: Sequence[View], shifts: Sequence[Tensor]) -> list[Tensor]:
+        if self.kind == "stored":
+            if self.hessian is None or self.hessian.shape[0] != sum(s.numel() for s in shifts):
+                raise RuntimeError("anchor='stored': the parameters have changed since refresh(); call refresh().")
+            flat = self.hessian @ torch.cat([shift.reshape(-1) for shift in shifts]).to(self.hessian.dtype)
+            parts = flat.split([shift.numel() for shift in shifts])
+            return [part.reshape(s.shape).to(s.dtype) for part, s in zip(parts, shifts, strict=True)]
+        if not self._chunks:
+            raise RuntimeError("anchor='products': closures are not part of checkpoints; call refresh() after loading.")
+        total = [torch.zeros_like(shift) for shift in shifts]
+        params = [p for view in inner for p in view.block.params]
+        with replay_random(capture_random(params)):
+            for closure, views, share in self._chunks:
+                draws = views[0].noise.shape[0]
+                for draw in range(draws):
+                    fresh = [view.again() for view in views]
+                    _, products = measure_draw(closure, fresh, draw, shifts)
+                    total = [t + (share / draws) * p for t, p in zip(total, products, strict=True)]
+        return total

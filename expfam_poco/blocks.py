@@ -1,0 +1,120 @@
+"""The tensors that families see: one parameter, or the flat vector of all parameters of a joint group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .family import ExponentialFamily
+
+
+class Block:
+    """One tensor with one posterior: reads the model's weights, and writes points and samples into them.
+
+    Attributes:
+        params: the parameters it consists of (several only for joint families).
+        group: the parameter group, a dictionary of hyperparameters.
+        index: number of its first parameter in the optimizer; with the key it determines the noise.
+        name: the parameter's name, or the group's for a joint block.
+    """
+
+    def __init__(self, params: Sequence[Parameter], group: dict[str, Any], index: int, name: str) -> None:
+        self.params = list(params)
+        self.group = group
+        self.index = index
+        self.name = name
+        self._seen: list[tuple[int, int]] | None = None
+
+    @property
+    def family(self) -> ExponentialFamily:
+        """The family of the group."""
+        family: ExponentialFamily = self.group["family"]
+        return family
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the family sees."""
+        return torch.Size([self.numel]) if self.family.joint else self.params[0].shape
+
+    @property
+    def numel(self) -> int:
+        """The number of entries."""
+        return sum(p.numel() for p in self.params)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the posterior: that of the weights, but at least float32."""
+        dtype = torch.float32
+        for p in self.params:
+            dtype = torch.promote_types(dtype, p.dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.params[0].device
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step."""
+        return self.numel > 0 and all(p.requires_grad for p in self.params)
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        """One tensor per parameter → the family's tensor, in the posterior's dtype. None if all are None."""
+        if all(tensor is None for tensor in tensors):
+            return None
+        if not self.family.joint:
+            (tensor,) = tensors
+            return None if tensor is None else tensor.to(self.dtype)
+        parts = [
+            p.new_zeros(p.numel(), dtype=self.dtype) if t is None else t.reshape(-1).to(self.dtype)
+            for t, p in zip(tensors, self.params, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def split(self, value: Tensor) -> list[Tensor]:
+        """The family's tensor → one tensor per parameter (in the shape and dtype of each)."""
+        if not self.family.joint:
+            return [value.to(self.params[0].dtype)]
+        parts = value.split([p.numel() for p in self.params])
+        return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
+
+    def read(self) -> Tensor:
+        """The model's present weights."""
+        value = self.gather([p.detach() for p in self.params])
+        assert value is not None
+        return value.clone()
+
+    def write(self, value: Tensor) -> None:
+        """Put values into the model without its noticing: neither graph nor version counters change."""
+        for p, part in zip(self.params, self.split(value), strict=True):
+            p.data.copy_(part)
+
+    def note_weights(self) -> None:
+        """Remember that the weights are the posterior's point, to notice later changes from outside."""
+        self._seen = self._versions()
+
+    def forget_weights(self) -> None:
+        """Compare weights and posterior at the next use, as after loading a checkpoint."""
+        self._seen = None
+
+    def weights_changed(self) -> bool:
+        """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
+        return self._seen != self._versions()
+
+    def reconcile(self, state: Any) -> Any:
+        """The posterior with its centre moved to where somebody else has put the weights."""
+        rounded = self.gather(self.split(self.family.point(state)))
+        present = self.read()
+        assert rounded is not None
+        if torch.equal(rounded, present):
+            return state
+        moved = torch.where(rounded == present, self.family.point(state), present)
+        return self.family.recentre(state, moved)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self.params]

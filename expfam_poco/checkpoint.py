@@ -1,0 +1,186 @@
+"""Optimizer state as plain dictionaries that `torch.load(weights_only=True)` reads, and back, with checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fields
+from .blocks import Block
+from .correction import Outer
+from .estimators import Estimator
+from .family import ExponentialFamily
+from .registry import name_of
+
+FORMAT = 1
+_OBJECTS = ("family", "curvature", "prior", "alpha")
+
+
+class CheckpointError(ValueError):
+    """A state_dict does not belong to this optimizer; the sentence names the entry. Nothing was loaded."""
+
+
+def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group with its objects described in plain types."""
+    plain = {key: value for key, value in group.items() if key not in _OBJECTS}
+    plain["family"] = describe(group["family"])
+    plain["curvature"] = describe(group["curvature"])
+    alpha = group["alpha"]
+    plain["alpha"] = "schedule" if callable(alpha) else (list(alpha) if isinstance(alpha, tuple) else alpha)
+    prior = group["prior"]
+    if isinstance(prior, dict):
+        plain["prior"] = {name: fields.to_plain(value) for name, value in prior.items()}
+    else:
+        plain["prior"] = None if prior is None else fields.to_plain(prior)
+    return plain
+
+
+def describe(thing: ExponentialFamily | Estimator) -> dict[str, Any]:
+    """The registered name (or import path) and the hyperparameters of a family or an estimator."""
+    name = name_of(thing) if isinstance(thing, ExponentialFamily) else type(thing).__name__
+    settings = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
+    return {"name": name, "settings": settings}
+
+
+def encode_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One block's state: NamedTuples become dictionaries."""
+    outer = state["outer"]
+    return {
+        "step": state["step"],
+        "posterior": fields.to_plain(state["posterior"]),
+        "momentum": list(state["momentum"]),
+        "outer": None
+        if outer is None
+        else {"posterior": fields.to_plain(outer.posterior), "site": fields.to_plain(outer.site)},
+    }
+
+
+def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `encode_state` on the block's device, in the dtypes that were saved, checked."""
+    family, where = block.family, f"the state of {block.name!r}"
+    try:
+        outer = plain["outer"]
+        decoded = {
+            "step": int(plain["step"]),
+            "posterior": _tuple(family.State, plain["posterior"], block),
+            "momentum": tuple(value.to(block.device, copy=True) for value in plain["momentum"]),
+            "outer": None
+            if outer is None
+            else Outer(_tuple(family.State, outer["posterior"], block), _tuple(family.Site, outer["site"], block)),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"state_dict: {where} is incomplete or damaged ({error}); use another file.") from None
+    expected = family.centred_at(block.read())
+    for name, value, own in zip(expected._fields, decoded["posterior"], expected, strict=True):
+        if value.shape != own.shape or value.dtype != own.dtype:
+            raise CheckpointError(
+                f"state_dict: {where} holds {name} of shape {tuple(value.shape)} and {value.dtype}, the model "
+                f"needs {tuple(own.shape)} and {own.dtype}; load the checkpoint of this model."
+            )
+    return decoded
+
+
+def decode_states(
+    blocks: Sequence[Block], own: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The states of all blocks that have one, by block name."""
+    saved = state_dict.get("state")
+    if not isinstance(saved, Mapping):
+        raise CheckpointError("state_dict['state']: missing; use a state_dict of PosteriorCorrected.")
+    number_of = {}
+    pairs = ((p, n) for g, s in zip(own, state_dict["param_groups"], strict=True) for p, n in _numbered(g, s))
+    number_of = {id(p): n for p, n in pairs}
+    found = {block.name: saved.get(number_of[id(block.params[0])]) for block in blocks}
+    return {b.name: decode_state(b, plain) for b in blocks if (plain := found[b.name]) is not None}
+
+
+def posteriors_of(
+    state: Mapping[str, Any], blocks: Sequence[Block], own: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A State for every block, from a dictionary of States by name or from an optimizer's `state_dict`."""
+    if "param_groups" in state:
+        check_groups(own, state["param_groups"])
+        states = {name: value["posterior"] for name, value in decode_states(blocks, own, state).items()}
+    else:
+        states = dict(state)
+    for block in blocks:
+        value, example = states.get(block.name), block.family.centred_at(block.read())
+        if not isinstance(value, type(example)) or any(
+            v.shape != e.shape or not bool(torch.isfinite(v).all()) for v, e in zip(value, example, strict=True)
+        ):
+            raise ValueError(
+                f"state: it has no finite {type(example).__name__} of the right shape for {block.name!r}; give what "
+                "posterior_states() or state_dict() of an optimizer of the same model returns."
+            )
+    return states
+
+
+def _numbered(group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[Any, int]]:
+    return list(zip(group["params"], saved["params"], strict=True))
+
+
+def check_groups(own: Sequence[Mapping[str, Any]], saved: Any) -> None:
+    """Refuse groups of another number, size or family."""
+    if not isinstance(saved, list) or len(own) != len(saved):
+        count = len(saved) if isinstance(saved, list) else "no"
+        raise CheckpointError(
+            f"state_dict['param_groups']: {count} groups for an optimizer with {len(own)}; "
+            "make the optimizer with the same groups first."
+        )
+    for number, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
+        if len(mine["params"]) != len(theirs["params"]):
+            raise CheckpointError(
+                f"state_dict['param_groups'][{number}]: {len(theirs['params'])} parameters, the optimizer has "
+                f"{len(mine['params'])}; load the checkpoint of this model."
+            )
+        for entry in ("family", "curvature"):
+            expected = describe(mine[entry])
+            if theirs.get(entry) != expected:
+                raise CheckpointError(
+                    f"state_dict['param_groups'][{number}][{entry!r}]: saved with {theirs.get(entry)}, the "
+                    f"optimizer has {expected}; make the optimizer with the same {entry}."
+                )
+        names, saved_names = mine.get("param_names"), theirs.get("param_names")
+        if names is not None and saved_names is not None and names != saved_names:
+            first = next(pair for pair in zip(names, saved_names, strict=True) if pair[0] != pair[1])
+            raise CheckpointError(
+                f"state_dict['param_groups'][{number}]: parameter {first[1]!r} stands where the optimizer has "
+                f"{first[0]!r}; load the checkpoint of this model."
+            )
+
+
+def decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved hyperparameters; family, estimator and a schedule of α stay the optimizer's own."""
+    group = {key: value for key, value in saved.items() if key not in (*_OBJECTS, "params")}
+    alpha = saved["alpha"]
+    group["alpha"] = own["alpha"] if alpha == "schedule" else tuple(alpha) if isinstance(alpha, list) else alpha
+    prior, state = saved["prior"], own["family"].State
+    if prior is not None and all(isinstance(value, Tensor) for value in prior.values()):
+        group["prior"] = fields.from_plain(state, prior)
+    else:
+        group["prior"] = None if prior is None else {k: fields.from_plain(state, v) for k, v in prior.items()}
+    return group
+
+
+def check_header(header: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse state of another optimizer, another version of the format, or other settings of the shell."""
+    if not isinstance(header, Mapping) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, Mapping) else None
+        raise CheckpointError(
+            f"state_dict['poco']: format {found!r} where {FORMAT} is needed; this is not a checkpoint of "
+            "PosteriorCorrected, or of another version."
+        )
+    for name, value in settings.items():
+        if header["settings"].get(name) != value:
+            raise CheckpointError(
+                f"state_dict['poco']['settings'][{name!r}]: saved with {header['settings'].get(name)!r}, the "
+                f"optimizer has {value!r}; make the optimizer with the same {name}."
+            )
+
+
+def _tuple(kind: type[Any], plain: Mapping[str, Tensor], block: Block) -> Any:
+    return kind(**{name: torch.as_tensor(v).to(block.device, copy=True) for name, v in plain.items()})

@@ -1,0 +1,7 @@
+"""stub"""
+
+
+class LawError(AssertionError): ...
+
+
+def check_family(family): ...

@@ -1,0 +1,299 @@
+"""The methods of `expfam-poco compare`: names → an optimizer, its choices, and tuned hyperparameters.
+
+A method is nothing but choices over the optimizers of `expfam_poco`. SGD is `torch.optim.SGD`.
+
+**How the defaults were tuned.** On each task, batch 5, δ as in `tasks.BUILT_IN`, ess = 100 N, 20 passes, by the
+median final gap over seeds 1000 … 1008 (never those that are reported); the grid: lr in steps of a factor of at
+most 1.5, hess_init in {0.01, 0.1, 1, 3, 10}, beta2 in {0.998, 0.999, 0.9995, 0.9999, 0.99999}, beta1 in {0, 0.9};
+VON and VON-PoCo have one rate for mean and precision (Theorem 3 asks for that) and the same grid. Burn-in (one pass)
+and inner loop (one pass) are the same for all corrected methods. `benchmarks/RESULTS.md` has the numbers.
+
+**Other tasks.** A step of gradient size is stable up to a multiple of 1/L, and L grows with the mean squared norm of
+a row. So for a user's data lr is breast-cancer's × 31 / (mean squared norm), which on wine and digits comes within a
+factor of 1.5 of the tuned value. VON's rate has no unit and stays. `--tune` finds better ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from .errors import InputError
+from .tasks import Task
+
+Settings = dict[str, Any]
+Build = Callable[[Parameter, Settings, int], torch.optim.Optimizer]
+
+BREAST_CANCER_NORM = 31.0
+
+DENSE_LIMIT = 200
+"""Methods that keep a dense matrix are in the default list up to this many weights."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name for an optimizer and its choices.
+
+    Attributes:
+        name: as given to `--methods`.
+        summary: one line for the table of methods.
+        build: makes the optimizer from the weights, the settings and a seed.
+        tuned: hyperparameters by task.
+        choices: settings that are the same for every task; `--noise`, `--curvature` and `--set` change them.
+        corrected: whether it refreshes an outer posterior.
+        dense: whether it keeps a matrix of all pairs of weights.
+        unitless: whether lr has no unit (Newton-like), so that it suits data of any scale.
+        literal: whether `--noise` and `--curvature` leave it alone, because it stands for a printed algorithm.
+    """
+
+    name: str
+    summary: str
+    build: Build
+    tuned: Mapping[str, Settings]
+    choices: Settings = field(default_factory=dict)
+    corrected: bool = False
+    dense: bool = False
+    unitless: bool = False
+    literal: bool = False
+
+    def settings(self, task: Task) -> Settings:
+        """The default hyperparameters on a task; see "Other tasks" above for those that are not listed."""
+        found = dict(self.tuned.get(task.name, self.tuned["breast-cancer"]))
+        if task.name not in self.tuned and not self.unitless:
+            norm = float((task.features**2).sum(axis=1).mean())
+            found["lr"] = float(f"{found['lr'] * BREAST_CANCER_NORM / norm:.2g}")
+        return {**self.choices, **found}
+
+    def curvature_evaluations(self, settings: Settings) -> bool:
+        """Whether an evaluation of the loss is also one of second derivatives."""
+        return settings.get("curvature") in ("exact", "hutchinson")
+
+
+def _poco() -> Any:
+    """The package, imported on use: building a `Method` table needs no optimizer."""
+    import expfam_poco
+
+    return expfam_poco
+
+
+def _sgd(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    return torch.optim.SGD([weight], lr=s["lr"], weight_decay=s["delta"])
+
+
+def _svrg(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = _poco().SVRG([weight], lr=s["lr"], weight_decay=s["delta"], alpha=s["alpha"])
+    return made
+
+
+def _alpha_svrg(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    base = torch.optim.SGD([weight], lr=s["lr"], weight_decay=s["delta"])
+    made: torch.optim.Optimizer = _poco().AlphaSVRG(base, alpha=s["alpha"])
+    return made
+
+
+def _vsgd(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = _poco().VSGDPoCo(
+        [weight],
+        lr=s["lr"],
+        weight_decay=s["delta"],
+        alpha=s["alpha"],
+        precision=s["ess"],
+        ess=s["ess"],
+        noise=s["noise"],
+        seed=seed,
+    )
+    return made
+
+
+def _ivon_arguments(s: Settings, seed: int) -> Settings:
+    names = ("lr", "ess", "hess_init", "beta1", "beta2", "curvature")
+    return {name: s[name] for name in names} | {"weight_decay": s["delta"], "seed": seed}
+
+
+def _ivon(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = _poco().IVON([weight], **_ivon_arguments(s, seed))
+    return made
+
+
+def _ivon_poco(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = _poco().IVONPoCo(
+        [weight],
+        alpha=s["alpha"],
+        noise=s["noise"],
+        anchor_weight=s["anchor_weight"],
+        **_ivon_arguments(s, seed),
+    )
+    return made
+
+
+def _von_arguments(s: Settings, seed: int) -> Settings:
+    names = ("lr", "ess", "hess_init", "curvature", "noise")
+    return {name: s[name] for name in names} | {"weight_decay": s["delta"], "seed": seed}
+
+
+def _von(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = _poco().VON([weight], **_von_arguments(s, seed))
+    return made
+
+
+def _von_poco(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = _poco().VONPoCo(
+        [weight], alpha=s["alpha"], anchor_weight=s["anchor_weight"], **_von_arguments(s, seed)
+    )
+    return made
+
+
+def _rates(*values: float) -> dict[str, Settings]:
+    """lr on breast-cancer, wine and digits."""
+    return {name: {"lr": value} for name, value in zip(("breast-cancer", "wine", "digits"), values, strict=True)}
+
+
+def _ivon_rates(*values: tuple[float, float, float, float]) -> dict[str, Settings]:
+    """(lr, hess_init, beta1, beta2) on breast-cancer, wine and digits."""
+    names = ("lr", "hess_init", "beta1", "beta2")
+    return {
+        task: dict(zip(names, value, strict=True))
+        for task, value in zip(("breast-cancer", "wine", "digits"), values, strict=True)
+    }
+
+
+def _von_rates(*values: tuple[float, float]) -> dict[str, Settings]:
+    """(lr, hess_init) on breast-cancer, wine and digits."""
+    return {
+        task: {"lr": value[0], "hess_init": value[1]}
+        for task, value in zip(("breast-cancer", "wine", "digits"), values, strict=True)
+    }
+
+
+CORRECTED: Settings = {"alpha": 1.0, "chunks": 20, "burn_in": 1.0, "inner": None}
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("SGD", "torch.optim.SGD", _sgd, _rates(0.1, 0.15, 0.15)),
+        Method(
+            "SVRG",
+            "PC Alg. 1: isotropic Gaussian, delta method",
+            _svrg,
+            _rates(0.3, 0.7, 1.0),
+            CORRECTED,
+            corrected=True,
+        ),
+        Method(
+            "alpha-SVRG",
+            "Yin et al. 2025: SGD, correction weighted by α",
+            _alpha_svrg,
+            _rates(0.3, 0.7, 1.0),
+            CORRECTED | {"alpha": 0.75},
+            corrected=True,
+        ),
+        Method(
+            "VSGD-PoCo",
+            "PC Alg. 3: isotropic Gaussian, sampled",
+            _vsgd,
+            _rates(0.3, 0.7, 1.0),
+            CORRECTED | {"noise": "shared"},
+            corrected=True,
+        ),
+        Method(
+            "IVON",
+            "Shen et al. 2024: diagonal Gaussian",
+            _ivon,
+            _ivon_rates((0.1, 1.0, 0.9, 0.99999), (0.15, 1.0, 0.9, 0.99999), (0.1, 1.0, 0.9, 0.99999)),
+            {"curvature": "reparam"},
+        ),
+        Method(
+            "IVON-PoCo",
+            "PC Alg. 4 improved: shared noise, 20 chunks",
+            _ivon_poco,
+            _ivon_rates((0.4, 3.0, 0.9, 0.99999), (1.0, 3.0, 0.9, 0.99999), (1.0, 3.0, 0.0, 0.99999)),
+            CORRECTED | {"curvature": "reparam", "noise": "shared", "anchor_weight": 0.0},
+            corrected=True,
+        ),
+        Method(
+            "IVON-PoCo-exact",
+            "the same with the exact diagonal Hessian, anchor weight 1",
+            _ivon_poco,
+            _ivon_rates((0.4, 10.0, 0.9, 0.9999), (0.85, 10.0, 0.9, 0.998), (0.7, 1.0, 0.0, 0.9998)),
+            CORRECTED | {"curvature": "exact", "noise": "shared", "anchor_weight": 1.0},
+            corrected=True,
+        ),
+        Method(
+            "IVON-PoCo-literal",
+            "PC Alg. 4 as printed: fresh noise for θ_out, one chunk",
+            _ivon_poco,
+            _ivon_rates((0.3, 1.0, 0.9, 0.99999), (0.7, 1.0, 0.9, 0.99999), (0.7, 1.0, 0.9, 0.99999)),
+            CORRECTED | {"curvature": "reparam", "noise": "independent", "anchor_weight": 0.01, "chunks": 1},
+            corrected=True,
+            literal=True,
+        ),
+        Method(
+            "VON",
+            "PC Eq. 8: full Gaussian, delta method",
+            _von,
+            _von_rates((0.005, 0.1), (0.01, 0.1), (0.005, 0.1)),
+            {"curvature": "exact", "noise": "zero"},
+            dense=True,
+            unitless=True,
+        ),
+        Method(
+            "VON-PoCo",
+            "PC Alg. 5: full Gaussian, delta method",
+            _von_poco,
+            _von_rates((0.1, 1.0), (0.2, 1.0), (0.1, 1.0)),
+            CORRECTED | {"curvature": "exact", "noise": "zero", "anchor_weight": 1.0},
+            corrected=True,
+            dense=True,
+            unitless=True,
+        ),
+    )
+}
+
+DEFAULT_METHODS = ("SGD", "SVRG", "IVON", "IVON-PoCo-literal", "IVON-PoCo", "VON", "VON-PoCo")
+
+
+def default_methods(task: Task) -> list[str]:
+    """The default methods, without the dense ones where their matrix would be large."""
+    return [name for name in DEFAULT_METHODS if task.weights <= DENSE_LIMIT or not METHODS[name].dense]
+
+
+def find_methods(names: Iterable[str]) -> list[Method]:
+    """Methods by name, upper and lower case alike.
+
+    Raises:
+        InputError: for an unknown name, one given twice, or none at all.
+    """
+    known = {name.lower(): method for name, method in METHODS.items()}
+    found: list[Method] = []
+    for name in names:
+        if name.strip().lower() not in known:
+            raise InputError(f"--methods {name.strip()!r} is not known; choose from {', '.join(METHODS)}.")
+        method = known[name.strip().lower()]
+        if method in found:
+            raise InputError(f"--methods names {method.name} twice; name it once.")
+        found.append(method)
+    if not found:
+        raise InputError(f"--methods is empty; choose from {', '.join(METHODS)}.")
+    return found
+
+
+def check_settings(method: Method, settings: Settings) -> None:
+    """Build the optimizer once, so that a hyperparameter out of range is known before any work begins.
+
+    Raises:
+        InputError: naming the method, the argument and its value.
+    """
+    bounds = {"lr": (0.0, math.inf), "burn_in": (0.0, math.inf), "chunks": (0.5, math.inf), "inner": (0.5, math.inf)}
+    for name, (low, high) in bounds.items():
+        value = settings.get(name)
+        if value is not None and not low < value < high and not (name == "burn_in" and value == 0.0):
+            raise InputError(f"{method.name}: {name}={value:g} is out of range; give a positive number.")
+    try:
+        method.build(Parameter(torch.zeros(2, dtype=torch.float64)), settings, 0)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{method.name}: {error}") from error

@@ -1,0 +1,164 @@
+"""Many runs over worker processes, in any order; messages come back as they happen.
+
+Workers are spawned, use one thread each, and ignore Ctrl-C: the main process hears it and ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing as mp
+import os
+import queue
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.context import SpawnProcess
+from typing import Any, NamedTuple
+
+from .errors import InputError
+from .methods import METHODS, Settings
+from .runner import Budget, Curve, train
+from .tasks import Task
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+POLL_SECONDS = 0.2
+
+
+class Run(NamedTuple):
+    """One piece of work: a method's name, its settings and a seed."""
+
+    method: str
+    settings: Settings
+    seed: int
+
+
+Watch = Callable[[int, float, "Curve | None"], None]
+"""Called with the number of a run, the passes it has spent, and its curve once it has ended."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed or was killed."""
+
+
+def run_all(task: Task, runs: Sequence[Run], budget: Budget, workers: int, watch: Watch) -> list[Curve]:
+    """All runs, in the order given; with one worker in this process, else over `workers` spawned ones."""
+    workers = min(workers, len(runs))
+    ended: dict[int, Curve] = {}
+    source = _here(task, runs, budget, watch) if workers < 2 else _spawned(task, runs, budget, workers)
+    with contextlib.closing(source):
+        for number, passes, curve in source:
+            watch(number, passes, curve)
+            if curve is not None:
+                ended[number] = curve
+    return [ended[number] for number in range(len(runs))]
+
+
+Message = tuple[int, float, "Curve | None"]
+
+
+def _here(task: Task, runs: Sequence[Run], budget: Budget, watch: Watch) -> Iterator[Message]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number, run in enumerate(runs):
+            curve = _train(task, run, budget, lambda passes, number=number: watch(number, passes, None))
+            yield number, curve.passes[-1], curve
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> Iterator[Message]:
+    context = mp.get_context("spawn")
+    jobs: Any = context.Queue()
+    messages: Any = context.Queue()
+    for number, run in enumerate(runs):
+        jobs.put((number, run))
+    for _ in range(workers):
+        jobs.put(None)
+    with _one_thread_each():
+        processes = [
+            context.Process(target=_work, args=(task, budget, jobs, messages), daemon=True) for _ in range(workers)
+        ]
+        for process in processes:
+            process.start()
+    try:
+        left = len(runs)
+        while left:
+            message = _next_message(messages, processes)
+            if isinstance(message[2], str):
+                raise WorkerError(f"{runs[message[0]].method}, seed {runs[message[0]].seed}: {message[2]}")
+            left -= message[2] is not None
+            yield message
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+        jobs.cancel_join_thread()
+        jobs.close()
+        messages.close()
+
+
+def _next_message(messages: Any, processes: Sequence[SpawnProcess]) -> Any:
+    """The next message; an error when a worker was killed or none is left to send one."""
+    while True:
+        try:
+            return messages.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            codes = [process.exitcode for process in processes]
+            if any(codes) or all(code is not None for code in codes):
+                raise WorkerError(
+                    f"a worker process ended early (exit codes {codes}), perhaps for want of memory; "
+                    "try again with --workers 1."
+                ) from None
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Children inherit these variables; numeric libraries read them when they are loaded."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _work(task: Task, budget: Budget, jobs: Any, messages: Any) -> None:
+    """A worker's life: take runs until there is None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
+    while (job := jobs.get()) is not None:
+        number, run = job
+        try:
+            curve = _train(task, run, budget, lambda passes, number=number: messages.put((number, passes, None)))
+        except Exception as error:
+            messages.put((number, math.nan, f"{type(error).__name__}: {error}"))
+            return
+        messages.put((number, curve.passes[-1], curve))
+
+
+def _train(task: Task, run: Run, budget: Budget, progress: Callable[[float], None]) -> Curve:
+    return train(task, METHODS[run.method], run.settings, run.seed, budget, progress)
+
+
+def worker_count(asked: int | None) -> int:
+    """The number of workers: as asked, or two where there are two processors.
+
+    Raises:
+        InputError: if asked for less than one.
+    """
+    if asked is None:
+        return min(2, os.cpu_count() or 1)
+    if asked < 1:
+        raise InputError(f"--workers {asked}: there must be at least one; leave it out for the default.")
+    return asked

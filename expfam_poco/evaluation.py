@@ -1,0 +1,202 @@
+"""Calling closures: gradients and curvatures of a mini-batch at given weights. No optimizer state, no update.
+
+A closure returns the mean loss of its batch at the current weights. It may call `backward()` itself, or return
+the loss with its graph; second derivatives need the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+Closure = Callable[[], Any]
+ROWS_AT_ONCE = 256
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient was NaN or infinite; the weights and the posterior are as they were."""
+
+    loss: Tensor = torch.tensor(float("nan"))
+
+
+class Measured(NamedTuple):
+    """One evaluation: the loss, a gradient per parameter (None: unused), and what else was requested."""
+
+    loss: Tensor
+    grads: list[Tensor | None]
+    products: list[list[Tensor]]
+    hessians: list[Tensor]
+
+
+class Request(NamedTuple):
+    """What an evaluation measures beside the loss.
+
+    `gradient`: any gradients at all. `vectors`: lists of one vector per parameter, each for one product with the
+    Hessian of the whole. `hessian`: groups of parameter positions, each with True for its dense block, False for
+    its diagonal.
+    """
+
+    gradient: bool = True
+    vectors: Sequence[Sequence[Tensor]] = ()
+    hessian: Sequence[tuple[list[int], bool]] = ()
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the loss must come with its graph."""
+        return len(self.vectors) > 0 or len(self.hessian) > 0
+
+
+def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -> Measured:
+    """Call the closure at the current weights and measure what was requested.
+
+    Raises:
+        TypeError: if the closure does not return a scalar loss, or has none to differentiate.
+        NonFiniteError: if the loss or a gradient is NaN or infinite.
+    """
+    for p in params:
+        p.grad = None
+    with torch.enable_grad():
+        loss = _checked_loss(closure())
+    by_closure = [p.grad for p in params]
+    called_backward = any(grad is not None for grad in by_closure)
+    for p in params:
+        p.grad = None
+    if not request.gradient:
+        return Measured(_finite_loss(loss), [None] * len(params), [], [])
+    if called_backward:
+        if request.second_order:
+            raise TypeError(
+                "closure: this curvature or anchor estimator differentiates the gradient again; return the loss "
+                "without calling backward()."
+            )
+        grads = by_closure
+    else:
+        grads = _differentiate(loss, params, create_graph=request.second_order)
+    products = [hessian_product(grads, params, vectors) for vectors in request.vectors]
+    hessians = [_hessian_block(grads, params, where, dense) for where, dense in request.hessian]
+    detached = [None if grad is None else grad.detach() for grad in grads]
+    _require_finite(detached)
+    return Measured(_finite_loss(loss), detached, products, hessians)
+
+
+def hessian_product(
+    grads: Sequence[Tensor | None], params: Sequence[Parameter], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """∇²ℓ v over all parameters at once, from gradients that carry their graph."""
+    pairs = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(p) for p in params]
+    with torch.enable_grad():
+        inner = torch.stack([(g * v.to(g.dtype)).sum() for g, v in pairs]).sum()
+    found = torch.autograd.grad(inner, list(params), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if f is None else f for p, f in zip(params, found, strict=True)]
+
+
+def _hessian_block(
+    grads: Sequence[Tensor | None], params: Sequence[Parameter], where: list[int], dense: bool
+) -> Tensor:
+    """The Hessian of the parameters at `where` (flat, d × d) or its diagonal (d), by batched products."""
+    chosen = [params[i] for i in where]
+    size = sum(p.numel() for p in chosen)
+    like = chosen[0]
+    with torch.enable_grad():
+        parts = [grads[i] for i in where]
+        flat = torch.cat([torch.zeros_like(p) if g is None else g for g, p in _zip(parts, chosen)])
+    out = like.new_zeros((size, size) if dense else (size,))
+    if not flat.requires_grad:
+        return out
+    for start in range(0, size, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, size)
+        picks = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
+        picks[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        found = torch.autograd.grad(flat, chosen, picks, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        rows = torch.cat(
+            [
+                picks.new_zeros(stop - start, p.numel()) if f is None else f.reshape(stop - start, -1)
+                for f, p in zip(found, chosen, strict=True)
+            ],
+            dim=1,
+        )
+        if dense:
+            out[start:stop] = rows
+        else:
+            out[start:stop] = rows[torch.arange(stop - start), torch.arange(start, stop)]
+    return out
+
+
+def _zip(parts: list[Tensor | None], chosen: list[Parameter]) -> Iterator[tuple[Tensor | None, Tensor]]:
+    for part, p in zip(parts, chosen, strict=True):
+        yield (None if part is None else part.reshape(-1)), p.reshape(-1)
+
+
+def _checked_loss(returned: Any) -> Tensor:
+    if isinstance(returned, (int, float)):
+        return torch.tensor(float(returned))
+    if not isinstance(returned, Tensor) or returned.numel() != 1 or returned.is_complex():
+        what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else repr(returned)
+        raise TypeError(f"closure: it returned {what}; return the mean loss of the batch as a real scalar.")
+    return returned.reshape(())
+
+
+def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: bool) -> list[Tensor | None]:
+    if not loss.requires_grad:
+        raise TypeError(
+            "closure: its loss has no graph and no gradients were left on the parameters; return the loss of a "
+            "model that uses this optimizer's parameters, or call backward() inside."
+        )
+    return list(torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True))
+
+
+def _finite_loss(loss: Tensor) -> Tensor:
+    value = loss.detach()
+    if not bool(torch.isfinite(value)):
+        raise NonFiniteError(
+            f"closure: its loss is {float(value)}; lower lr or the noise (raise ess), or check the batch for NaN. "
+            "The weights and the posterior are as before the step."
+        )
+    return value
+
+
+def _require_finite(grads: Sequence[Tensor | None]) -> None:
+    for position, grad in enumerate(grads):
+        if grad is not None and not bool(torch.isfinite(grad).all()):
+            raise NonFiniteError(
+                f"closure: the gradient of parameter {position} has a NaN or infinite entry; lower lr or check the "
+                "batch. The weights and the posterior are as before the step."
+            )
+
+
+class RandomState(NamedTuple):
+    """The states of torch's global generators, on the CPU and on the CUDA devices that hold parameters."""
+
+    cpu: Tensor
+    cuda: dict[int, Tensor]
+
+
+def capture_random(params: Sequence[Parameter]) -> RandomState:
+    """The generators' states now, to show a second evaluation the same dropout masks."""
+    devices = {p.device.index or 0 for p in params if p.device.type == "cuda"}
+    return RandomState(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
+
+
+@contextmanager
+def replay_random(state: RandomState) -> Iterator[None]:
+    """Run a block with the generators as they were, and put them back to the present afterwards."""
+    now_cpu = torch.get_rng_state()
+    now_cuda = {device: torch.cuda.get_rng_state(device) for device in state.cuda}
+    _restore(state)
+    try:
+        yield
+    finally:
+        _restore(RandomState(now_cpu, now_cuda))
+
+
+def _restore(state: RandomState) -> None:
+    torch.set_rng_state(state.cpu)
+    for device, value in state.cuda.items():
+        torch.cuda.set_rng_state(value, device)

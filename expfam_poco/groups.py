@@ -1,0 +1,195 @@
+"""Hyperparameters of a parameter group: their defaults, their ranges, and what is derived from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import correction
+from .blocks import Block
+from .estimators import Estimator, resolve_estimator
+from .registry import resolve_family
+
+RETRACTIONS = ("second_order", "plain")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _range(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Callable[[Any], bool]:
+    def inside(value: Any) -> bool:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = float(value)
+        above = value > low if low_open else value >= low
+        below = value < high if high_open else value <= high
+        return _is_number(value) and above and below
+
+    return inside
+
+
+def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _pair_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: len(value) == 2 and all(map(test, value)) if isinstance(value, tuple) else test(value)
+
+
+INF = math.inf
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_range(0.0, INF, high_open=True), "a finite number, 0 or larger"),
+    "lr_scale": (_range(0.0, INF, low_open=True, high_open=True), "a positive number"),
+    "precision_lr": (_optional(_range(0.0, 1.0)), "a number between 0 and 1, or None for lr"),
+    "ess": (
+        _range(0.0, INF, low_open=True, high_open=True),
+        "a positive number, usually the number of examples",
+    ),
+    "weight_decay": (_range(0.0, INF, high_open=True), "a finite number, 0 or larger"),
+    "hess_init": (_optional(_range(0.0, INF, low_open=True, high_open=True)), "a positive number, or None"),
+    "rho": (_pair_or(_range(0.0, 1.0, high_open=True)), "a number in [0, 1), or a pair of them"),
+    "anchor_weight": (_optional(_range(0.0, 1.0)), "a number between 0 and 1, or None for the estimator's"),
+    "momentum": (_range(0.0, 1.0, high_open=True), "a number in [0, 1)"),
+    "clip_radius": (_range(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
+}
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Turn names into objects and refuse what is out of range, one sentence each.
+
+    Raises:
+        ValueError: names the argument, its value and what it should be.
+    """
+    group["family"] = resolve_family(group["family"])
+    group["curvature"] = resolve_estimator(group["curvature"], group["family"])
+    check_numbers(group)
+    if group["retraction"] not in RETRACTIONS:
+        raise ValueError(f"retraction={group['retraction']!r}: choose one of {', '.join(RETRACTIONS)}.")
+    for name in ("debias", "reanchor_average"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r}: give True or False.")
+    if not callable(group["alpha"]):
+        correction.alpha_at(group["alpha"], 1)
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """The ranges of the numbers in a group; called again at every step, since schedulers change them."""
+    for name, (test, remedy) in _RULES.items():
+        value = group[name]
+        ok = False
+        try:
+            ok = test(value)
+        except TypeError:
+            ok = False
+        if not ok:
+            raise ValueError(f"{name}={value!r}: it must be {remedy}.")
+
+
+def check_shell(noise: str, modes: Sequence[str], mc_samples: int, max_grad_norm: float | None, nonfinite: str) -> None:
+    """The ranges of what holds for all groups."""
+    if nonfinite not in ("raise", "skip"):
+        raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")
+    if noise not in modes:
+        raise ValueError(f"noise={noise!r}: choose one of {', '.join(modes)}.")
+    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
+        raise ValueError(f"mc_samples={mc_samples!r}: give an integer, 1 or larger.")
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0.0):
+        raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a positive number, or None for no clipping.")
+
+
+def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
+    """Refuse noise modes under which an estimator measures nothing, or measures it wrongly."""
+    estimator: Estimator = group["curvature"]
+    vanishing = estimator.needs_noise and (group["family"].curvature != "none" or estimator.needs == "loss")
+    if noise == "zero" and vanishing:
+        raise ValueError(
+            f"noise='zero': {type(estimator).__name__} measures with the noise and would find nothing; choose "
+            "another curvature (such as 'exact') or another noise."
+        )
+    if estimator.independent_draws and (mc_samples < 2 or noise == "antithetic"):
+        raise ValueError(
+            f"mc_samples={mc_samples}, noise={noise!r}: {type(estimator).__name__} compares independent draws; "
+            "give mc_samples of 2 or more and a noise other than 'antithetic'."
+        )
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Refuse tensors that no family can be about."""
+    if p.is_complex():
+        raise ValueError(f"params: {name} is complex; split it into real and imaginary parts.")
+    if not p.is_floating_point():
+        raise ValueError(f"params: {name} has dtype {p.dtype}; only floating-point parameters have posteriors.")
+    if p.layout != torch.strided:
+        raise ValueError(f"params: {name} has layout {p.layout}; only dense (strided) parameters are supported.")
+
+
+def initial_posterior(block: Block) -> Any:
+    """q centred at the model's weights, of precision ess·(hess_init + weight_decay) or the family's own."""
+    group = block.group
+    strength = None
+    if group["hess_init"] is not None:
+        strength = group["ess"] * (group["hess_init"] + group["weight_decay"])
+    return block.family.centred_at(block.read(), strength)
+
+
+def prior_of(block: Block) -> Any:
+    """The block's prior: the given State, or precision ess·weight_decay around the middle of the support."""
+    group = block.group
+    prior = group["prior"]
+    if isinstance(prior, dict):
+        prior = prior.get(block.name)
+    if prior is not None:
+        return type(prior)(*(v.to(device=block.device, dtype=block.dtype) for v in prior))
+    event = block.family.event_dim
+    shape = block.shape[len(block.shape) - event :] if event else ()
+    like = torch.zeros(shape, dtype=block.dtype, device=block.device)
+    middle = block.family.reference_like(like)
+    return block.family.centred_at(middle, group["ess"] * group["weight_decay"])
+
+
+def check_prior(block: Block) -> None:
+    """Refuse a prior of another type, of a shape that does not broadcast to the block, or with NaN."""
+    prior = block.group["prior"]
+    if isinstance(prior, dict):
+        prior = prior.get(block.name)
+    if prior is None:
+        return
+    family = block.family
+    if not isinstance(prior, family.State):
+        raise ValueError(
+            f"prior={type(prior).__name__}: {type(family).__name__} needs a prior of type "
+            f"{family.State.__name__} (or a dictionary of them by parameter name)."
+        )
+    own = family.centred_at(torch.zeros(block.shape, dtype=block.dtype, device=block.device))
+    for name, value, reference in zip(prior._fields, prior, own, strict=True):
+        try:
+            fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape
+        except RuntimeError:
+            fits = False
+        if not fits or not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"prior.{name} has shape {tuple(value.shape)} for a block {block.name!r} of shape "
+                f"{tuple(reference.shape)}, or holds NaN or infinities; give finite values that broadcast to it."
+            )
+
+
+def rates(group: Mapping[str, Any], block: Block) -> Any:
+    """The step sizes of a block's fields: lr·lr_scale, and `precision_lr` for the others."""
+    lr = float(group["lr"]) * float(group["lr_scale"])
+    other = group["precision_lr"]
+    return block.family.per_block(lr, lr if other is None else float(other))
+
+
+def anchor_weight(group: Mapping[str, Any]) -> float:
+    """The group's, or the one that its curvature estimator bears."""
+    value = group["anchor_weight"]
+    return float(group["curvature"].anchor_weight if value is None else value)
+
+
+def pair(value: Any) -> tuple[float, float]:
+    """A number twice, or the pair itself."""
+    return (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), float(value))

@@ -1,0 +1,229 @@
+"""From closures to natural gradients: draws weights, evaluates, and hands the estimators what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .blocks import Block
+from .estimators import Draws, Estimator
+from .evaluation import Closure, Measured, Request, evaluate
+from .noise import NoiseKey, noise
+from .per_example import PerExample
+
+# Streams of the counter-based generator: noises of different purposes never share a counter.
+INNER, OUTER, MEGA, FIXED, SAMPLE, PROBE_INNER, PROBE_OUTER, PROBE_MEGA, ELBO = range(9)
+NOISE_MODES = ("shared", "independent", "fixed", "antithetic", "zero")
+
+
+@dataclass
+class View:
+    """A block seen at one posterior (inner or outer) with its draws: what is measured for it, and the record."""
+
+    block: Block
+    estimator: Estimator
+    state: Any
+    noise: Tensor
+    probes: Tensor | None
+    theta: list[Tensor] = field(default_factory=list)
+    grad: list[Tensor | None] = field(default_factory=list)
+    curvature: list[Tensor | None] = field(default_factory=list)
+    loss: list[Tensor] = field(default_factory=list)
+
+    def again(self) -> View:
+        """The same view with nothing recorded yet."""
+        return View(self.block, self.estimator, self.state, self.noise, self.probes)
+
+    def points(self) -> Tensor:
+        """Where the loss is to be evaluated, K × P."""
+        return self.estimator.points(self.block.family, self.state, self.noise)
+
+    def used(self) -> bool:
+        """Whether any evaluation depended on the block."""
+        return self.estimator.needs == "loss" or any(grad is not None for grad in self.grad)
+
+    def natural_gradient(self) -> Any:
+        """The estimator's site from all recorded evaluations."""
+        theta = torch.stack(self.theta)
+        grads = [torch.zeros_like(theta[0]) if grad is None else grad for grad in self.grad]
+        curvature = torch.stack([c for c in self.curvature if c is not None]) if self._has_curvature() else None
+        grad = None if self.estimator.needs == "loss" else torch.stack(grads)
+        draws = Draws(self.noise, theta, torch.stack(self.loss).to(theta.dtype), grad, curvature)
+        return self.estimator.natural_gradient(self.block.family, self.state, draws)
+
+    def _has_curvature(self) -> bool:
+        return all(c is not None for c in self.curvature)
+
+
+def draw_noise(block: Block, mode: str, count: int, key: NoiseKey) -> Tensor:
+    """K × P standardised noise: `count` draws, `count` antithetic pairs, or `count` times the median."""
+    family = block.family
+    key = key.at(parameter=block.index)
+    if mode == "zero":
+        like = torch.empty(count, *block.shape, dtype=block.dtype, device=block.device)
+        return family.neutral_noise(like)
+    drawn = family.noise(block.shape, count, key, dtype=block.dtype, device=block.device)
+    if mode == "antithetic":
+        return torch.stack([drawn, family.reflect(drawn)], 1).flatten(0, 1)
+    return drawn
+
+
+def draw_probes(block: Block, estimator: Estimator, count: int, key: NoiseKey) -> Tensor | None:
+    """Random signs for Hessian-vector products: count × probes × P, or None where none are needed."""
+    if estimator.needs != "hvp":
+        return None
+    probes: int = getattr(estimator, "probes", 1)
+    key = key.at(parameter=block.index)
+    signs = noise("rademacher", tuple(block.shape), count * probes, key, dtype=block.dtype, device=block.device)
+    return signs.reshape(count, probes, *block.shape)
+
+
+def measure_draw(
+    closure: Closure, views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Evaluate the closure at draw number `draw` of every view and record it.
+
+    Args:
+        closure: see `evaluation`.
+        views: all blocks that take part.
+        draw: which of the K draws.
+        product_with: one vector per view; their product with the whole Hessian is returned.
+
+    Returns:
+        the loss, and one product per view (empty where none was asked).
+    """
+    thetas = [view.estimator.points(view.block.family, view.state, view.noise[draw : draw + 1])[0] for view in views]
+    for view, theta in zip(views, thetas, strict=True):
+        view.block.write(theta)
+    params = [p for view in views for p in view.block.params]
+    measured = evaluate(closure, params, _request(views, draw, product_with))
+    _record(views, draw, thetas, measured)
+    products: list[Tensor] = []
+    if product_with is not None:
+        products = [_present(g, view.block) for g, view in _per_view(views, measured.products[-1])]
+    return measured.loss, products
+
+
+def measure_per_example(closure: PerExample, views: Sequence[View]) -> Tensor:
+    """Evaluate every example at its own draw, in one batched pass; records K = number of examples draws."""
+    for view in views:
+        if view.estimator.needs != "gradient" or view.estimator.independent_draws:
+            raise ValueError(
+                f"closure: per-example noise needs an estimator that uses gradients alone, not "
+                f"{type(view.estimator).__name__}; choose curvature='reparam'."
+            )
+    stacks: dict[Parameter, Tensor] = {}
+    thetas = []
+    for view in views:
+        theta = view.points()
+        thetas.append(theta)
+        parts = [view.block.split(row) for row in theta]
+        for position, p in enumerate(view.block.params):
+            stacks[p] = torch.stack([row[position] for row in parts])
+    losses, grads = closure.evaluate(stacks)
+    for view, theta in zip(views, thetas, strict=True):
+        view.theta.extend(theta)
+        view.loss.extend(losses)
+        for row in range(len(losses)):
+            grad = view.block.gather([grads[p][row] for p in view.block.params])
+            view.grad.append(grad)
+            view.curvature.append(_curvature_of_gradient(view, grad))
+    return losses.mean()
+
+
+def dense_hessian(closure: Closure, views: Sequence[View], draw: int) -> Tensor:
+    """The dense Hessian over all views' entries at draw number `draw` (small models)."""
+    for view in views:
+        view.block.write(view.points()[draw])
+    params = [p for view in views for p in view.block.params]
+    measured = evaluate(closure, params, Request(hessian=[(list(range(len(params))), True)]))
+    return measured.hessians[0]
+
+
+def _request(views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None) -> Request:
+    vectors: list[list[Tensor]] = []
+    probes = max((view.probes.shape[1] for view in views if view.probes is not None), default=0)
+    for number in range(probes):
+        vectors.append([part for view in views for part in _probe_parts(view, draw, number)])
+    if product_with is not None:
+        vectors.append([p for view, v in zip(views, product_with, strict=True) for p in view.block.split(v)])
+    hessian = []
+    start = 0
+    for view in views:
+        stop = start + len(view.block.params)
+        if view.estimator.needs == "hessian" and view.block.family.curvature != "none":
+            hessian.append((list(range(start, stop)), view.block.family.curvature == "dense"))
+        start = stop
+    gradient = any(view.estimator.needs != "loss" for view in views)
+    return Request(gradient=gradient or bool(vectors), vectors=vectors, hessian=hessian)
+
+
+def _probe_parts(view: View, draw: int, number: int) -> list[Tensor]:
+    """The signs of one view; zeros for a view that needs none, so that its entries leave the product alone."""
+    if view.probes is None or number >= view.probes.shape[1]:
+        return [torch.zeros_like(p) for p in view.block.params]
+    return view.block.split(view.probes[draw, number])
+
+
+def _per_view(views: Sequence[View], values: Sequence[Any]) -> list[tuple[list[Any], View]]:
+    """A list with one entry per parameter, cut into one list per view."""
+    cut, start = [], 0
+    for view in views:
+        stop = start + len(view.block.params)
+        cut.append((list(values[start:stop]), view))
+        start = stop
+    return cut
+
+
+def _record(views: Sequence[View], draw: int, thetas: Sequence[Tensor], measured: Measured) -> None:
+    hessians = iter(measured.hessians)
+    products = [_per_view(views, product) for product in measured.products]
+    for number, (grads, view) in enumerate(_per_view(views, measured.grads)):
+        grad = view.block.gather(grads)
+        view.theta.append(thetas[number])
+        view.loss.append(measured.loss)
+        view.grad.append(grad)
+        if view.estimator.needs == "hessian" and view.block.family.curvature != "none":
+            view.curvature.append(_shaped(next(hessians), view.block))
+        elif view.probes is not None:
+            view.curvature.append(_curvature_of_products(view, draw, [product[number][0] for product in products]))
+        else:
+            view.curvature.append(_curvature_of_gradient(view, grad))
+
+
+def _curvature_of_products(view: View, draw: int, products: Sequence[list[Tensor]]) -> Tensor:
+    assert view.probes is not None
+    dense = view.block.family.curvature == "dense"
+    total: Tensor | None = None
+    count = view.probes.shape[1]
+    for number in range(count):
+        product = _present(products[number], view.block)
+        part = view.estimator.curvature_of_product(view.probes[draw, number], product, dense)
+        total = part if total is None else total + part
+    assert total is not None
+    return total / count
+
+
+def _curvature_of_gradient(view: View, grad: Tensor | None) -> Tensor | None:
+    family = view.block.family
+    if grad is None:
+        grad = torch.zeros(view.block.shape, dtype=view.block.dtype, device=view.block.device)
+    if family.curvature == "none":
+        return None
+    return view.estimator.curvature_of_gradient(grad, view.block.group["ess"], family.curvature == "dense")
+
+
+def _shaped(hessian: Tensor, block: Block) -> Tensor:
+    hessian = hessian.to(block.dtype)
+    return hessian if block.family.curvature == "dense" else hessian.reshape(block.shape)
+
+
+def _present(parts: list[Any], block: Block) -> Tensor:
+    value = block.gather(parts)
+    assert value is not None
+    return value

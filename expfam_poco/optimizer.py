@@ -1,0 +1,502 @@
+"""The optimizer shell: closures, noise keys, groups, state and checkpoints. It holds no mathematics.
+
+What a step computes stands in `blr` and `correction`, what is measured in `estimators` and the family. The shell
+draws weights, calls closures, restores the weights, and carries the state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import anchors, blr, checkpoint, correction, fields, groups, posterior
+from .blocks import Block
+from .estimators import Estimator
+from .evaluation import Closure, NonFiniteError, capture_random, replay_random
+from .family import ExponentialFamily
+from .inspection import Inspection
+from .measurement import (
+    FIXED,
+    INNER,
+    MEGA,
+    NOISE_MODES,
+    OUTER,
+    PROBE_INNER,
+    PROBE_MEGA,
+    PROBE_OUTER,
+    View,
+    draw_noise,
+    draw_probes,
+    measure_draw,
+    measure_per_example,
+)
+from .meter import VarianceMeter
+from .noise import NoiseKey
+from .per_example import PerExample
+
+
+class _Step(NamedTuple):
+    """What one block contributes to a step: its corrected site, and α as used (0: not corrected)."""
+
+    block: Block
+    site: Any
+    anchor: Any
+
+
+class PosteriorCorrected(Inspection, torch.optim.Optimizer):
+    r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
+
+        ĝ = ∇̃L_B(λ_in) − α [∇̃L_B(λ_out) − ḡ_out],      λ ← λ − η (∇̃KL(q_λ ‖ p₀) + N ĝ)     (PC Eq. 13, 18)
+
+    Between steps the model holds the posterior's point (its mean; for Bernoulli the mode). `step(closure)`
+    evaluates the closure at weights drawn from q, `refresh(closures)` makes q_out from a mega-batch.
+
+    Args:
+        params: parameters, named parameters or groups. A group may have a family and hyperparameters of its own.
+        family: an `ExponentialFamily`, its class, or its registered name.
+        lr: η of the Bayesian learning rule (for the mean, where the family has more than one block).
+        ess: N (κ), the number of examples that the mean loss stands for.
+        weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
+        prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
+        alpha: α in [0, 1], a pair for gradient and curvature, or a schedule step → α. No effect before `refresh`.
+        rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
+        noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
+            refresh, Alg. 3 and 5), "antithetic" (pairs ±ε), "zero" (the delta method).
+        curvature: the estimator's name or object; see `estimators`.
+        anchor: "curvature" (the anchor term from the curvature), "stored" (from the mega-batch's dense Hessian
+            and products, small models) or "products" (products on the whole mega-batch at every step).
+        anchor_weight: weight of the anchor term; None takes the estimator's.
+        retraction: "second_order" (always in the domain) or "plain" (the exact rule; refuses to leave it).
+        momentum: β₁ on the family's momentum block.
+        debias: divide the momentum by 1−β₁ᵗ.
+        precision_lr: rate of the other blocks (the precision); None: the same as lr.
+        clip_radius: ξ, limit of each entry of the preconditioned step before lr.
+        hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
+        reanchor_average: move the old mega-batch average to the new λ_out before averaging (False: Alg. 4).
+        mc_samples: draws (or antithetic pairs) per evaluation.
+        max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
+        nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
+        seed: the noise key; None takes one from torch's global generator.
+        lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(64, 3), torch.randn(64, 1)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> opt = poco.PosteriorCorrected(
+        ...     model.parameters(), "diagonal_gaussian", lr=0.3, ess=64, weight_decay=1e-2, hess_init=1.0)
+        >>> closure = lambda: torch.nn.functional.mse_loss(model(x), y)
+        >>> _ = opt.refresh([closure])
+        >>> losses = [opt.step(closure).item() for _ in range(20)]
+        >>> losses[-1] < losses[0]
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        family: ExponentialFamily | type[ExponentialFamily] | str,
+        lr: float,
+        ess: float,
+        *,
+        weight_decay: float = 0.0,
+        prior: Any = None,
+        alpha: correction.Alpha = 1.0,
+        rho: float | tuple[float, float] = 0.0,
+        noise: str = "shared",
+        curvature: str | Estimator | None = None,
+        anchor: str = "curvature",
+        anchor_weight: float | None = None,
+        retraction: str = "second_order",
+        momentum: float = 0.0,
+        debias: bool = True,
+        precision_lr: float | None = None,
+        clip_radius: float = math.inf,
+        hess_init: float | None = None,
+        reanchor_average: bool = True,
+        mc_samples: int = 1,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "raise",
+        seed: int | None = None,
+        lr_scale: float = 1.0,
+    ) -> None:
+        groups.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite)
+        self.noise = noise
+        self.mc_samples = mc_samples
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite = nonfinite
+        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else int(seed)
+        NoiseKey(self.seed)
+        self._anchor = anchors.Anchor(anchor)
+        self._meter = VarianceMeter()
+        self._clock = {"step": 0, "refresh": 0, "chunk": 0, "sample": 0, "skipped": 0}
+        self._blocks: list[Block] = []
+        defaults = {
+            "family": family,
+            "lr": lr,
+            "lr_scale": lr_scale,
+            "precision_lr": precision_lr,
+            "ess": ess,
+            "weight_decay": weight_decay,
+            "prior": prior,
+            "alpha": alpha,
+            "rho": rho,
+            "curvature": curvature,
+            "anchor_weight": anchor_weight,
+            "retraction": retraction,
+            "momentum": momentum,
+            "debias": debias,
+            "clip_radius": clip_radius,
+            "hess_init": hess_init,
+            "reanchor_average": reanchor_average,
+        }
+        super().__init__(params, defaults)
+
+    # ---- groups ------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its hyperparameters are checked, and its posterior starts at its next evaluation."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            groups.check_group(group)
+            groups.check_noise(self.noise, self.mc_samples, group)
+            self._anchor.check_group(group)
+            blocks = self._blocks_of(group)
+            for block in blocks:
+                groups.check_prior(block)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._blocks.extend(blocks)
+
+    def _blocks_of(self, group: dict[str, Any]) -> list[Block]:
+        number = len(self.param_groups) - 1
+        start = sum(len(g["params"]) for g in self.param_groups[:-1])
+        names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(group["params"]))]
+        for p, name in zip(group["params"], names, strict=True):
+            groups.check_parameter(p, name)
+        if not group["family"].joint:
+            pairs = enumerate(zip(group["params"], names, strict=True))
+            return [Block([p], group, start + i, name) for i, (p, name) in pairs]
+        members = [p for p in group["params"] if p.requires_grad]
+        if len({p.device for p in members}) > 1:
+            raise ValueError(
+                f"params: a joint family ({type(group['family']).__name__}) needs all parameters of its group on "
+                "one device; make a group for each device."
+            )
+        return [Block(members, group, start, f"group{number}")] if members else []
+
+    def _active(self) -> list[Block]:
+        """The blocks that take part now, with their state made or brought up to date."""
+        active = [block for block in self._blocks if block.active]
+        for block in active:
+            state = self.state[block.params[0]]
+            if not state:
+                state["posterior"] = groups.initial_posterior(block)
+                state["momentum"] = blr.init_momentum(block.family, state["posterior"], block.group["momentum"])
+                state["outer"] = None
+                state["step"] = 0
+            elif block.weights_changed():
+                state["posterior"] = block.reconcile(state["posterior"])
+            block.note_weights()
+        return active
+
+    def _state(self, block: Block) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[block.params[0]]
+        return state
+
+    @contextmanager
+    def _weights_restored(self, blocks: Sequence[Block]) -> Iterator[None]:
+        """Whatever happens inside, the model leaves with the points of its posteriors and no gradients."""
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.write(block.family.point(self._state(block)["posterior"]))
+                block.note_weights()
+                for p in block.params:
+                    p.grad = None
+
+    # ---- one inner step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
+
+        Args:
+            closure: returns the mean loss of the mini-batch (see `evaluation`), or a `PerExample`.
+
+        Returns:
+            the mini-batch loss at the sampled weights, averaged over draws.
+
+        Raises:
+            TypeError: without a closure: the loss must be evaluated at weights drawn here.
+            NonFiniteError: if a loss or gradient is NaN or infinite (with nonfinite="raise").
+        """
+        if closure is None or not callable(closure):
+            raise TypeError(
+                "closure: step() evaluates the loss at sampled weights; call step(closure) with a function that "
+                "returns the mini-batch's mean loss."
+            )
+        for group in self.param_groups:
+            groups.check_numbers(group)
+        blocks = self._active()
+        number = self._clock["step"] + 1
+        try:
+            with self._weights_restored(blocks):
+                loss, steps = self._corrected_sites(closure, blocks, number)
+                self._advance(steps)
+        except NonFiniteError as error:
+            if self.nonfinite == "raise":
+                raise
+            self._clock["skipped"] += 1
+            loss = error.loss
+        self._clock["step"] = number
+        return loss
+
+    def _corrected_sites(self, closure: Closure, blocks: Sequence[Block], number: int) -> tuple[Tensor, list[_Step]]:
+        """Evaluate the pair of every draw, inner first, and correct."""
+        alphas = [correction.alpha_at(block.group["alpha"], number) for block in blocks]
+        outers = [self._state(block)["outer"] for block in blocks]
+        corrected = [outer is not None and max(alpha) > 0.0 for outer, alpha in zip(outers, alphas, strict=True)]
+        inner = [self._inner_view(block, number, closure) for block in blocks]
+        outer_views = [
+            self._outer_view(view, number) if flag else view.again()
+            for view, flag in zip(inner, corrected, strict=True)
+        ]
+        loss, products = self._evaluate_pairs(closure, inner, outer_views if any(corrected) else None)
+        steps = []
+        for i, (block, view) in enumerate(zip(blocks, inner, strict=True)):
+            if not view.used():
+                continue
+            site, anchor = view.natural_gradient(), None
+            if corrected[i]:
+                site_out = outer_views[i].natural_gradient()
+                self._meter.add(number, block, site, site_out, outers[i], alphas[i])
+                site, anchor = correction.correct(
+                    block.family,
+                    site,
+                    site_out,
+                    view.state,
+                    outers[i],
+                    alpha=block.family.per_block(*alphas[i]),
+                    anchor_weight=groups.anchor_weight(block.group) if products is None else 0.0,
+                )
+                if products is not None:
+                    weight = alphas[i][1] * groups.anchor_weight(block.group)
+                    anchor = self._anchor.term(block, products[i], weight)
+            steps.append(_Step(block, site, anchor))
+        return loss, steps
+
+    def _evaluate_pairs(
+        self, closure: Closure, inner: Sequence[View], outer: Sequence[View] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Call the closure for every draw, θ_in first; returns the loss and the anchor's H̄(m_in − m_out)."""
+        params = [p for view in inner for p in view.block.params]
+        if isinstance(closure, PerExample):
+            random = capture_random(params)
+            loss = measure_per_example(closure, inner)
+            if outer is not None:
+                with replay_random(random):
+                    measure_per_example(closure, outer)
+            return loss, None
+        shift = self._anchor.shift(inner, outer)
+        losses, terms = [], []
+        for draw in range(inner[0].noise.shape[0] if inner else 0):
+            random = capture_random(params)
+            losses.append(measure_draw(closure, inner, draw)[0])
+            if outer is not None:
+                with replay_random(random):
+                    products = measure_draw(closure, outer, draw, shift)[1]
+                    if shift is not None:
+                        terms.append(self._anchor.difference(products))
+        if not losses:
+            raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
+        mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
+        return torch.stack(losses).mean(), mean_terms
+
+    def _advance(self, steps: Sequence[_Step]) -> None:
+        """Compute every block's new posterior, then commit all of them at once."""
+        factor = 1.0
+        if self.max_grad_norm is not None and steps:
+            gradients = [getattr(s.site, name) for s in steps for name in s.block.family.momentum_block]
+            factor = float(blr.norm_clip_factor(gradients, self.max_grad_norm))
+        results = []
+        for block, site, anchor in steps:
+            group, state = block.group, self._state(block)
+            if factor < 1.0:
+                site = fields.weigh(site, block.family.per_block(factor, 1.0))
+            moved = blr.update(
+                block.family,
+                blr.BLRState(state["posterior"], state["momentum"]),
+                groups.prior_of(block),
+                site,
+                rates=groups.rates(group, block),
+                ess=group["ess"],
+                anchor=anchor,
+                momentum=group["momentum"],
+                debias=group["debias"],
+                step=state["step"] + 1,
+                clip_radius=group["clip_radius"],
+                retraction=group["retraction"],
+            )
+            if not bool(block.family.in_domain(moved.posterior)):
+                raise posterior.domain_error(block)
+            results.append((state, moved))
+        for state, moved in results:
+            state.update(posterior=moved.posterior, momentum=moved.momentum, step=state["step"] + 1)
+
+    # ---- views: which noise goes where -------------------------------------------------------------------
+
+    def _inner_view(self, block: Block, number: int, closure: Closure) -> View:
+        count = self.mc_samples * (len(closure) if isinstance(closure, PerExample) else 1)
+        noise = draw_noise(block, self.noise, count, NoiseKey(self.seed, INNER, number))
+        estimator = block.group["curvature"]
+        probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_INNER, number))
+        return View(block, estimator, self._state(block)["posterior"], noise, probes)
+
+    def _outer_view(self, inner: View, number: int) -> View:
+        """The same block at q_out; its noise is the inner one unless the mode says otherwise."""
+        block, noise, probes = inner.block, inner.noise, inner.probes
+        if self.noise == "independent":
+            noise = draw_noise(block, self.noise, len(noise), NoiseKey(self.seed, OUTER, number))
+            key = NoiseKey(self.seed, PROBE_OUTER, number)
+            probes = draw_probes(block, inner.estimator, len(noise), key)
+        elif self.noise == "fixed":
+            key = NoiseKey(self.seed, FIXED, self._clock["refresh"])
+            noise = draw_noise(block, self.noise, len(noise), key)
+        return View(block, inner.estimator, self._state(block)["outer"].posterior, noise, probes)
+
+    def _mega_view(self, block: Block, chunk: int, refresh: int, closure: Closure) -> View:
+        """A block at the posterior that becomes q_out; fresh noise for every chunk unless the mode is "fixed"."""
+        count = self.mc_samples * (len(closure) if isinstance(closure, PerExample) else 1)
+        fixed = self.noise == "fixed"
+        key = NoiseKey(self.seed, FIXED, refresh) if fixed else NoiseKey(self.seed, MEGA, chunk)
+        noise = draw_noise(block, self.noise, count, key)
+        estimator = block.group["curvature"]
+        probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_MEGA, chunk))
+        return View(block, estimator, self._state(block)["posterior"], noise, probes)
+
+    # ---- q_out -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Tensor:
+        """Make q_out from a mega-batch: λ_out ← λ_in, ḡ_out ← ρ ḡ_out + (1−ρ) mean over chunks (Eq. 17, 26).
+
+        Args:
+            closures: one for each chunk of the mega-batch; each returns the mean loss of its chunk.
+            weights: the chunks' numbers of examples; None counts chunks equally.
+
+        Returns:
+            the mega-batch's mean loss at the sampled weights.
+
+        Raises:
+            ValueError: for no closures, or weights that do not fit. q_out stays as it was on any error.
+        """
+        closures, shares = posterior.check_chunks(closures, weights)
+        for group in self.param_groups:
+            groups.check_numbers(group)
+        blocks = self._active()
+        refresh = self._clock["refresh"] + 1
+        sums: list[Any] = [None] * len(blocks)
+        losses = []
+        self._anchor.begin()
+        with self._weights_restored(blocks):
+            for number, (closure, share) in enumerate(zip(closures, shares, strict=True)):
+                chunk = self._clock["chunk"] + number + 1
+                views = [self._mega_view(block, chunk, refresh, closure) for block in blocks]
+                loss = self._evaluate_chunk(closure, views)
+                self._anchor.collect(closure, views, share)
+                losses.append(share * loss)
+                for i, view in enumerate(views):
+                    site = fields.scale(view.natural_gradient(), share)
+                    sums[i] = site if sums[i] is None else fields.add(sums[i], site)
+        for block, site in zip(blocks, sums, strict=True):
+            state, rho = self._state(block), groups.pair(block.group["rho"])
+            state["outer"] = correction.update_outer(
+                block.family,
+                state["outer"],
+                state["posterior"],
+                site,
+                rho=block.family.per_block(*rho),
+                reanchor_average=block.group["reanchor_average"],
+            )
+        self._anchor.commit()
+        self._clock["refresh"] = refresh
+        self._clock["chunk"] += len(closures)
+        return torch.stack(losses).sum()
+
+    def _evaluate_chunk(self, closure: Closure, views: Sequence[View]) -> Tensor:
+        if isinstance(closure, PerExample):
+            return measure_per_example(closure, views)
+        draws = range(views[0].noise.shape[0] if views else 0)
+        return torch.stack([measure_draw(closure, views, draw)[0] for draw in draws]).mean()
+
+    @torch.no_grad()
+    def set_outer(self, state: Mapping[str, Any]) -> None:
+        """Make q_out from a stored posterior (knowledge transfer, PC §3.1): its ḡ_out is the one that a fixed
+        point of the rule has, −∇̃KL(q_out ‖ p₀)/N.
+
+        Args:
+            state: a `State` for every block by name (as `posterior_states()` gives), or the `state_dict()` of an
+                optimizer of the same model.
+        """
+        blocks = self._active()
+        states = checkpoint.posteriors_of(state, blocks, self.param_groups)
+        for block in blocks:
+            outer = correction.outer_from_posterior(
+                block.family, states[block.name], groups.prior_of(block), block.group["ess"]
+            )
+            self._state(block)["outer"] = outer
+
+    # ---- checkpoints -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run continues from, bit for bit, in plain types (`torch.load(weights_only=True)`)."""
+        plain = super().state_dict()
+        plain["state"] = {key: checkpoint.encode_state(value) for key, value in plain["state"].items()}
+        plain["param_groups"] = [checkpoint.encode_group(group) for group in plain["param_groups"]]
+        plain["poco"] = {
+            "format": checkpoint.FORMAT,
+            "settings": self._settings(),
+            "seed": self.seed,
+            "clock": dict(self._clock),
+            "meter": self._meter.state(),
+            "anchor_hessian": self._anchor.hessian,
+        }
+        return plain
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. The model's weights are the model's checkpoint's business.
+
+        Raises:
+            CheckpointError: if it belongs to another model, family, setting or version; nothing is changed.
+        """
+        checkpoint.check_header(state_dict.get("poco"), self._settings())
+        checkpoint.check_groups(self.param_groups, state_dict.get("param_groups"))
+        states = checkpoint.decode_states(self._blocks, self.param_groups, state_dict)
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        decoded = [checkpoint.decode_group(own, saved) for own, saved in pairs]
+        for group, values in zip(self.param_groups, decoded, strict=True):
+            group.update(values)
+        self.state.clear()
+        for block in self._blocks:
+            if block.name in states:
+                self.state[block.params[0]] = states[block.name]
+                block.forget_weights()
+        header = state_dict["poco"]
+        self.seed = header["seed"]
+        self._clock = dict(header["clock"])
+        self._meter.load(header["meter"])
+        self._anchor.hessian = header["anchor_hessian"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"noise": self.noise, "mc_samples": self.mc_samples, "anchor": self._anchor.kind}

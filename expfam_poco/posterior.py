@@ -1,0 +1,149 @@
+"""What is done with a trained posterior: prediction by averaging, and the variational objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import groups
+from .evaluation import Closure
+from .measurement import ELBO, draw_noise
+from .noise import NoiseKey
+
+if TYPE_CHECKING:
+    from .blocks import Block
+    from .optimizer import PosteriorCorrected
+
+
+class Objective(NamedTuple):
+    """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)) with its Monte Carlo standard error, and its two parts."""
+
+    elbo: float
+    standard_error: float
+    expected_loss: float
+    kl: float
+
+
+def predict(
+    model: nn.Module,
+    optimizer: PosteriorCorrected,
+    inputs: Any,
+    *,
+    samples: int = 16,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Posterior-averaged output E_q[transform(model(inputs))].
+
+    Args:
+        model: the trained module, put into evaluation mode for the call.
+        optimizer: the optimizer that holds its posterior.
+        inputs: the batch; a tuple is passed as several arguments.
+        samples: draws from q; 0 evaluates once at the posterior's point.
+        transform: applied to each output before averaging, e.g. `lambda z: z.softmax(-1)` for probabilities.
+        seed: the same seed gives the same draws.
+
+    Returns:
+        the average, of the shape of one (transformed) output.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = poco.IVON(model.parameters(), lr=0.1, ess=100.0)
+        >>> poco.predict(model, opt, torch.randn(5, 2), samples=8).shape
+        torch.Size([5, 1])
+    """
+    if not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"samples={samples!r}: give an integer, 0 or larger.")
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            total: Tensor | None = None
+            for number in range(max(samples, 1)):
+                with optimizer.sampled(None if samples == 0 else seed + number, at_point=samples == 0):
+                    output = model(*arguments)
+                output = output if transform is None else transform(output)
+                total = output if total is None else total + output
+            assert total is not None
+            return total / max(samples, 1)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def objective(
+    blocks: Sequence[Block],
+    states: Mapping[str, Any],
+    closures: Sequence[Closure],
+    weights: Sequence[float] | None,
+    *,
+    samples: int,
+    seed: int,
+) -> Objective:
+    """Monte Carlo estimate of the objective over `samples` draws; the caller restores the weights."""
+    closures, shares = check_chunks(closures, weights)
+    if samples < 2:
+        raise ValueError(f"samples={samples}: a standard error needs 2 draws or more.")
+    sizes = {float(block.group["ess"]) for block in blocks}
+    if len(sizes) != 1:
+        raise ValueError(f"ess: the groups differ ({sorted(sizes)}), so there is no one objective; give all one ess.")
+    (ess,) = sizes
+    kl = sum(_kl(block, states[block.name]) for block in blocks)
+    noises = [draw_noise(b, "shared", samples, NoiseKey(seed, ELBO)) for b in blocks]
+    losses = []
+    for number in range(samples):
+        for block, noise in zip(blocks, noises, strict=True):
+            block.write(block.family.sample(states[block.name], noise[number : number + 1])[0])
+        losses.append(sum(share * float(closure()) for closure, share in zip(closures, shares, strict=True)))
+    draws = torch.tensor(losses, dtype=torch.float64)
+    mean, error = float(draws.mean()), float(draws.std() / samples**0.5)
+    return Objective(-(ess * mean + kl), ess * error, mean, kl)
+
+
+def check_chunks(closures: Sequence[Closure], weights: Sequence[float] | None) -> tuple[list[Closure], list[float]]:
+    """The chunks of a mega-batch as a list, and their shares of it (summing to 1)."""
+    if callable(closures):
+        closures = [closures]
+    closures = list(closures)
+    if not closures or not all(callable(closure) for closure in closures):
+        raise ValueError("closures: give a list of functions, one for each chunk of the mega-batch, at least one.")
+    values = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
+    if len(values) != len(closures) or not all(0.0 < value < float("inf") for value in values):
+        raise ValueError(
+            f"weights={values}: give one positive number (of examples) for each of the {len(closures)} closures."
+        )
+    total = sum(values)
+    return closures, [value / total for value in values]
+
+
+def mean_stddev(distributions: Mapping[str, Any]) -> float | None:
+    """The mean standard deviation over all weights whose distribution knows its variance, or None."""
+    total, count = 0.0, 0
+    for distribution in distributions.values():
+        try:
+            deviation = distribution.variance.sqrt()
+        except (NotImplementedError, AttributeError):
+            continue
+        total, count = total + float(deviation.sum()), count + deviation.numel()
+    return total / count if count else None
+
+
+def domain_error(block: Block) -> ValueError:
+    """The sentence for a step that would leave the domain."""
+    return ValueError(
+        f"retraction={block.group['retraction']!r}: the step would take the posterior of {block.name!r} out of the "
+        f"domain of {type(block.family).__name__}; lower lr or precision_lr, or use retraction='second_order'. "
+        "Nothing was changed."
+    )
+
+
+def _kl(block: Block, state: Any) -> float:
+    group = block.group
+    if group["prior"] is None and group["weight_decay"] == 0.0:
+        raise ValueError("weight_decay=0.0: without a proper prior the objective is not defined; give one.")
+    return float(block.family.kl(state, groups.prior_of(block)).sum())

@@ -1,0 +1,51 @@
+"""What all tests share: one thread per worker, fixed seeds, precision on request, no CUDA where none is."""
+
+import os
+import random
+from collections.abc import Iterator
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # no screen
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes per worker
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# The workers of pytest-xdist share the cores, and one thread fixes the order of sums.
+torch.set_num_threads(1)
+
+settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+settings.load_profile("reproducible")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `cuda` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> Iterator[None]:
+    """Every test starts from the same state of all global generators, and leaves the default dtype alone."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def float64(fixed_seeds: None) -> None:
+    """Tensors made in this test are float64 unless they say otherwise."""
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The test runs in both precisions."""
+    return request.param

@@ -1,0 +1,176 @@
+"""Who may know whom: the engine no family, the shell no mathematics, the import no optional package."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE = sorted((ROOT / "expfam_poco").rglob("*.py"))
+IMPORTERS = {"import_module", "__import__", "find_spec", "resolve_name", "run_module"}
+# Functions of tensors that belong in `blr`, `correction`, an estimator or a family; a mean loss may stay.
+MATHEMATICS = frozenset(
+    """
+    acos addcdiv addcmul addmm asin atan atanh baddbmm bmm cholesky cholesky_inverse cholesky_solve clamp
+    clip cos cosh cross cumsum det diag div dot eigh einsum erf erfinv exp exp2 expm1 inv inverse lerp
+    lgamma linalg_norm log log10 log1p log2 logaddexp logdet logit logsumexp lstsq lu_solve matmul
+    matrix_exp mm mul multiply mv neg norm normal outer pinv pow qr rand randn reciprocal rsqrt sigmoid sin
+    sinh slogdet softmax softplus solve solve_triangular sqrt square std sub svd tan tanh trace true_divide
+    var vdot vector_norm
+    """.split()
+)
+
+
+def imported_modules(path: Path, source: str | None = None) -> Iterator[tuple[int, str]]:
+    """(line, absolute module or module.name) for every import statement and import by string in a file."""
+    relative = path.relative_to(ROOT).with_suffix("").parts
+    package = relative[:-1]
+    tree = ast.parse(source if source is not None else path.read_text(encoding="utf-8"), str(path))
+    constants = {
+        target.id: node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and called_name(node) in IMPORTERS:
+            for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+                if isinstance(argument, ast.JoinedStr) and argument.values:
+                    argument = argument.values[0]
+                value = constants.get(argument.id) if isinstance(argument, ast.Name) else None
+                value = argument.value if isinstance(argument, ast.Constant) else value
+                if isinstance(value, str):
+                    yield node.lineno, ".".join((*package, value[1:])) if value.startswith(".") else value
+
+
+def called_name(call: ast.Call) -> str:
+    """`f` of f(…), a.f(…) and a.b.f(…)."""
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def is_family(module: str) -> bool:
+    """Whether this is the package of the built-in families, or something in it."""
+    return re.match(r"(expfam_poco\.)?families(\.|$)", module) is not None
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_engine_imports_no_family(path: Path) -> None:
+    found = [f"line {line}: {module}" for line, module in imported_modules(path) if is_family(module)]
+    assert not found, f"{path.relative_to(ROOT)} imports a family: {found}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import expfam_poco.families",
+        "import families.gaussian as g",
+        "from expfam_poco import families",
+        "from expfam_poco.families import Bernoulli",
+        "from ..families.gaussian import FullGaussian",
+        "from .. import families",
+        "def late():\n    from ..families import Bernoulli",
+        "importlib.import_module('expfam_poco.families')",
+        "import_module(f'expfam_poco.families.{name}')",
+        "GROUP = 'expfam_poco.families'\n__import__(GROUP)",
+    ],
+)
+def test_the_check_finds_every_way_to_import_a_family(source: str) -> None:
+    path = ROOT / "expfam_poco" / "compare" / "some_module.py"
+    assert any(is_family(module) for _, module in imported_modules(path, source))
+
+
+def test_the_check_lets_mentions_pass() -> None:
+    source = '"""expfam_poco.families"""\nfrom ..family import F\nentry_points(group="expfam_poco.families")'
+    path = ROOT / "expfam_poco" / "compare" / "some_module.py"
+    assert not any(is_family(module) for _, module in imported_modules(path, source))
+
+
+def test_optimizer_shell_holds_no_mathematics() -> None:
+    tree = ast.parse((ROOT / "expfam_poco" / "optimizer.py").read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = called_name(node).removeprefix("_foreach_").strip("_")
+            mathematical = name in MATHEMATICS
+        else:
+            operator = node.op if isinstance(node, ast.BinOp | ast.AugAssign) else None
+            of_numbers = isinstance(node, ast.BinOp) and isinstance(node.left, ast.Constant)
+            mathematical = isinstance(operator, ast.MatMult | ast.Pow) and not of_numbers
+        if mathematical:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    assert not found, f"move these out of the shell: {found}"
+
+
+def test_import_brings_in_neither_families_nor_optional_packages() -> None:
+    probe = """
+import json, sys
+import torch
+before = set(sys.modules)
+import expfam_poco
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    new = json.loads(done.stdout)
+    optional = {"pyro", "typer", "rich", "matplotlib", "sklearn", "pandas", "scipy", "ivon"}
+    optional |= {"transformers", "accelerate", "lightning", "pytorch_lightning"}
+    found = [name for name in new if name.split(".")[0] in optional or is_family(name)]
+    assert not found, f"`import expfam_poco` also imports {found}"
+
+
+def test_no_module_is_longer_than_500_lines() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for folder in ("expfam_poco", "families", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    too_long = {name: lines for name, lines in lengths.items() if lines > 500}
+    assert not too_long, f"split these: {too_long}"
+
+
+def test_files_name_no_path_of_the_machine_they_were_written_on() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        capture_output=True, text=True, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    # Written so that this file does not name them itself.
+    folders = "|".join(("work", "root", "home", "opt", "tmp/venv", "workspace"))
+    local_path = re.compile(rf"(?<![\w.])/(?:{folders})\b/?[\w.]|\.\./{'shared'}\b|\.{'library'}/")
+    found = []
+    for name in listed.stdout.split("\0"):
+        path = ROOT / name
+        if name and path.is_file():
+            text = path.read_bytes().decode("utf-8", errors="ignore")
+            found += [f"{name}: {match[0]!r}" for match in local_path.finditer(text)]
+    assert not found, found
+
+
+@pytest.mark.parametrize("module", ["expfam_poco", "expfam_poco.families"])
+def test_every_public_name_has_an_example(module: str) -> None:
+    package = importlib.import_module(module)
+    missing = []
+    for name in package.__all__:
+        value = getattr(package, name)
+        value_type = module == "expfam_poco.families" and isinstance(value, type) and issubclass(value, tuple)
+        if callable(value) and not value_type:
+            text = value.__doc__ or ""
+            if ">>>" not in text and "```" not in text:
+                missing.append(name)
+    assert not missing, f"no example in the docstring of {missing}"
