@@ -143,4 +143,4 @@ def _flatten(family: ExponentialFamily, values: Any) -> tuple[Tensor, list[torch
 def _unflatten(family: ExponentialFamily, vector: Tensor, shapes: list[torch.Size]) -> Any:
     """The inverse of `_flatten`."""
     parts = vector.split([max(1, shape.numel()) for shape in shapes], -1)
-    return family.Nat(*(part.reshape(*vector.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)))
+    return family.Nat(*(part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)))

@@ -1,7 +1,6 @@
 """The optimizer shell: closures, noise keys, groups, state and checkpoints. It holds no mathematics.
 
-What a step computes stands in `blr` and `correction`, what is measured in `estimators` and the family. The shell
-draws weights, calls closures, restores the weights, and carries the state.
+What a step computes stands in `blr` and `correction`, what is measured in `estimators` and the family.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from .per_example import PerExample
 
 
 class _Step(NamedTuple):
-    """What one block contributes to a step: its corrected site, and α as used (0: not corrected)."""
+    """What one block contributes to a step: its corrected site, and the anchor term (None: none)."""
 
     block: Block
     site: Any
@@ -397,8 +396,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         Returns:
             the mega-batch's mean loss at the sampled weights.
 
-        Raises:
-            ValueError: for no closures, or weights that do not fit. q_out stays as it was on any error.
+        On any error q_out stays as it was.
         """
         closures, shares = posterior.check_chunks(closures, weights)
         for group in self.param_groups:
