@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import correction
+from .checkpoint import CheckpointError
 from .evaluation import Closure, Request, capture_random, evaluate, replay_random
 from .family import Theta
 from .posterior import check_chunks
@@ -53,6 +54,10 @@ class AlphaSVRG(torch.optim.Optimizer):
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.param_groups = base_optimizer.param_groups
         self.state = base_optimizer.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, so that a copied or pickled optimizer continues as this one would."""
+        return self.__dict__.copy()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; it is corrected from the next `refresh` on."""
@@ -108,22 +113,22 @@ class AlphaSVRG(torch.optim.Optimizer):
         """The base's state, and the snapshot by parameter number."""
         numbered = list(enumerate(p for group in self.param_groups for p in group["params"]))
         outer = {i: list(self._outer[p]) for i, p in numbered if p in self._outer}
-        return {**self.base.state_dict(), "alpha_svrg": {"outer": outer, "steps": self._steps}}
+        shapes = [tuple(p.shape) for _, p in numbered]
+        return {**self.base.state_dict(), "alpha_svrg": {"outer": outer, "steps": self._steps, "shapes": shapes}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; refuses snapshots of other shapes and leaves everything as it was."""
-        own = state_dict.get("alpha_svrg")
-        if not isinstance(own, Mapping):
-            raise ValueError("state_dict['alpha_svrg']: missing; this is not a checkpoint of AlphaSVRG.")
+        """Continue from `state_dict()`.
+
+        Raises:
+            CheckpointError: if it belongs to another model or base optimizer, or is damaged; nothing is changed.
+        """
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, (snapshot, _) in own["outer"].items():
-            if i >= len(params) or snapshot.shape != params[i].shape:
-                raise ValueError(
-                    f"state_dict['alpha_svrg']['outer'][{i}]: shape {tuple(snapshot.shape)} does not fit the model; "
-                    "load the checkpoint of this model."
-                )
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
+        own = self._checked(state_dict.get("alpha_svrg"), params)
+        try:
+            self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
         self.param_groups = self.base.param_groups
         self.state = self.base.state
         self._steps = own["steps"]
@@ -138,6 +143,26 @@ class AlphaSVRG(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's."""
         self.base.zero_grad(set_to_none)
+
+    def _checked(self, own: Any, params: Sequence[Parameter]) -> Mapping[str, Any]:
+        if not isinstance(own, Mapping):
+            raise CheckpointError("state_dict['alpha_svrg']: missing; this is not a checkpoint of AlphaSVRG.")
+        for name, kind in (("outer", Mapping), ("steps", int), ("shapes", list)):
+            if not isinstance(own.get(name), kind):
+                raise CheckpointError(f"state_dict['alpha_svrg'][{name!r}]: missing or damaged; use another file.")
+        shapes = [tuple(p.shape) for p in params]
+        if [tuple(shape) for shape in own["shapes"]] != shapes:
+            raise CheckpointError(
+                f"state_dict['alpha_svrg']['shapes']: {own['shapes']}, the model has {shapes}; load the checkpoint of "
+                "this model."
+            )
+        for i, pair in own["outer"].items():
+            if not 0 <= i < len(params) or any(tensor.shape != params[i].shape for tensor in pair) or len(pair) != 2:
+                raise CheckpointError(
+                    f"state_dict['alpha_svrg']['outer'][{i}]: it does not fit the model; load the checkpoint of this "
+                    "model."
+                )
+        return own
 
     def _params(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]

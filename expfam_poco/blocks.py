@@ -63,6 +63,17 @@ class Block:
         """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step."""
         return self.numel > 0 and all(p.requires_grad for p in self.params)
 
+    def check_members(self) -> None:
+        """A joint posterior is over the parameters that were trainable when it was made; refuse another set."""
+        if not self.family.joint:
+            return
+        now = [p for p in self.group["params"] if p.requires_grad]
+        if now and [id(p) for p in now] != [id(p) for p in self.params]:
+            raise ValueError(
+                f"params: {type(self.family).__name__} is joint over the parameters of {self.name!r} that were "
+                "trainable at first; freeze all of them or none, or make a new optimizer."
+            )
+
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """One tensor per parameter → the family's tensor, in the posterior's dtype. None if all are None."""
         if all(tensor is None for tensor in tensors):
@@ -118,3 +129,30 @@ class Block:
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.params]
+
+
+def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:
+    """The blocks of the `number`th group, whose first parameter is the optimizer's `start`th."""
+    names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(group["params"]))]
+    for p, name in zip(group["params"], names, strict=True):
+        check_parameter(p, name)
+    if not group["family"].joint:
+        pairs = enumerate(zip(group["params"], names, strict=True))
+        return [Block([p], group, start + i, name) for i, (p, name) in pairs]
+    members = [p for p in group["params"] if p.requires_grad]
+    if len({p.device for p in members}) > 1:
+        raise ValueError(
+            f"params: a joint family ({type(group['family']).__name__}) needs all parameters of its group on one "
+            "device; make a group for each device."
+        )
+    return [Block(members, group, start, f"group{number}")] if members else []
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Refuse tensors that no family can be about."""
+    if p.is_complex():
+        raise ValueError(f"params: {name} is complex; split it into real and imaginary parts.")
+    if not p.is_floating_point():
+        raise ValueError(f"params: {name} has dtype {p.dtype}; only floating-point parameters have posteriors.")
+    if p.layout != torch.strided:
+        raise ValueError(f"params: {name} has layout {p.layout}; only dense (strided) parameters are supported.")

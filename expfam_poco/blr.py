@@ -155,6 +155,7 @@ def update(
     """
     memory = blr_state.momentum
     if momentum > 0.0:
+        memory = memory or init_momentum(family, blr_state.posterior, momentum)
         memory = tuple(
             momentum * old + (1.0 - momentum) * getattr(site, name)
             for name, old in zip(family.momentum_block, memory, strict=True)

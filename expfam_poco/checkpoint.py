@@ -14,9 +14,18 @@ from .blocks import Block
 from .correction import Outer
 from .estimators import Estimator
 from .family import ExponentialFamily
+from .groups import HYPERPARAMETERS
 from .registry import name_of
 
 FORMAT = 1
+CLOCK = ("step", "refresh", "chunk", "sample", "skipped")
+_HEADER: dict[str, Any] = {
+    "settings": Mapping,
+    "seed": int,
+    "clock": Mapping,
+    "meter": Mapping,
+    "anchor_hessian": (Tensor, type(None)),
+}
 _OBJECTS = ("family", "curvature", "prior", "alpha")
 
 
@@ -72,16 +81,31 @@ def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
             if outer is None
             else Outer(_tuple(family.State, outer["posterior"], block), _tuple(family.Site, outer["site"], block)),
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"state_dict: {where} is incomplete or damaged ({error}); use another file.") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"state_dict: {where} is incomplete or damaged ({type(error).__name__}: {error}); use another file."
+        ) from None
     expected = family.centred_at(block.read())
-    for name, value, own in zip(expected._fields, decoded["posterior"], expected, strict=True):
-        if value.shape != own.shape or value.dtype != own.dtype:
+    site = family.kl_gradient(expected, expected)
+    memory = [getattr(site, name) for name in family.momentum_block]
+    _check_like(where, expected._fields, decoded["posterior"], expected)
+    if decoded["momentum"]:
+        _check_like(f"the momentum of {block.name!r}", family.momentum_block, decoded["momentum"], memory)
+    if decoded["outer"] is not None:
+        _check_like(f"q_out of {block.name!r}", expected._fields, decoded["outer"].posterior, expected)
+        _check_like(f"the mean site of {block.name!r}", site._fields, decoded["outer"].site, site)
+    return decoded
+
+
+def _check_like(where: str, names: Sequence[str], values: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+    if len(values) != len(own):
+        raise CheckpointError(f"state_dict: {where} has {len(values)} tensors, not {len(own)}; use another file.")
+    for name, value, reference in zip(names, values, own, strict=True):
+        if value.shape != reference.shape or value.dtype != reference.dtype:
             raise CheckpointError(
                 f"state_dict: {where} holds {name} of shape {tuple(value.shape)} and {value.dtype}, the model "
-                f"needs {tuple(own.shape)} and {own.dtype}; load the checkpoint of this model."
+                f"needs {tuple(reference.shape)} and {reference.dtype}; load the checkpoint of this model."
             )
-    return decoded
 
 
 def decode_states(
@@ -116,6 +140,7 @@ def posteriors_of(
                 f"state: it has no finite {type(example).__name__} of the right shape for {block.name!r}; give what "
                 "posterior_states() or state_dict() of an optimizer of the same model returns."
             )
+        states[block.name] = type(value)(*(v.to(device=block.device, dtype=block.dtype) for v in value))
     return states
 
 
@@ -132,6 +157,12 @@ def check_groups(own: Sequence[Mapping[str, Any]], saved: Any) -> None:
             "make the optimizer with the same groups first."
         )
     for number, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
+        missing = [name for name in ("params", *HYPERPARAMETERS) if name not in theirs]
+        if missing:
+            raise CheckpointError(
+                f"state_dict['param_groups'][{number}][{missing[0]!r}]: missing; the checkpoint is damaged or of "
+                "another version, use another file."
+            )
         if len(mine["params"]) != len(theirs["params"]):
             raise CheckpointError(
                 f"state_dict['param_groups'][{number}]: {len(theirs['params'])} parameters, the optimizer has "
@@ -174,6 +205,12 @@ def check_header(header: Any, settings: Mapping[str, Any]) -> None:
             f"state_dict['poco']: format {found!r} where {FORMAT} is needed; this is not a checkpoint of "
             "PosteriorCorrected, or of another version."
         )
+    for name, kind in _HEADER.items():
+        if not isinstance(header.get(name), kind):
+            raise CheckpointError(f"state_dict['poco'][{name!r}]: missing or damaged; use another file.")
+    for name in CLOCK:
+        if not isinstance(header["clock"].get(name), int):
+            raise CheckpointError(f"state_dict['poco']['clock'][{name!r}]: missing or damaged; use another file.")
     for name, value in settings.items():
         if header["settings"].get(name) != value:
             raise CheckpointError(

@@ -14,6 +14,7 @@ average of Algorithm 4 as printed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,9 +188,15 @@ def variance_ratio(plain: float, cross: float, outer: float, alpha: float) -> fl
 def alpha_at(alpha: Alpha, step: int) -> tuple[float, float]:
     """The pair (α of the gradient, α of the curvature) at inner step `step`, from a number, pair or schedule."""
     value = alpha(step) if callable(alpha) else alpha
-    pair = (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), float(value))
+    try:
+        first, second = value if isinstance(value, tuple) else (value, value)
+        pair = (float(first), float(second))
+    except (TypeError, ValueError):
+        pair = (math.nan, math.nan)
     if not all(0.0 <= number <= 1.0 for number in pair):
-        raise ValueError(f"alpha={value!r}: the correction's weight must lie between 0 and 1.")
+        raise ValueError(
+            f"alpha={value!r}: give a number between 0 and 1, a pair of them (gradient, curvature), or a schedule."
+        )
     return pair
 
 

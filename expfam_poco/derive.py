@@ -46,13 +46,18 @@ def pathwise_natural_gradient(family: ExponentialFamily, state: Any, draws: Draw
     nat = family.to_nat(state)
     _, pullback, *_ = torch.func.vjp(lambda value: family.sample(family.from_nat(value), draws.noise), nat)
     (gradient,) = pullback(draws.require_grad() / draws.noise.shape[0])
-    return family.site_from_nat(family.Site(*fisher_solve(family, nat, gradient)), state)
+    return family.site_from_nat(family.Site(*family.fisher_solve(nat, gradient)), state)
+
+
+def leave_one_out(loss: Tensor) -> Tensor:
+    """ℓ_k − mean_{j≠k} ℓ_j for every one of K ≥ 2 draws; they sum to zero."""
+    count = loss.shape[0]
+    return (loss - loss.mean()) * (count / (count - 1))
 
 
 def score_natural_gradient(family: ExponentialFamily, state: Any, draws: Draws) -> Any:
     """F(λ)⁻¹ (1/K) Σ_k (ℓ_k − mean_{j≠k} ℓ_j) (T(θ_k) − μ): unbiased, needs losses only and K ≥ 2."""
-    count = draws.loss.shape[0]
-    advantage = (draws.loss - draws.loss.mean()) * (count / (count - 1))
+    advantage = leave_one_out(draws.loss)
     nat = family.to_nat(state)
 
     def average(value: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def score_natural_gradient(family: ExponentialFamily, state: Any, draws: Draws) 
         return (weights * value).mean(0)
 
     gradient = family.Nat(*fields.map_fields(average, family.score(state, draws.theta)))
-    return family.site_from_nat(family.Site(*fisher_solve(family, nat, gradient)), state)
+    return family.site_from_nat(family.Site(*family.fisher_solve(nat, gradient)), state)
 
 
 def bounded_step(value: Tensor, step: Tensor, bound: constraints.Constraint, *, plain: bool) -> Tensor:

@@ -206,14 +206,12 @@ class ScoreFunction(Estimator):
 
     def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Any:
         """F⁻¹ times the average of advantage × (T(θ) − μ)."""
-        from .derive import score_natural_gradient
-
         if draws.loss.shape[0] < 2:
             raise ValueError(
                 f"mc_samples={draws.loss.shape[0]}: the score-function estimator compares draws with each "
                 "other; set mc_samples to 2 or more."
             )
-        return score_natural_gradient(family, state, draws)
+        return family.score_natural_gradient(state, draws)
 
 
 GENERAL: dict[str, Callable[[], Estimator]] = {

@@ -58,16 +58,11 @@ def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) ->
         TypeError: if the closure does not return a scalar loss, or has none to differentiate.
         NonFiniteError: if the loss or a gradient is NaN or infinite.
     """
-    for p in params:
-        p.grad = None
-    with torch.enable_grad():
-        loss = _checked_loss(closure())
-    by_closure = [p.grad for p in params]
+    loss, by_closure = _call(closure, params)
     called_backward = any(grad is not None for grad in by_closure)
-    for p in params:
-        p.grad = None
+    value = _finite_loss(loss)
     if not request.gradient:
-        return Measured(_finite_loss(loss), [None] * len(params), [], [])
+        return Measured(value, [None] * len(params), [], [])
     if called_backward:
         if request.second_order:
             raise TypeError(
@@ -81,7 +76,21 @@ def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) ->
     hessians = [_hessian_block(grads, params, where, dense) for where, dense in request.hessian]
     detached = [None if grad is None else grad.detach() for grad in grads]
     _require_finite(detached)
-    return Measured(_finite_loss(loss), detached, products, hessians)
+    _require_finite_curvature([*(part for product in products for part in product), *hessians])
+    return Measured(value, detached, products, hessians)
+
+
+def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss, and the gradients that the closure left; whatever happens, none stay on the parameters."""
+    for p in params:
+        p.grad = None
+    try:
+        with torch.enable_grad():
+            loss = _checked_loss(closure())
+        return loss, [p.grad for p in params]
+    finally:
+        for p in params:
+            p.grad = None
 
 
 def hessian_product(
@@ -169,6 +178,14 @@ def _require_finite(grads: Sequence[Tensor | None]) -> None:
                 f"closure: the gradient of parameter {position} has a NaN or infinite entry; lower lr or check the "
                 "batch. The weights and the posterior are as before the step."
             )
+
+
+def _require_finite_curvature(values: Sequence[Tensor]) -> None:
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise NonFiniteError(
+            "closure: a second derivative of its loss is NaN or infinite; use a curvature made of gradients alone, or "
+            "check the model for functions without one. The weights and the posterior are as before the step."
+        )
 
 
 class RandomState(NamedTuple):

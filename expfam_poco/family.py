@@ -229,6 +229,12 @@ class ExponentialFamily(ABC):
 
         return pathwise_natural_gradient(self, state, draws)
 
+    def score_natural_gradient(self, state: Any, draws: Draws) -> Any:
+        """∇_μ E_q[ℓ] from two or more losses alone: F⁻¹ (1/K) Σ_k (ℓ_k − mean_{j≠k} ℓ_j)(T(θ_k) − μ)."""
+        from .derive import score_natural_gradient
+
+        return score_natural_gradient(self, state, draws)
+
     def kl_gradient(self, state: Any, prior: Any) -> Any:
         """∇_μ KL(q ‖ p₀) = λ − λ₀ for a prior in the family, as a site at `state`."""
         difference = fields.subtract(self.to_nat(state), self.to_nat(prior))
@@ -302,6 +308,12 @@ class ExponentialFamily(ABC):
             return torch.stack([(m * v).sum() for m, v in zip(mean, vector, strict=True)]).sum()
 
         return self.Nat(*torch.func.grad(slope)(nat))
+
+    def fisher_solve(self, nat: Any, vector: Any) -> Any:
+        """F(λ)⁻¹ v: a gradient in λ becomes a natural gradient. One k × k solve per weight unless overridden."""
+        from .derive import fisher_solve
+
+        return fisher_solve(self, nat, vector)
 
     def inner(self, nat: Any, mean: Any) -> Tensor:
         """⟨λ, μ⟩, summed over fields and over the axes of one weight."""

@@ -15,6 +15,7 @@ from .estimators import Estimator, resolve_estimator
 from .registry import resolve_family
 
 RETRACTIONS = ("second_order", "plain")
+HESS_APPROX = {"price": "reparam", "gradsq": "gradsq"}
 
 
 def _is_number(value: object) -> bool:
@@ -41,9 +42,9 @@ def _pair_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 INF = math.inf
+INITIAL_HESSIAN = "initial_hessian"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_range(0.0, INF, high_open=True), "a finite number, 0 or larger"),
-    "lr_scale": (_range(0.0, INF, low_open=True, high_open=True), "a positive number"),
     "precision_lr": (_optional(_range(0.0, 1.0)), "a number between 0 and 1, or None for lr"),
     "ess": (
         _range(0.0, INF, low_open=True, high_open=True),
@@ -55,7 +56,52 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "anchor_weight": (_optional(_range(0.0, 1.0)), "a number between 0 and 1, or None for the estimator's"),
     "momentum": (_range(0.0, 1.0, high_open=True), "a number in [0, 1)"),
     "clip_radius": (_range(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
+    # Last, because named optimizers derive it from the others.
+    "lr_scale": (
+        lambda value: value == INITIAL_HESSIAN or _range(0.0, INF, low_open=True, high_open=True)(value),
+        f"a positive number, or {INITIAL_HESSIAN!r}",
+    ),
 }
+
+
+# All that a group holds beside its parameters; what a checkpoint must have.
+HYPERPARAMETERS = (
+    *_RULES,
+    "family",
+    "curvature",
+    "prior",
+    "alpha",
+    "retraction",
+    "debias",
+    "reanchor_average",
+    "rescale_lr",
+)
+
+
+def precision_rate(beta2: float) -> float:
+    """1 − β₂, the rate of the precision in IVON's terms."""
+    if not _range(0.0, 1.0)(beta2):
+        raise ValueError(f"beta2={beta2!r}: it must be a number between 0 and 1.")
+    return 1.0 - beta2
+
+
+def estimator_of(hess_approx: str) -> str:
+    """The estimator that `ivon-opt` calls "price" or "gradsq"."""
+    if hess_approx not in HESS_APPROX:
+        raise ValueError(
+            f"hess_approx={hess_approx!r}: choose 'price' or 'gradsq', or name any other estimator by curvature=."
+        )
+    return HESS_APPROX[hess_approx]
+
+
+def translate(group: dict[str, Any]) -> None:
+    """Give `ivon-opt`'s names in a parameter group their meaning here, so that none is silently ignored."""
+    if "beta1" in group:
+        group.setdefault("momentum", group.pop("beta1"))
+    if "beta2" in group:
+        group.setdefault("precision_lr", precision_rate(group.pop("beta2")))
+    if "hess_approx" in group:
+        group.setdefault("curvature", estimator_of(group.pop("hess_approx")))
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -69,6 +115,8 @@ def check_group(group: dict[str, Any]) -> None:
     check_numbers(group)
     if group["retraction"] not in RETRACTIONS:
         raise ValueError(f"retraction={group['retraction']!r}: choose one of {', '.join(RETRACTIONS)}.")
+    if group["lr_scale"] == INITIAL_HESSIAN and group["hess_init"] is None:
+        raise ValueError(f"hess_init=None: lr_scale={INITIAL_HESSIAN!r} needs it; give a positive number.")
     for name in ("debias", "reanchor_average"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r}: give True or False.")
@@ -115,16 +163,6 @@ def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
             f"mc_samples={mc_samples}, noise={noise!r}: {type(estimator).__name__} compares independent draws; "
             "give mc_samples of 2 or more and a noise other than 'antithetic'."
         )
-
-
-def check_parameter(p: Tensor, name: str) -> None:
-    """Refuse tensors that no family can be about."""
-    if p.is_complex():
-        raise ValueError(f"params: {name} is complex; split it into real and imaginary parts.")
-    if not p.is_floating_point():
-        raise ValueError(f"params: {name} has dtype {p.dtype}; only floating-point parameters have posteriors.")
-    if p.layout != torch.strided:
-        raise ValueError(f"params: {name} has layout {p.layout}; only dense (strided) parameters are supported.")
 
 
 def initial_posterior(block: Block) -> Any:
@@ -177,9 +215,20 @@ def check_prior(block: Block) -> None:
             )
 
 
+def check_prior_names(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Refuse dictionaries of priors with a name that no block has."""
+    for group in param_groups:
+        unknown = [name for name in group["prior"] if name not in names] if isinstance(group["prior"], dict) else []
+        if unknown:
+            raise ValueError(f"prior[{unknown[0]!r}]: no such parameter; the known names are {', '.join(names)}.")
+
+
 def rates(group: Mapping[str, Any], block: Block) -> Any:
     """The step sizes of a block's fields: lr·lr_scale, and `precision_lr` for the others."""
-    lr = float(group["lr"]) * float(group["lr_scale"])
+    scale = group["lr_scale"]
+    if scale == INITIAL_HESSIAN:
+        scale = group["hess_init"] + group["weight_decay"]
+    lr = float(group["lr"]) * float(scale)
     other = group["precision_lr"]
     return block.family.per_block(lr, lr if other is None else float(other))
 

@@ -130,7 +130,7 @@ def measure_per_example(closure: PerExample, views: Sequence[View]) -> Tensor:
         view.theta.extend(theta)
         view.loss.extend(losses)
         for row in range(len(losses)):
-            grad = view.block.gather([grads[p][row] for p in view.block.params])
+            grad = view.block.gather([None if g is None else g[row] for g in map(grads.__getitem__, view.block.params)])
             view.grad.append(grad)
             view.curvature.append(_curvature_of_gradient(view, grad))
     return losses.mean()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import anchors, blr, checkpoint, correction, fields, groups, posterior
-from .blocks import Block
+from .blocks import Block, make_blocks
 from .estimators import Estimator
 from .evaluation import Closure, NonFiniteError, capture_random, replay_random
 from .family import ExponentialFamily
@@ -40,11 +40,12 @@ from .per_example import PerExample
 
 
 class _Step(NamedTuple):
-    """What one block contributes to a step: its corrected site, and the anchor term (None: none)."""
+    """What one block contributes to a step: its corrected site, the anchor term, and what the meter is to see."""
 
     block: Block
     site: Any
     anchor: Any
+    pair: tuple[Any, ...] | None
 
 
 class PosteriorCorrected(Inspection, torch.optim.Optimizer):
@@ -81,7 +82,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
         seed: the noise key; None takes one from torch's global generator.
-        lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr.
+        lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
+            "initial_hessian" is each group's hess_init + weight_decay.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -123,7 +125,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
         seed: int | None = None,
-        lr_scale: float = 1.0,
+        lr_scale: float | str = 1.0,
     ) -> None:
         groups.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite)
         self.noise = noise
@@ -134,7 +136,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         NoiseKey(self.seed)
         self._anchor = anchors.Anchor(anchor)
         self._meter = VarianceMeter()
-        self._clock = {"step": 0, "refresh": 0, "chunk": 0, "sample": 0, "skipped": 0}
+        self._clock = dict.fromkeys(checkpoint.CLOCK, 0)
         self._blocks: list[Block] = []
         defaults = {
             "family": family,
@@ -156,18 +158,26 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             "reanchor_average": reanchor_average,
         }
         super().__init__(params, defaults)
+        groups.check_prior_names(self.param_groups, [block.name for block in self._blocks])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, so that a copied or pickled optimizer continues as this one would."""
+        return self.__dict__.copy()
 
     # ---- groups ------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyperparameters are checked, and its posterior starts at its next evaluation."""
+        groups.translate(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             groups.check_group(group)
             groups.check_noise(self.noise, self.mc_samples, group)
             self._anchor.check_group(group)
-            blocks = self._blocks_of(group)
+            blocks = make_blocks(
+                group, len(self.param_groups) - 1, sum(len(g["params"]) for g in self.param_groups[:-1])
+            )
             for block in blocks:
                 groups.check_prior(block)
         except Exception:
@@ -175,25 +185,10 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             raise
         self._blocks.extend(blocks)
 
-    def _blocks_of(self, group: dict[str, Any]) -> list[Block]:
-        number = len(self.param_groups) - 1
-        start = sum(len(g["params"]) for g in self.param_groups[:-1])
-        names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(group["params"]))]
-        for p, name in zip(group["params"], names, strict=True):
-            groups.check_parameter(p, name)
-        if not group["family"].joint:
-            pairs = enumerate(zip(group["params"], names, strict=True))
-            return [Block([p], group, start + i, name) for i, (p, name) in pairs]
-        members = [p for p in group["params"] if p.requires_grad]
-        if len({p.device for p in members}) > 1:
-            raise ValueError(
-                f"params: a joint family ({type(group['family']).__name__}) needs all parameters of its group on "
-                "one device; make a group for each device."
-            )
-        return [Block(members, group, start, f"group{number}")] if members else []
-
     def _active(self) -> list[Block]:
         """The blocks that take part now, with their state made or brought up to date."""
+        for block in self._blocks:
+            block.check_members()
         active = [block for block in self._blocks if block.active]
         for block in active:
             state = self.state[block.params[0]]
@@ -206,6 +201,15 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 state["posterior"] = block.reconcile(state["posterior"])
             block.note_weights()
         return active
+
+    def _trainable(self) -> list[Block]:
+        """The active blocks, at least one, with hyperparameters in their ranges."""
+        for group in self.param_groups:
+            groups.check_numbers(group)
+        blocks = self._active()
+        if not blocks:
+            raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
+        return blocks
 
     def _state(self, block: Block) -> dict[str, Any]:
         state: dict[str, Any] = self.state[block.params[0]]
@@ -244,9 +248,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 "closure: step() evaluates the loss at sampled weights; call step(closure) with a function that "
                 "returns the mini-batch's mean loss."
             )
-        for group in self.param_groups:
-            groups.check_numbers(group)
-        blocks = self._active()
+        blocks = self._trainable()
         number = self._clock["step"] + 1
         try:
             with self._weights_restored(blocks):
@@ -275,10 +277,10 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         for i, (block, view) in enumerate(zip(blocks, inner, strict=True)):
             if not view.used():
                 continue
-            site, anchor = view.natural_gradient(), None
+            site, anchor, pair = view.natural_gradient(), None, None
             if corrected[i]:
                 site_out = outer_views[i].natural_gradient()
-                self._meter.add(number, block, site, site_out, outers[i], alphas[i])
+                pair = (number, block, site, site_out, outers[i], alphas[i])
                 site, anchor = correction.correct(
                     block.family,
                     site,
@@ -291,7 +293,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 if products is not None:
                     weight = alphas[i][1] * groups.anchor_weight(block.group)
                     anchor = self._anchor.term(block, products[i], weight)
-            steps.append(_Step(block, site, anchor))
+            steps.append(_Step(block, site, anchor, pair))
         return loss, steps
 
     def _evaluate_pairs(
@@ -308,7 +310,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             return loss, None
         shift = self._anchor.shift(inner, outer)
         losses, terms = [], []
-        for draw in range(inner[0].noise.shape[0] if inner else 0):
+        for draw in range(inner[0].noise.shape[0]):
             random = capture_random(params)
             losses.append(measure_draw(closure, inner, draw)[0])
             if outer is not None:
@@ -316,8 +318,6 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                     products = measure_draw(closure, outer, draw, shift)[1]
                     if shift is not None:
                         terms.append(self._anchor.difference(products))
-        if not losses:
-            raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
         mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
         return torch.stack(losses).mean(), mean_terms
 
@@ -328,7 +328,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             gradients = [getattr(s.site, name) for s in steps for name in s.block.family.momentum_block]
             factor = float(blr.norm_clip_factor(gradients, self.max_grad_norm))
         results = []
-        for block, site, anchor in steps:
+        for block, site, anchor, _ in steps:
             group, state = block.group, self._state(block)
             if factor < 1.0:
                 site = fields.weigh(site, block.family.per_block(factor, 1.0))
@@ -347,10 +347,13 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 retraction=group["retraction"],
             )
             if not bool(block.family.in_domain(moved.posterior)):
-                raise posterior.domain_error(block)
+                raise posterior.domain_error(block, moved.posterior)
             results.append((state, moved))
         for state, moved in results:
             state.update(posterior=moved.posterior, momentum=moved.momentum, step=state["step"] + 1)
+        for step in steps:
+            if step.pair is not None:
+                self._meter.add(*step.pair)
 
     # ---- views: which noise goes where -------------------------------------------------------------------
 
@@ -399,9 +402,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         On any error q_out stays as it was.
         """
         closures, shares = posterior.check_chunks(closures, weights)
-        for group in self.param_groups:
-            groups.check_numbers(group)
-        blocks = self._active()
+        blocks = self._trainable()
         refresh = self._clock["refresh"] + 1
         sums: list[Any] = [None] * len(blocks)
         losses = []
@@ -434,7 +435,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
     def _evaluate_chunk(self, closure: Closure, views: Sequence[View]) -> Tensor:
         if isinstance(closure, PerExample):
             return measure_per_example(closure, views)
-        draws = range(views[0].noise.shape[0] if views else 0)
+        draws = range(views[0].noise.shape[0])
         return torch.stack([measure_draw(closure, views, draw)[0] for draw in draws]).mean()
 
     @torch.no_grad()

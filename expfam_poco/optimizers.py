@@ -20,6 +20,7 @@ from typing import Any
 
 from .correction import Alpha
 from .estimators import Estimator
+from .groups import estimator_of, precision_rate
 from .optimizer import PosteriorCorrected
 from .registry import get_family
 
@@ -220,14 +221,7 @@ class IVONPoCo(PosteriorCorrected):
         curvature: str | Estimator | None = None,
         **choices: Any,
     ) -> None:
-        if hess_approx not in ("price", "gradsq"):
-            raise ValueError(
-                f"hess_approx={hess_approx!r}: choose 'price' or 'gradsq', or name any other estimator by curvature=."
-            )
-        if not isinstance(beta2, (int, float)) or not 0.0 <= beta2 <= 1.0:
-            raise ValueError(f"beta2={beta2!r}: it must be a number between 0 and 1.")
-        chosen = curvature if curvature is not None else {"price": "reparam", "gradsq": "gradsq"}[hess_approx]
-        choices.setdefault("lr_scale", hess_init + weight_decay if rescale_lr else 1.0)
+        choices.setdefault("lr_scale", "initial_hessian" if rescale_lr else 1.0)
         super().__init__(
             params,
             "diagonal_gaussian",
@@ -235,10 +229,10 @@ class IVONPoCo(PosteriorCorrected):
             ess,
             hess_init=hess_init,
             momentum=beta1,
-            precision_lr=1.0 - beta2,
+            precision_lr=precision_rate(beta2),
             weight_decay=weight_decay,
             mc_samples=mc_samples,
-            curvature=chosen,
+            curvature=estimator_of(hess_approx) if curvature is None else curvature,
             clip_radius=clip_radius,
             debias=debias,
             alpha=alpha,

@@ -54,8 +54,11 @@ class PerExample:
         """The mean loss of the batch at the model's present weights, like an ordinary closure."""
         return self.loss(self.model(self.inputs), self.targets)
 
-    def evaluate(self, stacks: Mapping[Parameter, Tensor]) -> tuple[Tensor, dict[Parameter, Tensor]]:
-        """Losses (B) and gradients (B × P per parameter) with example b at row b of every stack."""
+    def evaluate(self, stacks: Mapping[Parameter, Tensor]) -> tuple[Tensor, dict[Parameter, Tensor | None]]:
+        """Losses (K) and gradients (K × P per parameter; None: unused), K a multiple of B.
+
+        Example b is evaluated at rows b K/B … (b+1) K/B − 1 of every stack.
+        """
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         missing = [tuple(p.shape) for p in stacks if p not in names]
         if missing:
@@ -63,6 +66,8 @@ class PerExample:
                 f"model: it has no parameter for {len(missing)} of the optimizer's tensors (first shape "
                 f"{missing[0]}); pass the model that the optimizer was made for."
             )
+        repeats = next(iter(stacks.values())).shape[0] // len(self)
+        inputs, targets = (values.repeat_interleave(repeats, 0) for values in (self.inputs, self.targets))
         leaves = {names[p]: stack.detach().requires_grad_() for p, stack in stacks.items()}
 
         def one(values: dict[str, Tensor], example: Tensor, target: Tensor) -> Tensor:
@@ -70,20 +75,18 @@ class PerExample:
             return self.loss(output, target.unsqueeze(0))
 
         with torch.enable_grad():
-            losses = vmap(one, randomness="different")(leaves, self.inputs, self.targets)
+            losses = vmap(one, randomness="different")(leaves, inputs, targets)
         found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        grads = {
-            p: torch.zeros_like(stack) if grad is None else grad
-            for (p, stack), grad in zip(stacks.items(), found, strict=True)
-        }
+        grads = dict(zip(stacks, found, strict=True))
         _require_finite(losses, grads)
         return losses.detach(), grads
 
 
-def _require_finite(losses: Tensor, grads: Mapping[Parameter, Tensor]) -> None:
+def _require_finite(losses: Tensor, grads: Mapping[Parameter, Tensor | None]) -> None:
     from .evaluation import NonFiniteError
 
-    if not bool(torch.isfinite(losses).all()) or not all(bool(torch.isfinite(g).all()) for g in grads.values()):
+    present = [losses, *(grad for grad in grads.values() if grad is not None)]
+    if not all(bool(torch.isfinite(value).all()) for value in present):
         raise NonFiniteError(
             "closure: a loss or gradient of an example is NaN or infinite; lower lr or check the batch. "
             "The weights and the posterior are as before the step."

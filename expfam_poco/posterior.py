@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import groups
-from .evaluation import Closure
+from . import fields, groups
+from .evaluation import Closure, NonFiniteError, Request, evaluate
 from .measurement import ELBO, draw_noise
 from .noise import NoiseKey
 
@@ -95,11 +96,16 @@ def objective(
     (ess,) = sizes
     kl = sum(_kl(block, states[block.name]) for block in blocks)
     noises = [draw_noise(b, "shared", samples, NoiseKey(seed, ELBO)) for b in blocks]
+    params = [p for block in blocks for p in block.params]
+
+    def loss(closure: Closure) -> Tensor:
+        return evaluate(closure, params, Request(gradient=False)).loss
+
     losses = []
     for number in range(samples):
         for block, noise in zip(blocks, noises, strict=True):
             block.write(block.family.sample(states[block.name], noise[number : number + 1])[0])
-        losses.append(sum(share * float(closure()) for closure, share in zip(closures, shares, strict=True)))
+        losses.append(sum(share * float(value) for share, value in zip(shares, map(loss, closures), strict=True)))
     draws = torch.tensor(losses, dtype=torch.float64)
     mean, error = float(draws.mean()), float(draws.std() / samples**0.5)
     return Objective(-(ess * mean + kl), ess * error, mean, kl)
@@ -133,17 +139,27 @@ def mean_stddev(distributions: Mapping[str, Any]) -> float | None:
     return total / count if count else None
 
 
-def domain_error(block: Block) -> ValueError:
-    """The sentence for a step that would leave the domain."""
+def domain_error(block: Block, state: Any) -> Exception:
+    """The error for a step that would leave the domain, or the finite numbers."""
+    where = f"the posterior of {block.name!r} ({type(block.family).__name__})"
+    bounded = [getattr(state, name) for name in block.family.domain]
+    finite = fields.all_finite(tuple(bounded)) if bounded else fields.all_finite(state)
+    if not bool(finite) or bool(block.family.in_domain(state)):
+        return NonFiniteError(
+            f"lr={block.group['lr']}: the step would make {where} infinite or NaN; lower lr or precision_lr, or clip "
+            "(clip_radius, max_grad_norm). Nothing was changed."
+        )
     return ValueError(
-        f"retraction={block.group['retraction']!r}: the step would take the posterior of {block.name!r} out of the "
-        f"domain of {type(block.family).__name__}; lower lr or precision_lr, or use retraction='second_order'. "
-        "Nothing was changed."
+        f"retraction={block.group['retraction']!r}: the step would take {where} out of its domain; lower lr or "
+        "precision_lr, or use retraction='second_order'. Nothing was changed."
     )
 
 
 def _kl(block: Block, state: Any) -> float:
-    group = block.group
-    if group["prior"] is None and group["weight_decay"] == 0.0:
-        raise ValueError("weight_decay=0.0: without a proper prior the objective is not defined; give one.")
-    return float(block.family.kl(state, groups.prior_of(block)).sum())
+    value = float(block.family.kl(state, groups.prior_of(block)).sum())
+    if not math.isfinite(value):
+        raise ValueError(
+            f"weight_decay={block.group['weight_decay']}: the KL divergence from the prior of {block.name!r} is {value}; "
+            "the objective needs a proper prior."
+        )
+    return value

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.derive import leave_one_out
 from expfam_poco.estimators import Draws
 from expfam_poco.family import ExponentialFamily, Theta
 
@@ -155,6 +156,15 @@ class _CurvedGaussian(ExponentialFamily):
             curvature = self._outer(grad, self._whiten(state.precision, draws.noise))
         return GaussianSite(grad.mean(0), curvature.mean(0))
 
+    def score_natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
+        """The averages of a w and a w wᵀ, w = S(θ−m), a = ℓ minus the other draws' mean: the Fisher's inverse in
+        closed form, in the chart.
+        """
+        white = self._whiten(state.precision, draws.noise)
+        advantage = leave_one_out(draws.loss).to(white.dtype)
+        weighted = advantage.reshape(-1, *(1,) * (white.ndim - 1)) * white
+        return GaussianSite(weighted.mean(0), self._outer(weighted, white).mean(0))
+
     def kl_gradient(self, state: Any, prior: Any) -> GaussianSite:
         """(S₀ (m − m₀), S₀ − S)."""
         gradient = self._apply(prior.precision, state.mean - prior.mean)
@@ -179,6 +189,31 @@ class _CurvedGaussian(ExponentialFamily):
         if clip_radius < math.inf:
             slope = slope.clamp(-clip_radius, clip_radius)
         return GaussianState(state.mean - rate_mean * slope, precision)
+
+    def log_prob(self, state: Any, theta: Tensor) -> Tensor:
+        """−½ (θ−m)ᵀ S (θ−m) + ½ log |S| − ½ d log 2π; like `entropy` and `kl` in the chart, where nothing cancels."""
+        off = theta - state.mean
+        distance = off * self._apply(state.precision, off)
+        distance = distance.sum(-1) if self.event_dim else distance
+        return 0.5 * (self._log_det(state.precision) - self._size(state) * LOG_2PI - distance)
+
+    def entropy(self, state: Any) -> Tensor:
+        """½ d (1 + log 2π) − ½ log |S|."""
+        return 0.5 * (self._size(state) * (1.0 + LOG_2PI) - self._log_det(state.precision))
+
+    def kl(self, state: Any, prior: Any) -> Tensor:
+        """½ (tr(S₀ S⁻¹) + (m−m₀)ᵀ S₀ (m−m₀) − d + log |S| − log |S₀|)."""
+        off = state.mean - prior.mean
+        distance = off * self._apply(prior.precision, off)
+        ratio = prior.precision * self._covariance(state.precision)
+        if self.event_dim:
+            distance, ratio = distance.sum(-1), ratio.flatten(-2).sum(-1)
+        log_ratio = self._log_det(state.precision) - self._log_det(prior.precision)
+        return 0.5 * (ratio + distance - self._size(state) + log_ratio)
+
+    def _size(self, state: Any) -> int:
+        """d, the number of entries of one weight."""
+        return state.mean.shape[-1] if self.event_dim else 1
 
     def point(self, state: Any) -> Tensor:
         """The mean."""
@@ -312,6 +347,15 @@ class FullGaussian(_CurvedGaussian):
         matrix = fill if fill.ndim >= 2 else fill * identity
         return GaussianState(theta.clone(), matrix.expand(*theta.shape, theta.shape[-1]).clone())
 
+    def fisher_solve(self, nat: Any, vector: Any) -> GaussianStatistics:
+        """F⁻¹ v = (dλ/dμ) v in closed form; the k × k matrix is singular, for θθᵀ holds every product twice."""
+        state = self.from_nat(nat)
+        covariance = vector.theta_theta - 2.0 * self._outer(vector.theta, state.mean)
+        slope = 0.5 * state.precision @ covariance @ state.precision
+        return GaussianStatistics(
+            self._apply(state.precision, vector.theta) - 2.0 * self._apply(slope, state.mean), slope
+        )
+
     def distribution(self, state: Any) -> Any:
         """A `pyro.distributions.MultivariateNormal` with this precision matrix."""
         import pyro.distributions as dist
@@ -385,6 +429,14 @@ class IsotropicGaussian(ExponentialFamily):
     def kl_gradient(self, state: Any, prior: Any) -> Theta:
         """s₀ (m − m₀), for a prior of any precision s₀."""
         return Theta(prior.precision * (state.mean - prior.mean))
+
+    def log_prob(self, state: Any, theta: Tensor) -> Tensor:
+        """−½ s (θ−m)² + ½ log s − ½ log 2π; like `entropy` and `kl` in the chart, where nothing cancels."""
+        return 0.5 * (math.log(self.precision) - LOG_2PI - self.precision * (theta - state.mean) ** 2)
+
+    def entropy(self, state: Any) -> Tensor:
+        """½ (1 + log 2π) − ½ log s."""
+        return torch.full_like(state.mean, 0.5 * (1.0 + LOG_2PI - math.log(self.precision)))
 
     def kl(self, state: Any, prior: Any) -> Tensor:
         """½ (s₀/s + s₀ (m − m₀)² − 1 − log(s₀/s)), one value per weight."""

@@ -1,0 +1,132 @@
+"""Small problems, and every optimizer ready to run on them: what the optimizers' tests share."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import expfam_poco as poco
+from expfam_poco.measurement import draw_noise
+from expfam_poco.noise import NoiseKey
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def network(dtype: torch.dtype = torch.float64, *, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    """A 3-4-1 network whose initial weights depend on the seed alone."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 1))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model.to(dtype)
+
+
+class Task:
+    """Regression on 24 examples in 4 mini-batches; `closure(batch)` returns the mean loss with its graph."""
+
+    def __init__(self, model: nn.Module, *, seed: int = 0, batches: int = 4) -> None:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        self.model = model
+        dtype = next(model.parameters()).dtype
+        x = torch.randn(24, 3, generator=generator, dtype=torch.float64)
+        noise = torch.randn(24, 1, generator=generator, dtype=torch.float64)
+        y = x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64) + 0.1 * noise
+        self.x = x.to(dtype).chunk(batches)
+        self.y = y.to(dtype).chunk(batches)
+
+    def closure(self, batch: int) -> Callable[[], Tensor]:
+        x, y = self.x[batch % len(self.x)], self.y[batch % len(self.y)]
+        return lambda: 0.5 * (self.model(x) - y).square().mean()
+
+    def chunks(self) -> list[Callable[[], Tensor]]:
+        return [self.closure(batch) for batch in range(len(self.x))]
+
+
+def shell(family: str, **fixed: Any) -> Make:
+    """A factory of `PosteriorCorrected` with these choices, which the caller may change."""
+
+    def make(params: Any, **choices: Any) -> torch.optim.Optimizer:
+        return poco.PosteriorCorrected(params, family, **{"seed": 1, **fixed, **choices})
+
+    return make
+
+
+def named(kind: Callable[..., torch.optim.Optimizer], **fixed: Any) -> Make:
+    """A factory of a named optimizer with these choices, which the caller may change."""
+    return lambda params, **choices: kind(params, **{"seed": 1, **fixed, **choices})
+
+
+# Every optimizer that is a `PosteriorCorrected`: the named ones, then other families and estimators.
+SHELL: dict[str, Make] = {
+    "SVRG": named(poco.SVRG, lr=0.1, weight_decay=0.01),
+    "VSGDPoCo": named(poco.VSGDPoCo, lr=0.1, precision=100.0, weight_decay=0.01, noise="fixed"),
+    "VON": named(poco.VON, lr=0.05, ess=24.0, hess_init=2.0, weight_decay=0.1),
+    "VONPoCo": named(poco.VONPoCo, lr=0.05, ess=24.0, hess_init=2.0, weight_decay=0.1),
+    "IVON": named(poco.IVON, lr=0.1, ess=500.0, beta2=0.99),
+    "IVONPoCo": named(poco.IVONPoCo, lr=0.1, ess=500.0, beta2=0.99),
+    "IVONPoCoMo": named(poco.IVONPoCoMo, lr=0.1, ess=500.0, beta2=0.99, rho1=0.6, rho2=0.1, alpha=0.7),
+    "diagonal-exact": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, curvature="exact"),
+    "diagonal-gradsq": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=9.0, curvature="gradsq", momentum=0.9),
+    "diagonal-hutchinson": shell(
+        "diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, weight_decay=0.1, curvature="hutchinson",
+        noise="antithetic", max_grad_norm=5.0,
+    ),
+    "diagonal-products": shell(
+        "diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, weight_decay=0.1, anchor="stored", anchor_weight=1.0
+    ),
+    "full-reparam": shell(
+        "full_gaussian", lr=0.02, ess=100.0, hess_init=5.0, weight_decay=0.1, curvature="reparam", mc_samples=2,
+        noise="independent",
+    ),
+    "bernoulli-relaxed": shell("bernoulli", lr=0.01, ess=24.0, momentum=0.5),
+    "bernoulli-mean": shell(
+        poco.get_family("bernoulli")(point_estimate="mean"), lr=0.01, ess=24.0, curvature="straight_through"
+    ),
+    "bernoulli-score": shell("bernoulli", lr=0.01, ess=24.0, curvature="score", mc_samples=4),
+}  # fmt: skip
+
+
+def over_sgd(params: Any) -> torch.optim.Optimizer:
+    return poco.AlphaSVRG(torch.optim.SGD(params, lr=0.05, momentum=0.9), alpha=0.7)
+
+
+def over_adamw(params: Any) -> torch.optim.Optimizer:
+    return poco.AlphaSVRG(torch.optim.AdamW(params, lr=0.02), alpha=0.5)
+
+
+OVER_A_BASE: dict[str, Make] = {"AlphaSVRG-SGD": over_sgd, "AlphaSVRG-AdamW": over_adamw}
+OPTIMIZERS: dict[str, Make] = {**SHELL, **OVER_A_BASE}
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """Copies of all parameters."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Bit for bit the same values, shapes and dtypes."""
+    pairs = zip(first, second, strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def noises(opt: Any, stream: int, step: int, mode: str = "shared", count: int | None = None) -> list[Tensor]:
+    """What the optimizer's generator gives every block at a step (or chunk, or refresh): draws × shape each."""
+    key = NoiseKey(opt.seed, stream, step)
+    return [draw_noise(block, mode, count or opt.mc_samples, key) for block in opt._blocks]
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All entries in one vector."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def run(opt: torch.optim.Optimizer, task: Task, steps: int, *, refresh_every: int = 4, start: int = 0) -> list[Tensor]:
+    """Steps number start+1 … start+steps, with a refresh before every fourth; returns the losses."""
+    losses = []
+    for step in range(start, start + steps):
+        if step and step % refresh_every == 0:
+            losses.append(opt.refresh(task.chunks()))
+        losses.append(opt.step(task.closure(step)))
+    return losses
