@@ -165,7 +165,10 @@ class AlphaSVRG(torch.optim.Optimizer):
         return own
 
     def _params(self) -> list[Parameter]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not params:
+            raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
+        return params
 
     def _corrected(self, p: Parameter, inner: Tensor | None, outer: Tensor | None, alpha: float) -> Tensor | None:
         if inner is None or p not in self._outer:

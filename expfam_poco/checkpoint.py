@@ -14,7 +14,7 @@ from .blocks import Block
 from .correction import Outer
 from .estimators import Estimator
 from .family import ExponentialFamily
-from .groups import HYPERPARAMETERS
+from .groups import HYPERPARAMETERS, check_group
 from .registry import name_of
 
 FORMAT = 1
@@ -89,6 +89,8 @@ def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
     site = family.kl_gradient(expected, expected)
     memory = [getattr(site, name) for name in family.momentum_block]
     _check_like(where, expected._fields, decoded["posterior"], expected)
+    if not bool(family.in_domain(decoded["posterior"])):
+        raise CheckpointError(f"state_dict: {where} is outside the domain of {type(family).__name__}; use another file.")
     if decoded["momentum"]:
         _check_like(f"the momentum of {block.name!r}", family.momentum_block, decoded["momentum"], memory)
     if decoded["outer"] is not None:
@@ -184,13 +186,25 @@ def check_groups(own: Sequence[Mapping[str, Any]], saved: Any) -> None:
             )
 
 
-def decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def decode_groups(own: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The saved hyperparameters of every group, checked like an optimizer's arguments."""
+    decoded = []
+    for number, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
+        try:
+            decoded.append(_decode_group(mine, theirs))
+            check_group({**mine, **decoded[-1]})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"state_dict['param_groups'][{number}]: {error}") from error
+    return decoded
+
+
+def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """The saved hyperparameters; family, estimator and a schedule of α stay the optimizer's own."""
     group = {key: value for key, value in saved.items() if key not in (*_OBJECTS, "params")}
     alpha = saved["alpha"]
     group["alpha"] = own["alpha"] if alpha == "schedule" else tuple(alpha) if isinstance(alpha, list) else alpha
     prior, state = saved["prior"], own["family"].State
-    if prior is not None and all(isinstance(value, Tensor) for value in prior.values()):
+    if prior and all(isinstance(value, Tensor) for value in prior.values()):
         group["prior"] = fields.from_plain(state, prior)
     else:
         group["prior"] = None if prior is None else {k: fields.from_plain(state, v) for k, v in prior.items()}
@@ -206,11 +220,14 @@ def check_header(header: Any, settings: Mapping[str, Any]) -> None:
             "PosteriorCorrected, or of another version."
         )
     for name, kind in _HEADER.items():
-        if not isinstance(header.get(name), kind):
+        if name not in header or not isinstance(header[name], kind):
             raise CheckpointError(f"state_dict['poco'][{name!r}]: missing or damaged; use another file.")
     for name in CLOCK:
-        if not isinstance(header["clock"].get(name), int):
+        if not isinstance(header["clock"].get(name), int) or header["clock"][name] < 0:
             raise CheckpointError(f"state_dict['poco']['clock'][{name!r}]: missing or damaged; use another file.")
+    for name, values in header["meter"].items():
+        if not isinstance(values, list) or [type(value) for value in values] != [float] * 4:
+            raise CheckpointError(f"state_dict['poco']['meter'][{name!r}]: damaged; use another file.")
     for name, value in settings.items():
         if header["settings"].get(name) != value:
             raise CheckpointError(

@@ -107,17 +107,19 @@ def invert_mean(family: ExponentialFamily, mean: Any, *, iterations: int = 200, 
 def _ascend(family: ExponentialFamily, current: Tensor, step: Tensor, target: Tensor, shapes: Any) -> Tensor:
     """Per weight, the longest of the halved steps that stays in the domain and does not lower the dual."""
 
-    def dual(vector: Tensor) -> Tensor:
-        linear = (vector * target).sum(-1)
-        value = linear - family.log_partition(_unflatten(family, vector, shapes)).reshape(linear.shape)
-        inside = _inside(family, _unflatten(family, vector, shapes)).reshape(linear.shape)
-        return torch.where(inside & torch.isfinite(value), value, value.new_full((), -torch.inf))
+    def dual(vector: Tensor) -> tuple[Tensor, Tensor]:
+        linear = vector * target
+        partition = family.log_partition(_unflatten(family, vector, shapes)).reshape(linear.shape[:-1])
+        value = linear.sum(-1) - partition
+        inside = _inside(family, _unflatten(family, vector, shapes)).reshape(value.shape)
+        size = linear.abs().sum(-1) + partition.abs()
+        return torch.where(inside & torch.isfinite(value), value, value.new_full((), -torch.inf)), size
 
-    best = dual(current)
-    slack = 4.0 * torch.finfo(best.dtype).eps * best.abs()
+    best, size = dual(current)
+    slack = 4.0 * torch.finfo(best.dtype).eps * size  # of the terms: their sum may be near zero
     length = torch.ones_like(best)
     for _ in range(60):
-        worse = dual(current + length.unsqueeze(-1) * step) < best - slack
+        worse = dual(current + length.unsqueeze(-1) * step)[0] < best - slack
         if not bool(worse.any()):
             break
         length = torch.where(worse, 0.5 * length, length)

@@ -74,7 +74,6 @@ HYPERPARAMETERS = (
     "retraction",
     "debias",
     "reanchor_average",
-    "rescale_lr",
 )
 
 

@@ -28,6 +28,7 @@ from .specimens import (
     Specimen,
     holds,
     size_of,
+    unseen,
 )
 
 Findings = Iterator[Finding | str]
@@ -43,7 +44,7 @@ class Law(NamedTuple):
 
 
 def declarations(s: Specimen) -> Findings:
-    """The class attributes fit together."""
+    """Class attributes fit together."""
     family = s.family
     for name, kind in (("Nat", family.Nat), ("Mean", family.Mean)):
         same = kind._fields == family.Statistics._fields
@@ -74,9 +75,7 @@ def centred_at(s: Specimen) -> Findings:
                     batch == (2, *s.batch))  # fmt: skip
     for state, nat in zip(s.states, s.nats, strict=True):
         inside = family.in_domain(state)
-        yield holds(
-            "in_domain gives something else than one boolean tensor", isinstance(inside, Tensor) and inside.shape == ()
-        )
+        yield holds("in_domain does not give one boolean", isinstance(inside, Tensor) and inside.shape == ())
         yield holds("centred_at leaves the domain", inside)
         yield holds("centred_at and from_nat give something else than a State", isinstance(state, family.State))
         partition = family.log_partition(nat)
@@ -91,15 +90,13 @@ def noise(s: Specimen) -> Findings:
     first = s.noise(count, SAMPLES)
     yield s.shaped("noise", first, (count, *s.shape))
     yield holds("noise is not finite", torch.isfinite(first).all())
-    yield holds("noise changes when asked for again", torch.equal(first, s.noise(count, SAMPLES)))
-    yield holds("noise is the same at every step", not torch.equal(first, s.noise(count, SAMPLES, 1)))
-    later = family.noise(s.shape, 2, s.key(SAMPLES).at(draw=3), dtype=s.dtype, device=s.device)
-    yield holds(
-        "noise of draw 3 depends on whether it is asked for alone or among others", torch.equal(later, first[3:5])
-    )
     kept = first.clone()
-    family.sample(s.states[0], first)
+    family.sample(s.states[-1], first)
     yield holds("noise is changed in place by sample", torch.equal(first, kept))
+    yield holds("noise changes when asked for again", torch.equal(kept, s.noise(count, SAMPLES)))
+    yield holds("noise is the same at every step", not torch.equal(kept, s.noise(count, SAMPLES, 1)))
+    later = family.noise(s.shape, 2, s.key(SAMPLES).at(draw=3), dtype=s.dtype, device=s.device)
+    yield holds("noise of a draw depends on how many are asked for", torch.equal(later, first[3:5]))
     mirrored = family.reflect(first)
     yield s.near("reflect twice", family.reflect(mirrored), first, SLACK * s.eps * (1.0 + size_of(first)))
     neutral = family.neutral_noise(first[0])
@@ -151,11 +148,6 @@ def expectation(s: Specimen, reference: Reference) -> tuple[Any, Any]:
         means.append(mean)
         errors.append(spread + SLACK * s.eps * value.abs().amax(0))
     return s.family.Mean(*means), s.family.Mean(*errors)
-
-
-def unseen(reference: Reference) -> float:
-    """A bound on the probability of values that none of the draws took."""
-    return 20.0 * len(reference.theta) / DRAWS
 
 
 def gradient_of_log_partition(s: Specimen) -> Findings:
@@ -246,15 +238,13 @@ def log_prob(s: Specimen) -> Findings:
 
 
 def distribution(s: Specimen) -> Findings:
-    """distribution(state) is a Pyro distribution with the family's density, shapes, support and samples."""
+    """What `distribution` gives is a Pyro distribution with the family's density, shapes, support and samples."""
     from pyro.distributions.torch_distribution import TorchDistributionMixin
 
     family = s.family
     for number, state in enumerate(s.states):
         q = family.distribution(state)
-        yield holds(
-            "distribution gives something else than a pyro.distributions object", isinstance(q, TorchDistributionMixin)
-        )
+        yield holds("distribution does not give a pyro.distributions object", isinstance(q, TorchDistributionMixin))
         shapes = f"batch_shape {tuple(q.batch_shape)} and event_shape {tuple(q.event_shape)}"
         yield holds(f"distribution has {shapes} instead of () and {tuple(s.shape)}",
                     q.batch_shape == () and q.event_shape == s.shape)  # fmt: skip
@@ -289,8 +279,11 @@ def entropy(s: Specimen) -> Findings:
         value = s.family.entropy(state)
         yield s.shaped("entropy", value, s.batch)
         if s.sampling:
-            surprise = -s.family.log_prob(state, s.draws(number))
-            yield s.sampled("entropy against −E_q[log q] by sampling", surprise, value)
+
+            def surprise(theta: Tensor, at: Any = state) -> Tensor:
+                return -s.family.log_prob(at, theta)
+
+            yield s.averaged("entropy against −E_q[log q]", number, surprise, value)
 
 
 def kl(s: Specimen) -> Findings:
@@ -306,9 +299,11 @@ def kl(s: Specimen) -> Findings:
         yield s.near("kl at equality against 0", family.kl(state, state), torch.zeros_like(value), tolerance)
         yield Finding("how far kl falls below 0", max(0.0, -float(value.min())), tolerance)
         if s.sampling:
-            theta = s.draws(number)
-            ratio = family.log_prob(state, theta) - family.log_prob(prior, theta)
-            yield s.sampled("kl against E_q[log q − log p] by sampling", ratio, value)
+
+            def ratio(theta: Tensor, at: Any = state, to: Any = prior) -> Tensor:
+                return family.log_prob(at, theta) - family.log_prob(to, theta)
+
+            yield s.averaged("kl against E_q[log q − log p]", number, ratio, value)
 
 
 def fisher_information(s: Specimen) -> Findings:
@@ -319,20 +314,25 @@ def fisher_information(s: Specimen) -> Findings:
         yield s.near("∇²A against its transpose", matrix.mT, matrix, tolerance)
         vector = s.direction(number)
         product, tolerances = s.rounded(family.fisher_vector_product, nat, vector)
+        product = family.Nat(*product)
         flat = _flatten(family, vector)[0]
         expected = (matrix @ flat.unsqueeze(-1)).squeeze(-1)
         slack = max(tolerances) + tolerance * matrix.shape[-1] * size_of(flat)
         yield s.near("fisher_vector_product against ∇²A v", _flatten(family, product)[0], expected, slack)
+        solved, tolerances = s.rounded(family.fisher_solve, nat, product)
+        yield s.near("fisher_solve(λ, F v) against v", solved, vector, tolerances)
         if not s.sampling:
             continue
-        statistics = _flatten(family, family.statistics(s.draws(number)))[0]
-        deviation = statistics - statistics.mean(0)
-        products = deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
-        sigma = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
-        spread = (sigma.unsqueeze(-1) * sigma.unsqueeze(-2)).sqrt()
-        yield s.sampled("∇²A against Cov[T] by sampling", products, matrix, spread=spread)
+        mean = _flatten(family, family.to_mean(nat))[0]
+
+        def products(theta: Tensor, mean: Tensor = mean) -> Tensor:
+            deviation = _flatten(family, family.statistics(theta))[0] - mean
+            return deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
+
+        yield s.averaged("∇²A against Cov[T]", number, products, matrix)
         if number == 0:
-            yield from _minimal(statistics[:64].movedim(0, -2), matrix)
+            statistics = _flatten(family, family.statistics(s.draws(number)[:64]))[0]
+            yield from _minimal(statistics.movedim(0, -2), matrix)
 
 
 def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
@@ -351,7 +351,7 @@ def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
 
 
 def point(s: Specimen) -> Findings:
-    """point(state) is a possible weight, and recentre moves it where it is told."""
+    """The point is a possible weight, and recentre moves it where it is told."""
     family = s.family
     for number, (state, other) in enumerate(s.pairs()):
         here, there = family.point(state), family.point(other)

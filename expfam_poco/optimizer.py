@@ -175,9 +175,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             groups.check_group(group)
             groups.check_noise(self.noise, self.mc_samples, group)
             self._anchor.check_group(group)
-            blocks = make_blocks(
-                group, len(self.param_groups) - 1, sum(len(g["params"]) for g in self.param_groups[:-1])
-            )
+            before = [len(g["params"]) for g in self.param_groups[:-1]]
+            blocks = make_blocks(group, len(before), sum(before))
             for block in blocks:
                 groups.check_prior(block)
         except Exception:
@@ -482,8 +481,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         checkpoint.check_header(state_dict.get("poco"), self._settings())
         checkpoint.check_groups(self.param_groups, state_dict.get("param_groups"))
         states = checkpoint.decode_states(self._blocks, self.param_groups, state_dict)
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
-        decoded = [checkpoint.decode_group(own, saved) for own, saved in pairs]
+        decoded = checkpoint.decode_groups(self.param_groups, state_dict["param_groups"])
         for group, values in zip(self.param_groups, decoded, strict=True):
             group.update(values)
         self.state.clear()

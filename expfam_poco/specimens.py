@@ -150,14 +150,13 @@ class Specimen:
         return self.family.Nat(*parts)
 
     def moved(self, nat: Any, size: float, step: int) -> Any:
-        """A member near `nat`: a step along `direction`, halved until it stays in the domain."""
-        direction = self.direction(step)
+        """A member near `nat`: a step along `direction`, halved until a step twice as long stays in the domain."""
+        direction = fields.map_fields(lambda v, d: v.abs().max().clamp_min(0.1) * d, nat, self.direction(step))
         for _ in range(40):
-            candidate = fields.map_fields(lambda v, d: v + size * v.abs().max().clamp_min(0.1) * d, nat, direction)
-            state = self.family.from_nat(candidate)
-            finite = torch.isfinite(self.family.log_partition(candidate)).all()
-            if bool(self.family.in_domain(state)) and bool(finite):
-                return candidate
+            far = fields.add(nat, fields.scale(direction, 2.0 * size))
+            finite = torch.isfinite(self.family.log_partition(far)).all()
+            if bool(finite) and bool(self.family.in_domain(self.family.from_nat(far))):
+                return fields.add(nat, fields.scale(direction, size))
             size = 0.5 * size
         return nat
 
@@ -264,6 +263,26 @@ class Specimen:
         """Whether a tensor has the right shape."""
         return holds(f"{what} has shape {tuple(value.shape)} instead of {tuple(shape)}", value.shape == tuple(shape))
 
+    def averaged(
+        self,
+        what: str,
+        number: int,
+        function: Callable[[Tensor], Tensor],
+        expected: Tensor,
+        spread: Tensor | None = None,
+    ) -> Finding:
+        """E_q[f(θ)] at member `number` against its expectation: summed over a discrete θ's values, or by sampling."""
+        reference = self.represented(number)
+        if reference is None or not reference.exact or len(reference.theta) > 16:
+            return self.sampled(what, function(self.draws(number)), expected, spread=spread)
+        values = function(reference.theta)
+        weight = torch.softmax(reference.log_weight, 0)
+        mean = (weight.reshape(*weight.shape, *(1,) * (values.ndim - weight.ndim)) * values).sum(0)
+        error = (mean - expected).abs().flatten()
+        tolerance = (values.abs().amax(0) * (unseen(reference) + SLACK * self.eps)).flatten()
+        worst = int((error / tolerance).nan_to_num(torch.inf).argmax())
+        return Finding(f"{what} (all values)", size_of(error[worst]), size_of(tolerance[worst]))
+
     def sampled(
         self, what: str, values: Tensor, expected: Any, *, spread: Tensor | None = None, allowed: Any = 0.0
     ) -> Finding:
@@ -308,6 +327,11 @@ def standard_errors(
     return size_of((mean - expected) / (error + allowed / SIGMAS + floor + torch.finfo(values.dtype).tiny))
 
 
+def unseen(reference: Reference) -> float:
+    """A bound on the probability of values that none of the draws took."""
+    return 20.0 * len(reference.theta) / DRAWS
+
+
 def holds(fault: str, condition: bool | Tensor) -> Finding:
     """A yes-or-no comparison: error 0, or infinite where the condition is false and `fault` describes it."""
     return Finding(fault, 0.0 if bool(condition) else math.inf, 0.0)
@@ -335,5 +359,5 @@ def nudge(value: Any, eps: float, generator: torch.Generator) -> Any:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
+    """The name "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")

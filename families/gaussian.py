@@ -256,7 +256,7 @@ class DiagonalGaussian(_CurvedGaussian):
         return first * second
 
     def _sandwich(self, curvature: Tensor, precision: Tensor) -> Tensor:
-        return curvature * curvature / precision
+        return curvature * (curvature / precision)  # the square alone overflows float32 for ess = 10¹²
 
     def _log_det(self, precision: Tensor) -> Tensor:
         return precision.log()

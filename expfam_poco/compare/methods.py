@@ -45,6 +45,7 @@ class Method:
         build: makes the optimizer from the weights, the settings and a seed.
         tuned: hyperparameters by task.
         choices: settings that are the same for every task; `--noise`, `--curvature` and `--set` change them.
+        exact: the method whose hyperparameters it takes with `--curvature exact`, if they are others.
         corrected: whether it refreshes an outer posterior.
         dense: whether it keeps a matrix of all pairs of weights.
         unitless: whether lr has no unit (Newton-like), so that it suits data of any scale.
@@ -56,6 +57,7 @@ class Method:
     build: Build
     tuned: Mapping[str, Settings]
     choices: Settings = field(default_factory=dict)
+    exact: str = ""
     corrected: bool = False
     dense: bool = False
     unitless: bool = False
@@ -116,7 +118,7 @@ def _ivon_arguments(s: Settings, seed: int) -> Settings:
 
 
 def _ivon(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = _poco().IVON([weight], **_ivon_arguments(s, seed))
+    made: torch.optim.Optimizer = _poco().IVON([weight], noise=s["noise"], **_ivon_arguments(s, seed))
     return made
 
 
@@ -170,17 +172,17 @@ def _von_rates(*values: tuple[float, float]) -> dict[str, Settings]:
     }
 
 
-CORRECTED: Settings = {"alpha": 1.0, "chunks": 20, "burn_in": 1.0, "inner": None}
+CORRECTED: Settings = {"alpha": 1.0, "chunks": 20, "burn_in": 2.0, "inner": None}
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("SGD", "torch.optim.SGD", _sgd, _rates(0.1, 0.15, 0.15)),
+        Method("SGD", "torch.optim.SGD", _sgd, _rates(0.05, 0.15, 0.15)),
         Method(
             "SVRG",
             "PC Alg. 1: isotropic Gaussian, delta method",
             _svrg,
-            _rates(0.3, 0.7, 1.0),
+            _rates(0.35, 0.85, 0.7),
             CORRECTED,
             corrected=True,
         ),
@@ -188,15 +190,15 @@ METHODS: dict[str, Method] = {
             "alpha-SVRG",
             "Yin et al. 2025: SGD, correction weighted by α",
             _alpha_svrg,
-            _rates(0.3, 0.7, 1.0),
-            CORRECTED | {"alpha": 0.75},
+            _rates(0.2, 0.5, 0.5),
+            CORRECTED | {"alpha": 0.9},
             corrected=True,
         ),
         Method(
             "VSGD-PoCo",
             "PC Alg. 3: isotropic Gaussian, sampled",
             _vsgd,
-            _rates(0.3, 0.7, 1.0),
+            _rates(0.35, 0.85, 0.7),
             CORRECTED | {"noise": "shared"},
             corrected=True,
         ),
@@ -204,22 +206,23 @@ METHODS: dict[str, Method] = {
             "IVON",
             "Shen et al. 2024: diagonal Gaussian",
             _ivon,
-            _ivon_rates((0.1, 1.0, 0.9, 0.99999), (0.15, 1.0, 0.9, 0.99999), (0.1, 1.0, 0.9, 0.99999)),
-            {"curvature": "reparam"},
+            _ivon_rates((0.06, 1.0, 0.9, 0.99999), (0.15, 3.0, 0.9, 0.99999), (0.1, 1.0, 0.9, 0.99999)),
+            {"curvature": "reparam", "noise": "shared"},
         ),
         Method(
             "IVON-PoCo",
             "PC Alg. 4 improved: shared noise, 20 chunks",
             _ivon_poco,
-            _ivon_rates((0.4, 3.0, 0.9, 0.99999), (1.0, 3.0, 0.9, 0.99999), (1.0, 3.0, 0.0, 0.99999)),
+            _ivon_rates((0.35, 3.0, 0.9, 0.99999), (1.0, 3.0, 0.9, 0.99999), (0.85, 3.0, 0.9, 0.99999)),
             CORRECTED | {"curvature": "reparam", "noise": "shared", "anchor_weight": 0.0},
+            exact="IVON-PoCo-exact",
             corrected=True,
         ),
         Method(
             "IVON-PoCo-exact",
             "the same with the exact diagonal Hessian, anchor weight 1",
             _ivon_poco,
-            _ivon_rates((0.4, 10.0, 0.9, 0.9999), (0.85, 10.0, 0.9, 0.998), (0.7, 1.0, 0.0, 0.9998)),
+            _ivon_rates((0.4, 10.0, 0.9, 0.9995), (0.85, 10.0, 0.9, 0.998), (0.7, 1.0, 0.9, 0.9998)),
             CORRECTED | {"curvature": "exact", "noise": "shared", "anchor_weight": 1.0},
             corrected=True,
         ),
@@ -227,7 +230,7 @@ METHODS: dict[str, Method] = {
             "IVON-PoCo-literal",
             "PC Alg. 4 as printed: fresh noise for θ_out, one chunk",
             _ivon_poco,
-            _ivon_rates((0.3, 1.0, 0.9, 0.99999), (0.7, 1.0, 0.9, 0.99999), (0.7, 1.0, 0.9, 0.99999)),
+            _ivon_rates((0.3, 3.0, 0.9, 0.99999), (0.7, 3.0, 0.9, 0.99999), (0.15, 0.1, 0.9, 0.99999)),
             CORRECTED | {"curvature": "reparam", "noise": "independent", "anchor_weight": 0.01, "chunks": 1},
             corrected=True,
             literal=True,
@@ -236,7 +239,7 @@ METHODS: dict[str, Method] = {
             "VON",
             "PC Eq. 8: full Gaussian, delta method",
             _von,
-            _von_rates((0.005, 0.1), (0.01, 0.1), (0.005, 0.1)),
+            _von_rates((0.003, 0.1), (0.01, 0.1), (0.003, 0.1)),
             {"curvature": "exact", "noise": "zero"},
             dense=True,
             unitless=True,
@@ -245,7 +248,7 @@ METHODS: dict[str, Method] = {
             "VON-PoCo",
             "PC Alg. 5: full Gaussian, delta method",
             _von_poco,
-            _von_rates((0.1, 1.0), (0.2, 1.0), (0.1, 1.0)),
+            _von_rates((0.03, 0.1), (0.1, 0.1), (0.03, 0.1)),
             CORRECTED | {"curvature": "exact", "noise": "zero", "anchor_weight": 1.0},
             corrected=True,
             dense=True,

@@ -52,6 +52,7 @@ def draw(report: Report, path: Path) -> None:
         raise InputError(MISSING)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -62,18 +63,21 @@ def draw(report: Report, path: Path) -> None:
         _line(left, result.method, passes, (median, low, high), order)
         _line(right, result.method, steps, (median, low, high), order)
     left.set_xlim(0.0, report.passes)
+    left.xaxis.set_major_locator(MaxNLocator(integer=report.passes >= 4))
     right.set_xlim(0, max(curve.steps[-1] for result in report.results for curve in result.curves))
     left.set_xlabel("effective passes (all gradient evaluations counted)")
     right.set_xlabel("optimizer steps")
     left.set_ylabel("gap to the minimum of the regularised loss")
     _decorate((left, right), report.results)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=10)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
     size = f"N = {report.task.size}, {report.task.weights} weights, δ = {report.task.delta:g}"
     figure.suptitle(
         f"{report.task.name}: {size}, batch {report.batch}, ess = {report.ess / report.task.size:g} N, "
         f"median and range of {len(report.seeds)} seeds",
         fontsize=11,
+        x=0.01,
+        horizontalalignment="left",
     )
     try:
         figure.savefig(path, dpi=150)
@@ -82,8 +86,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 MISSING = (
-    "curves.png is left out because matplotlib is not installed; "
-    "run: python -m pip install 'expfam_poco[examples]'."
+    "curves.png is left out because matplotlib is not installed; run: python -m pip install 'expfam_poco[examples]'."
 )
 
 
@@ -91,6 +94,7 @@ def _line(axes: Axes, method: str, x: np.ndarray, gaps: Sequence[np.ndarray], or
     colour, dashes = STYLES.get(method, OTHER)
     median, low, high = (_drawable(values) for values in gaps)
     axes.plot(x, median, color=colour, linestyle=dashes, linewidth=1.8, label=method, zorder=3 + order)
+    axes.plot(x[-1:], median[-1:], color=colour, marker="o", markersize=5, zorder=3 + order)
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
 
 
@@ -116,7 +120,17 @@ def _decorate(both: Sequence[Axes], results: Sequence[Result]) -> None:
     lowest = min(float(np.nanmin(_drawable(result.median_curve()[2]))) for result in results)
     for axes in both:
         axes.set_yscale("log")
-        axes.set_ylim(max(lowest / 3.0, SHOWN_FLOOR), 1.0)
+        axes.set_ylim(lowest / 3.0, 1.0)
         axes.grid(axis="y", color="#D0D0D0", linewidth=0.5, zorder=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelleft=True)
+        if lowest <= SHOWN_FLOOR:
+            axes.axhline(SHOWN_FLOOR, color="#808080", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+            axes.text(
+                0.01,
+                1.3 * SHOWN_FLOOR,
+                "drawn no lower",
+                fontsize=8,
+                color="#606060",
+                transform=axes.get_yaxis_transform(),
+            )

@@ -11,7 +11,9 @@ import multiprocessing as mp
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
@@ -56,20 +58,20 @@ def run_all(task: Task, runs: Sequence[Run], budget: Budget, workers: int, watch
 Message = tuple[int, float, "Curve | None"]
 
 
-def _here(task: Task, runs: Sequence[Run], budget: Budget, watch: Watch) -> Iterator[Message]:
+def _here(task: Task, runs: Sequence[Run], budget: Budget, watch: Watch) -> Generator[Message, None, None]:
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for number, run in enumerate(runs):
-            curve = _train(task, run, budget, lambda passes, number=number: watch(number, passes, None))
+            curve = _train(task, run, budget, partial(_report, watch, number))
             yield number, curve.passes[-1], curve
     finally:
         torch.set_num_threads(threads)
 
 
-def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> Iterator[Message]:
+def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> Generator[Message, None, None]:
     context = mp.get_context("spawn")
     jobs: Any = context.Queue()
     messages: Any = context.Queue()
@@ -77,7 +79,7 @@ def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> I
         jobs.put((number, run))
     for _ in range(workers):
         jobs.put(None)
-    with _one_thread_each():
+    with _one_thread_each(), _deaf_to_interrupts():
         processes = [
             context.Process(target=_work, args=(task, budget, jobs, messages), daemon=True) for _ in range(workers)
         ]
@@ -117,6 +119,19 @@ def _next_message(messages: Any, processes: Sequence[SpawnProcess]) -> Any:
 
 
 @contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C from their first moment on; this one only for that moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Children inherit these variables; numeric libraries read them when they are loaded."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
@@ -133,18 +148,25 @@ def _one_thread_each() -> Iterator[None]:
 
 def _work(task: Task, budget: Budget, jobs: Any, messages: Any) -> None:
     """A worker's life: take runs until there is None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
         number, run = job
         try:
-            curve = _train(task, run, budget, lambda passes, number=number: messages.put((number, passes, None)))
+            curve = _train(task, run, budget, partial(_send, messages, number))
         except Exception as error:
             messages.put((number, math.nan, f"{type(error).__name__}: {error}"))
             return
         messages.put((number, curve.passes[-1], curve))
+
+
+def _report(watch: Watch, number: int, passes: float) -> None:
+    watch(number, passes, None)
+
+
+def _send(messages: Any, number: int, passes: float) -> None:
+    messages.put((number, passes, None))
 
 
 def _train(task: Task, run: Run, budget: Budget, progress: Callable[[float], None]) -> Curve:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -121,10 +122,8 @@ class Report:
         return lines + [f"{self.task.name}: {note}." for note in self.task.notes]
 
     def _gaps(self) -> Table:
-        table = Table(title=f"{self.task.name} after {self.passes:g} passes", title_justify="left")
-        table.add_column("method", no_wrap=True)
-        for name in ("median gap", "lowest … highest", "steps", "passes", "Hessians", "s/run"):
-            table.add_column(name, justify="right", no_wrap=True)
+        names = ("median", "lowest … highest", "steps", "passes", "Hessians", "s/run")
+        table = _table(f"Gap on {self.task.name} after {self.passes:g} passes", names)
         for result in self.results:
             row = result.summary()
             spread = f"{show_gap(row['lowest_gap'])} … {show_gap(row['highest_gap'])}"
@@ -140,10 +139,7 @@ class Report:
         return table
 
     def _levels(self) -> Table:
-        table = Table(title="Passes until the median gap is at most …", title_justify="left")
-        table.add_column("method", no_wrap=True)
-        for level in LEVELS:
-            table.add_column(f"{level:.0e}", justify="right", no_wrap=True)
+        table = _table("Passes until the median gap is at most …", [f"{level:.0e}" for level in LEVELS])
         for result in self.results:
             found = [result.passes_to(level) for level in LEVELS]
             table.add_row(result.method, *("–" if value is None else f"{value:.1f}" for value in found))
@@ -200,6 +196,15 @@ class Report:
                     writer.writerows(
                         [curve.method, curve.seed, f"{p:.6g}", s, f"{h:.6g}", f"{g:.9g}"] for p, s, h, g in rows
                     )
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    """A table of numbers by method, narrow enough for 80 columns."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def show_gap(gap: float | None) -> str:

@@ -159,7 +159,7 @@ class _Run:
     def _step(self, closure: Callable[[], Tensor]) -> None:
         if isinstance(self.optimizer, torch.optim.SGD):
             self.optimizer.zero_grad()
-            closure().backward()  # type: ignore[no-untyped-call]
+            closure().backward()
             self.optimizer.step()
         else:
             self.optimizer.step(closure)
@@ -168,8 +168,8 @@ class _Run:
     def _refresh(self, order: np.random.Generator) -> None:
         """All examples in random chunks that weigh as many examples as they have."""
         self._record()
-        chunks = np.array_split(order.permutation(self.task.size), int(self.settings["chunks"]))
-        chunks = [torch.from_numpy(chunk) for chunk in chunks if len(chunk)]
+        parts = np.array_split(order.permutation(self.task.size), int(self.settings["chunks"]))
+        chunks = [torch.from_numpy(part) for part in parts if len(part)]
         begin = self.passes
         self.optimizer.refresh([self.counter.closure(c) for c in chunks], weights=[len(c) for c in chunks])
         self.curve.outer.append((begin, self.passes))

@@ -1,0 +1,248 @@
+"""The command line: `expfam-poco compare`, `expfam-poco families`, `expfam-poco check`.
+
+Wrong input ends with one sentence on standard error and exit code 2; a family that breaks a law with 1; Ctrl-C
+with 130. Everything heavy is imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .family import ExponentialFamily
+
+app = typer.Typer(
+    name="expfam-poco",
+    help="Optimizers of any exponential family by posterior correction: compare them, list families, check one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    app()
+
+
+@contextmanager
+def _sentences(err: Console) -> Iterator[None]:
+    """Turn wrong input into one sentence and exit code 2, and Ctrl-C into 130."""
+    from .compare.errors import InputError
+
+    try:
+        yield
+    except InputError as error:
+        _say(err, str(error))
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _say(err, "stopped by Ctrl-C; nothing was written.")
+        raise typer.Exit(130) from None
+
+
+def _say(err: Console, sentence: str) -> None:
+    err.print(f"expfam-poco: {' '.join(sentence.split())}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"expfam-poco {version('expfam_poco')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compare(
+    task: Annotated[str, typer.Option(help="breast-cancer, digits or wine.")] = "breast-cancer",
+    data: Annotated[Path | None, typer.Option(help="Your own CSV file with a header line, in place of --task.")] = None,
+    target: Annotated[str | None, typer.Option(help="The column of --data that holds the labels.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names with commas between them; 'help' lists all methods.")
+    ] = None,
+    lr: Annotated[list[str] | None, typer.Option(help="VALUE, or METHOD=VALUE; may be repeated.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting: NAME=VALUE or METHOD.NAME=VALUE; may be repeated."),
+    ] = None,
+    passes: Annotated[float, typer.Option(help="Budget of gradient evaluations, in passes over the data.")] = 20.0,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    batch: Annotated[int, typer.Option(help="Examples in a mini-batch.")] = 5,
+    delta: Annotated[float | None, typer.Option(help="L2 regularisation δ of the mean loss.")] = None,
+    ess: Annotated[str | None, typer.Option(help="Effective sample size, or a multiple such as 100N.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="shared, independent, fixed, antithetic or zero, for methods that sample.")
+    ] = None,
+    curvature: Annotated[
+        str | None, typer.Option(help="reparam, exact, hutchinson or gradsq, for IVON and VON methods.")
+    ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="First search a grid of 8 points for every method.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for curves.png, results.json and results.csv.")] = Path(
+        "expfam-poco-results"
+    ),
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default 2.")] = None,
+) -> None:
+    """Train optimizers side by side on a convex task and show who gets how near to the minimum.
+
+    All gradient evaluations are counted. Default: breast-cancer, 20 passes, 3 seeds, under a minute.
+    """
+    out, err = Console(), Console(stderr=True)
+    with _sentences(err):
+        if methods == "help":
+            _list_methods(out)
+            return
+        from .compare.job import Options
+        from .compare.job import compare as run
+        from .compare.pool import WorkerError
+
+        options = Options(
+            task=task,
+            data=data,
+            target=target,
+            methods=[] if methods is None else methods.split(","),
+            lr=lr or [],
+            set=settings or [],
+            passes=passes,
+            seeds=seeds,
+            first_seed=first_seed,
+            batch=batch,
+            delta=delta,
+            ess=ess,
+            noise=noise,
+            curvature=curvature,
+            tune=tune,
+            output=output,
+            workers=workers,
+        )
+        try:
+            run(options, out, err)
+        except WorkerError as error:
+            _say(err, str(error))
+            raise typer.Exit(1) from None
+
+
+def _list_methods(out: Console) -> None:
+    from .compare.methods import DEFAULT_METHODS, METHODS
+
+    table = _table("method", "what it is", "default")
+    for method in METHODS.values():
+        table.add_row(method.name, method.summary, "yes" if method.name in DEFAULT_METHODS else "")
+    out.print(table)
+
+
+@app.command()
+def families() -> None:
+    """List the registered families."""
+    out = Console()
+    from .registry import families_available, get_family
+
+    table = _table("name", "one posterior for", "curvature", "what it is")
+    for name in families_available():
+        family = get_family(name)
+        summary = (family.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        table.add_row(
+            name,
+            "a whole group" if family.joint else "each weight",
+            family.curvature,
+            f"{summary}\n{family.__module__}:{family.__qualname__}",
+        )
+    out.print(table)
+
+
+def _table(*names: str, title: str | None = None) -> Table:
+    """A table whose first column is never broken."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(names):
+        table.add_column(name, no_wrap=number == 0, overflow="fold")
+    return table
+
+
+@app.command()
+def check(
+    family: Annotated[str, typer.Argument(help="A registered name, or module:Class.", metavar="NAME|MODULE:CLASS")],
+    seed: Annotated[int, typer.Option(help="Of the test points and the noise.")] = 0,
+) -> None:
+    """Run every law of the conformance suite on a family; exit code 1 if one fails."""
+    out, err = Console(), Console(stderr=True)
+    with _sentences(err):
+        found = _find_family(family)
+        from .checks import check_family
+
+        report = check_family(found, seed=seed, raise_on_failure=False)
+        table = _table("law", "result", "error", "tolerance")
+        for law in report.laws:
+            result = "[green]holds" if law.passed else "[red]FAILS"
+            table.add_row(law.name, result, f"{law.error:.2g}", f"{law.tolerance:.2g}")
+        out.print(table)
+        for law in report.failures:
+            out.print(f"{law.name}: {law.detail}", highlight=False, markup=False, soft_wrap=True)
+        if not report.passed:
+            names = ", ".join(law.name for law in report.failures)
+            _say(err, f"{family} breaks {names}; correct the family and run the check again.")
+            raise typer.Exit(1)
+        out.print(f"{family} keeps all {len(report.laws)} laws.", highlight=False)
+
+
+def _find_family(name: str) -> ExponentialFamily:
+    """A family from a registered name or `module:Class`.
+
+    Raises:
+        InputError: where there is none, or it cannot be made without arguments.
+    """
+    from .compare.errors import InputError
+    from .registry import resolve_family
+
+    module_name, colon, class_name = name.partition(":")
+    chosen: Any = name
+    if colon:
+        chosen = _import_class(name, module_name, class_name)
+    try:
+        return resolve_family(chosen)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name!r}: {error}") from error
+
+
+def _import_class(name: str, module_name: str, class_name: str) -> Any:
+    """An object from a module that is installed or lies in the current folder."""
+    from importlib import import_module
+
+    from .compare.errors import InputError
+
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            f"{name!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error}); "
+            "install or correct it, or run the command in its folder."
+        ) from error
+    if not class_name or not hasattr(module, class_name):
+        raise InputError(f"{name!r}: module {module_name!r} has no {class_name!r}; check the spelling.")
+    return getattr(module, class_name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Saving and resuming continues bit for bit wherever it happens; what does not belong is refused, and harms nothing."""
+
+import copy
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from optimizer_cases import OPTIMIZERS, SHELL, Task, equal, network, run, same, shell, weights
+from torch import Tensor, nn
+
+import expfam_poco as poco
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_shell = pytest.mark.parametrize("name", SHELL)
+
+
+def through_a_file(value: Any) -> Any:
+    """As `torch.load(weights_only=True)` gives it back."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def trained(
+    name: str, steps: int, *, dtype: torch.dtype = torch.float64, **choices: Any
+) -> tuple[nn.Module, Any, Task]:
+    torch.manual_seed(0)
+    model = network(dtype, dropout=0.3)
+    opt = OPTIMIZERS[name](model.parameters(), **choices)
+    task = Task(model)
+    run(opt, task, steps)
+    return model, opt, task
+
+
+def continued(model: nn.Module, opt: Any, task: Task, start: int, steps: int = 6) -> list[Tensor]:
+    """Losses and weights of further steps; the dropout masks depend on torch's generator."""
+    torch.manual_seed(start)
+    return [*run(opt, task, steps, start=start), *weights(model)]
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@every_optimizer
+def test_resuming_continues_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    """Before the first step, before the first refresh, right after one, and in the middle of an inner loop."""
+    orders = [(0, False, True), (3, False, False), (4, True, True), (6, False, False), (6, False, True)]
+    for steps, refreshed, optimizer_first in orders:
+        model, opt, task = trained(name, steps, dtype=dtype)
+        if refreshed:
+            opt.refresh(task.chunks())
+        saved = through_a_file({"model": model.state_dict(), "optimizer": opt.state_dict()})
+        expected = continued(model, opt, task, steps)
+
+        other = network(dtype, dropout=0.3, seed=8)
+        resumed = OPTIMIZERS[name](other.parameters())
+        if optimizer_first:
+            resumed.load_state_dict(saved["optimizer"])
+        other.load_state_dict(saved["model"])
+        if not optimizer_first:
+            resumed.load_state_dict(saved["optimizer"])
+        assert equal(continued(other, resumed, Task(other), steps), expected), f"saved after {steps} steps"
+        assert same(through_a_file(resumed.state_dict()), through_a_file(opt.state_dict()))
+
+
+@every_shell
+def test_resuming_into_an_optimizer_that_has_been_used(name: str) -> None:
+    model, opt, task = trained(name, 6)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": opt.state_dict()})
+    expected = continued(model, opt, task, 6)
+    other, resumed, another = trained(name, 11, seed=77)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.seed == opt.seed and resumed.diagnostics()["steps"] == 6
+    assert equal(continued(other, resumed, another, 6), expected)
+    assert resumed.diagnostics() == opt.diagnostics()
+
+
+@every_shell
+def test_a_checkpoint_is_a_copy_of_its_moment(name: str) -> None:
+    _, opt, task = trained(name, 6)
+    saved = opt.state_dict()
+    frozen = copy.deepcopy(saved)
+    run(opt, task, 6, start=6)
+    assert same(saved, frozen), "training went on in the checkpoint"
+    opt.load_state_dict(saved)
+    run(opt, task, 3, start=6)
+    assert same(saved, frozen), "training went on in the loaded checkpoint"
+
+
+@every_shell
+def test_a_float32_posterior_of_bfloat16_weights_survives(name: str) -> None:
+    model, opt, _ = trained(name, 6, dtype=torch.bfloat16)
+    saved = through_a_file(opt.state_dict())
+    other = network(torch.bfloat16, dropout=0.3)
+    other.load_state_dict(model.state_dict())
+    resumed = OPTIMIZERS[name](other.parameters())
+    resumed.load_state_dict(saved)
+    pairs = list(zip(resumed.posterior_states().values(), opt.posterior_states().values(), strict=True))
+    assert pairs
+    for loaded, own in pairs:
+        assert equal(loaded, own) and {value.dtype for value in loaded} == {torch.float32}
+    states = saved["state"].values()
+    tensors = [v for s in states for v in (*s["posterior"].values(), *s["momentum"], *s["outer"]["site"].values())]
+    assert {value.dtype for value in tensors} == {torch.float32}
+
+
+def test_schedules_priors_and_scheduled_rates_come_back() -> None:
+    def make() -> tuple[nn.Module, Any]:
+        model = network()
+        prior = {name: poco.resolve_family("diagonal_gaussian").centred_at(p.detach() + 1.0, 3.0)
+                 for name, p in list(model.named_parameters())[:2]}  # fmt: skip
+        opt = poco.IVONPoCoMo(
+            model.named_parameters(), lr=0.1, ess=50.0, prior=prior, alpha=poco.BurnIn(5, 0.6), rho1=0.5, seed=3
+        )
+        return model, opt
+
+    model, opt = make()
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, 0.7)
+    for step in range(7):
+        if step == 3:
+            opt.refresh(Task(model).chunks())
+        opt.step(Task(model).closure(step))
+        scheduler.step()
+    saved = through_a_file({"model": model.state_dict(), "optimizer": opt.state_dict()})
+    other, resumed = make()
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.param_groups[0]["lr"] == opt.param_groups[0]["lr"] < 0.1
+    assert isinstance(resumed.param_groups[0]["alpha"], poco.BurnIn)
+    assert same(resumed.param_groups[0]["prior"], opt.param_groups[0]["prior"])
+    assert equal(continued(other, resumed, Task(other), 7, 3), continued(model, opt, Task(model), 7, 3))
+
+
+def test_closures_are_not_part_of_a_checkpoint() -> None:
+    make = shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, anchor="products", anchor_weight=1.0)
+    model = network()
+    opt, task = make(model.parameters()), Task(model)
+    run(opt, task, 6)
+    resumed = make(model.parameters())
+    resumed.load_state_dict(through_a_file(opt.state_dict()))
+    before = weights(model)
+    with pytest.raises(
+        RuntimeError, match=r"anchor='products': closures are not part of checkpoints; call refresh\(\)"
+    ):
+        resumed.step(task.closure(6))
+    assert equal(weights(model), before)
+    resumed.refresh(task.chunks())
+    assert torch.isfinite(resumed.step(task.closure(6)))
+
+
+# ---- refusing ----------------------------------------------------------------------------------------------
+
+
+def refused(opt: Any, model: nn.Module, wrong: Any, *entries: str, before: Any = None) -> None:
+    """Loading raises a `CheckpointError` of one sentence that names the entry, and changes nothing."""
+    before = copy.deepcopy([weights(model), opt.state_dict()]) if before is None else before
+    with pytest.raises(poco.CheckpointError) as caught:
+        opt.load_state_dict(wrong)
+    message = str(caught.value)
+    assert message.startswith("state_dict") and "\n" not in message and len(message) < 900, message
+    assert all(entry in message for entry in entries), message
+    assert same(before, [weights(model), opt.state_dict()]), "a refused checkpoint changed something"
+
+
+def other_model(*, hidden: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 1)).double()
+
+
+@every_optimizer
+def test_a_checkpoint_of_another_model_is_refused(name: str) -> None:
+    model, opt, task = trained(name, 6)
+    wider = other_model()
+    foreign = OPTIMIZERS[name](wider.parameters())
+    run(foreign, Task(wider), 6)
+    refused(opt, model, foreign.state_dict())
+    deeper = nn.Sequential(network(), nn.Linear(1, 1)).double()
+    foreign = OPTIMIZERS[name](deeper.parameters())
+    run(foreign, Task(deeper), 6)
+    refused(opt, model, foreign.state_dict())
+    assert torch.isfinite(opt.step(task.closure(0)))
+
+
+@every_optimizer
+def test_a_checkpoint_of_another_kind_of_optimizer_is_refused(name: str) -> None:
+    model, opt, _ = trained(name, 6)
+    for other in OPTIMIZERS:
+        _, foreign, _ = trained(other, 1)
+        own, theirs = opt.state_dict(), foreign.state_dict()
+        mine = [{k: v for k, v in g.items() if k in ("family", "curvature")} for g in own["param_groups"]]
+        ours = [{k: v for k, v in g.items() if k in ("family", "curvature")} for g in theirs["param_groups"]]
+        settings = [s.get("poco", {}).get("settings") for s in (own, theirs)]
+        if mine != ours or settings[0] != settings[1]:
+            refused(opt, model, theirs)
+    plain = torch.optim.AdamW(network().parameters()).state_dict()
+    refused(opt, model, plain, "state_dict['")
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "noise": ({"noise": "independent"}, "['settings']['noise']"),
+    "draws": ({"mc_samples": 3}, "['settings']['mc_samples']"),
+    "anchor": ({"anchor": "stored"}, "['settings']['anchor']"),
+    "curvature": ({"curvature": "exact"}, "['curvature']"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_checkpoint_of_other_settings_is_refused(setting: str) -> None:
+    choices, entry = SETTINGS[setting]
+    model, opt, _ = trained("IVONPoCo", 6)
+    _, foreign, _ = trained("IVONPoCo", 6, **choices)
+    refused(opt, model, foreign.state_dict(), entry)
+
+
+def test_a_family_with_other_hyperparameters_is_refused() -> None:
+    model, opt, _ = trained("VSGDPoCo", 6)
+    _, foreign, _ = trained("VSGDPoCo", 6, precision=101.0)
+    refused(opt, model, foreign.state_dict(), "['param_groups'][0]['family']", "101.0", "100.0")
+
+
+def test_parameters_of_other_names_are_refused() -> None:
+    model, other = network(), network()
+    opt = poco.IVON(model.named_parameters(), lr=0.1, ess=10.0)
+    renamed = [(f"net.{name}" if "3" in name else name, p) for name, p in other.named_parameters()]
+    foreign = poco.IVON(renamed, lr=0.1, ess=10.0)
+    refused(opt, model, foreign.state_dict(), "net.3.weight", "'3.weight'")
+
+
+def test_another_version_is_refused() -> None:
+    model, opt, _ = trained("IVON", 2)
+    later = copy.deepcopy(opt.state_dict())
+    later["poco"]["format"] += 1
+    refused(opt, model, later, "state_dict['poco']", "format 2", "1 is needed")
+    del later["poco"]
+    refused(opt, model, later, "state_dict['poco']", "not a checkpoint")
+
+
+def paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every entry of nested dictionaries."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield (*above, key)
+            yield from paths(entry, (*above, key))
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for number, entry in enumerate(value):
+            yield from paths(entry, (*above, number))
+
+
+def damaged(state_dict: Any, path: tuple[Any, ...], harm: Callable[[Any, Any], None]) -> Any:
+    """A copy (of the containers on the way; the rest is shared) in which the entry is harmed."""
+    copied = inner = copy.copy(state_dict)
+    for key in path[:-1]:
+        inner[key] = copy.copy(inner[key])
+        inner = inner[key]
+    harm(inner, path[-1])
+    return copied
+
+
+def own_entries(state_dict: Any) -> list[tuple[Any, ...]]:
+    """What this library wrote: all entries, or those beside the base optimizer's."""
+    if "alpha_svrg" in state_dict:
+        return [p for p in paths(state_dict) if p[0] == "alpha_svrg" and len(p) <= 2]
+    # A parameter may have no state (it was frozen, or its group new), and the meter starts when it starts.
+    optional = {("state", number) for number in state_dict["state"]}
+    return [p for p in paths(state_dict) if p not in optional and p[:2] != ("poco", "meter")]
+
+
+@every_optimizer
+def test_damaged_checkpoints_are_refused(name: str) -> None:
+    """Every entry in turn is missing, or something else than it should be."""
+    model, opt, task = trained(name, 6)
+    whole = opt.state_dict()
+    before = copy.deepcopy([weights(model), whole])
+
+    def remove(inner: Any, key: Any) -> None:
+        del inner[key]
+
+    def garble(inner: Any, key: Any) -> None:
+        inner[key] = "damaged"
+
+    entries = own_entries(whole)
+    assert len(entries) >= 4
+    for path in entries:
+        for harm in (remove, garble):
+            refused(opt, model, damaged(whole, path, harm), before=before)
+    expected = continued(*trained(name, 6), 6, 2)
+    opt.load_state_dict(whole)
+    assert equal(continued(model, opt, task, 6, 2), expected)
+
+
+@every_shell
+def test_tensors_of_another_shape_dtype_or_domain_are_refused(name: str) -> None:
+    model, opt, _ = trained(name, 6)
+    whole = opt.state_dict()
+    harms: dict[str, Callable[[Tensor], Tensor]] = {
+        "shape": lambda value: torch.stack([value, value]),
+        "dtype": lambda value: value.to(torch.float16),
+    }
+    tensors = [p for p in paths(whole["state"]) if isinstance(damaged_entry(whole["state"], p), Tensor)]
+    assert len(tensors) >= 4
+    for path in tensors:
+        for harm in harms.values():
+            wrong = damaged(
+                whole, ("state", *path), lambda inner, key, harm=harm: inner.update({key: harm(inner[key])})
+            )
+            refused(opt, model, wrong, "state_dict: ", "group0", str(path[-1]))
+    for path in tensors:
+        if path[1] == "posterior":
+            wrong = damaged(whole, ("state", *path), lambda inner, key: inner.update({key: inner[key] * torch.nan}))
+            refused(opt, model, wrong, "domain", "group0")
+    for number, state in whole["state"].items():
+        if state["momentum"]:
+            wrong = copy.deepcopy(whole)
+            wrong["state"][number]["momentum"] = [torch.stack([value, value]) for value in state["momentum"]]
+            refused(opt, model, wrong, "momentum")
+
+
+def damaged_entry(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
