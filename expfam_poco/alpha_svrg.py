@@ -56,11 +56,11 @@ class AlphaSVRG(torch.optim.Optimizer):
         self.state = base_optimizer.state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, so that a copied or pickled optimizer continues as this one would."""
-        return self.__dict__.copy()
+        """Everything but the `step` that a scheduler has wrapped, which would step this optimizer, not the copy."""
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; it is corrected from the next `refresh` on."""
+        """Add a group to the base optimizer; steps are plain until the next `refresh`."""
         if not any(param_group is group for group in self.base.param_groups):
             self.base.add_param_group(param_group)
 
@@ -81,7 +81,8 @@ class AlphaSVRG(torch.optim.Optimizer):
         random = capture_random(params)
         inner = evaluate(closure, params, Request())
         grads = list(inner.grads)
-        if alpha > 0.0 and any(p in self._outer for p in params):
+        # Frozen, unfrozen or added since the snapshot: g_out belongs to another function, so the step is plain.
+        if alpha > 0.0 and set(params) == set(self._outer):
             with replay_random(random), self._snapshot_weights(params):
                 outer = evaluate(closure, params, Request())
             grads = [self._corrected(p, g, o, alpha) for p, g, o in zip(params, inner.grads, outer.grads, strict=True)]
@@ -98,14 +99,14 @@ class AlphaSVRG(torch.optim.Optimizer):
         """Take the snapshot: θ_out ← θ, g_out ← mean of the chunks' gradients there (weighted by `weights`)."""
         closures, shares = check_chunks(closures, weights)
         params = self._params()
-        means = [torch.zeros_like(p) for p in params]
+        means = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
         losses = []
         for closure, share in zip(closures, shares, strict=True):
             measured = evaluate(closure, params, Request())
             losses.append(share * measured.loss)
             for mean, grad in zip(means, measured.grads, strict=True):
                 if grad is not None:
-                    mean.add_(grad, alpha=share)
+                    mean.add_(grad.to(mean.dtype), alpha=share)
         self._outer = {p: (p.detach().clone(), mean) for p, mean in zip(params, means, strict=True)}
         return torch.stack(losses).sum()
 
@@ -171,11 +172,14 @@ class AlphaSVRG(torch.optim.Optimizer):
         return params
 
     def _corrected(self, p: Parameter, inner: Tensor | None, outer: Tensor | None, alpha: float) -> Tensor | None:
-        if inner is None or p not in self._outer:
-            return inner
-        at_snapshot = torch.zeros_like(inner) if outer is None else outer
-        mean = Theta(self._outer[p][1])
-        return correction.natural_correct(Theta(inner), Theta(at_snapshot), mean, alpha).theta
+        """In the mean's precision; a batch that does not use p has gradient 0, and p still moves by α g_out."""
+        mean = self._outer[p][1]
+        if inner is None and outer is None and not bool(mean.any()):
+            return None
+        here, there = (
+            Theta(torch.zeros_like(mean) if grad is None else grad.to(mean.dtype)) for grad in (inner, outer)
+        )
+        return correction.natural_correct(here, there, Theta(mean), alpha).theta.to(p.dtype)
 
     @contextmanager
     def _snapshot_weights(self, params: Sequence[Parameter]) -> Iterator[None]:

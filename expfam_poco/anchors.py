@@ -41,6 +41,18 @@ class Anchor:
                 f"anchor={self.kind!r}: {type(group['family']).__name__} keeps no curvature; use anchor='curvature'."
             )
 
+    def reset(self) -> None:
+        """Forget the mega-batch."""
+        self.hessian, self._chunks, self._target = None, [], None
+
+    def check_set_outer(self) -> None:
+        """A stored posterior brings no Hessian along."""
+        if self.kind != "curvature":
+            raise ValueError(
+                f"anchor={self.kind!r}: a stored posterior has no mega-batch to take products on; call refresh(), or "
+                "make the optimizer with anchor='curvature'."
+            )
+
     def begin(self) -> None:
         """A new mega-batch starts."""
         self._pending = [] if self.kind == "products" else None

@@ -20,13 +20,17 @@ class Block:
         group: the parameter group, a dictionary of hyperparameters.
         index: number of its first parameter in the optimizer; with the key it determines the noise.
         name: the parameter's name, or the group's for a joint block.
+        group_number: which group it is in.
     """
 
-    def __init__(self, params: Sequence[Parameter], group: dict[str, Any], index: int, name: str) -> None:
+    def __init__(
+        self, params: Sequence[Parameter], group: dict[str, Any], index: int, name: str, group_number: int
+    ) -> None:
         self.params = list(params)
         self.group = group
         self.index = index
         self.name = name
+        self.group_number = group_number
         self._seen: list[tuple[int, int]] | None = None
 
     @property
@@ -101,12 +105,14 @@ class Block:
         return value.clone()
 
     def write(self, value: Tensor) -> None:
-        """Put values into the model without its noticing: neither graph nor version counters change."""
-        for p, part in zip(self.params, self.split(value), strict=True):
-            p.data.copy_(part)
+        """Put values into the model. Version counters change, so that another optimizer on it notices."""
+        with torch.no_grad():
+            for p, part in zip(self.params, self.split(value), strict=True):
+                p.copy_(part)
+        self.note_weights()
 
     def note_weights(self) -> None:
-        """Remember that the weights are the posterior's point, to notice later changes from outside."""
+        """Remember that the present weights are known here, to notice later changes from outside."""
         self._seen = self._versions()
 
     def forget_weights(self) -> None:
@@ -136,16 +142,22 @@ def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:
     names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(group["params"]))]
     for p, name in zip(group["params"], names, strict=True):
         check_parameter(p, name)
+    places = [p.data_ptr() for p in group["params"] if p.numel() and p.data_ptr()]
+    if len(set(places)) < len(places):
+        raise ValueError(
+            "params: two parameters of a group share their storage; tie weights by using one Parameter twice in the "
+            "model instead."
+        )
     if not group["family"].joint:
         pairs = enumerate(zip(group["params"], names, strict=True))
-        return [Block([p], group, start + i, name) for i, (p, name) in pairs]
+        return [Block([p], group, start + i, name, number) for i, (p, name) in pairs]
     members = [p for p in group["params"] if p.requires_grad]
     if len({p.device for p in members}) > 1:
         raise ValueError(
             f"params: a joint family ({type(group['family']).__name__}) needs all parameters of its group on one "
             "device; make a group for each device."
         )
-    return [Block(members, group, start, f"group{number}")] if members else []
+    return [Block(members, group, start, f"group{number}", number)] if members else []
 
 
 def check_parameter(p: Tensor, name: str) -> None:

@@ -140,7 +140,8 @@ def update(
         anchor: the anchor term of a corrected gradient (`correction.correct`), added after the momentum.
         momentum: β, 0 for none.
         debias: divide the average by 1−βᵗ.
-        step: t ≥ 1, counted over the whole training, never restarted in an inner loop.
+        step: t ≥ 1, the momentum's age: counted over the whole training, never restarted in an inner loop (only
+            when momentum was off, which forgets the average).
         clip_radius: ξ, the largest entry of the step before its rate.
         retraction: "second_order" or "plain"; ask `family.in_domain` after a plain one.
 
@@ -153,12 +154,13 @@ def update(
         >>> poco.blr.update(family, state, prior, gradient, rates=(0.1,), ess=10.0).posterior.theta
         tensor([-1.,  1.])
     """
-    memory = blr_state.momentum
+    memory: tuple[Tensor, ...] = ()
     if momentum > 0.0:
+        begun = blr_state.momentum or tuple(torch.zeros_like(getattr(site, name)) for name in family.momentum_block)
         memory = memory or init_momentum(family, blr_state.posterior, momentum)
         memory = tuple(
             momentum * old + (1.0 - momentum) * getattr(site, name)
-            for name, old in zip(family.momentum_block, memory, strict=True)
+            for name, old in zip(family.momentum_block, begun, strict=True)
         )
         unbias = 1.0 - momentum**step if debias else 1.0
         averages = {name: value / unbias for name, value in zip(family.momentum_block, memory, strict=True)}

@@ -60,6 +60,8 @@ def encode_state(state: Mapping[str, Any]) -> dict[str, Any]:
     outer = state["outer"]
     return {
         "step": state["step"],
+        "refresh": state["refresh"],
+        "in_mega": state["in_mega"],
         "posterior": fields.to_plain(state["posterior"]),
         "momentum": list(state["momentum"]),
         "outer": None
@@ -75,6 +77,8 @@ def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
         outer = plain["outer"]
         decoded = {
             "step": int(plain["step"]),
+            "refresh": int(plain["refresh"]),
+            "in_mega": _boolean(plain["in_mega"]),
             "posterior": _tuple(family.State, plain["posterior"], block),
             "momentum": tuple(value.to(block.device, copy=True) for value in plain["momentum"]),
             "outer": None
@@ -90,7 +94,9 @@ def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
     memory = [getattr(site, name) for name in family.momentum_block]
     _check_like(where, expected._fields, decoded["posterior"], expected)
     if not bool(family.in_domain(decoded["posterior"])):
-        raise CheckpointError(f"state_dict: {where} is outside the domain of {type(family).__name__}; use another file.")
+        raise CheckpointError(
+            f"state_dict: {where} is outside the domain of {type(family).__name__}; use another file."
+        )
     if decoded["momentum"]:
         _check_like(f"the momentum of {block.name!r}", family.momentum_block, decoded["momentum"], memory)
     if decoded["outer"] is not None:
@@ -129,7 +135,7 @@ def posteriors_of(
 ) -> dict[str, Any]:
     """A State for every block, from a dictionary of States by name or from an optimizer's `state_dict`."""
     if "param_groups" in state:
-        check_groups(own, state["param_groups"])
+        check_groups(own, state["param_groups"], ("family",))
         states = {name: value["posterior"] for name, value in decode_states(blocks, own, state).items()}
     else:
         states = dict(state)
@@ -150,7 +156,9 @@ def _numbered(group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[
     return list(zip(group["params"], saved["params"], strict=True))
 
 
-def check_groups(own: Sequence[Mapping[str, Any]], saved: Any) -> None:
+def check_groups(
+    own: Sequence[Mapping[str, Any]], saved: Any, described: Sequence[str] = ("family", "curvature")
+) -> None:
     """Refuse groups of another number, size or family."""
     if not isinstance(saved, list) or len(own) != len(saved):
         count = len(saved) if isinstance(saved, list) else "no"
@@ -170,7 +178,7 @@ def check_groups(own: Sequence[Mapping[str, Any]], saved: Any) -> None:
                 f"state_dict['param_groups'][{number}]: {len(theirs['params'])} parameters, the optimizer has "
                 f"{len(mine['params'])}; load the checkpoint of this model."
             )
-        for entry in ("family", "curvature"):
+        for entry in described:
             expected = describe(mine[entry])
             if theirs.get(entry) != expected:
                 raise CheckpointError(
@@ -234,6 +242,12 @@ def check_header(header: Any, settings: Mapping[str, Any]) -> None:
                 f"state_dict['poco']['settings'][{name!r}]: saved with {header['settings'].get(name)!r}, the "
                 f"optimizer has {value!r}; make the optimizer with the same {name}."
             )
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"in_mega is {value!r}")
+    return value
 
 
 def _tuple(kind: type[Any], plain: Mapping[str, Tensor], block: Block) -> Any:

@@ -180,7 +180,8 @@ def variance_terms(site_in: Any, site_out: Any, outer: Outer) -> Any:
 def variance_ratio(plain: float, cross: float, outer: float, alpha: float) -> float:
     """‖a − α d‖² / ‖a‖²: the corrected estimate's squared deviation from ḡ_out over the plain one's.
 
-    Both contain the drift of the mean since the refresh, so the ratio of variances alone is at most this.
+    Both contain the squared drift of the mean since the refresh, which pulls this number towards 1: the ratio of
+    the variances alone lies further from 1, on the same side.
     """
     return (plain - 2.0 * alpha * cross + alpha * alpha * outer) / plain if plain > 0.0 else float("nan")
 

@@ -55,7 +55,7 @@ class FamilyDistribution(dist.TorchDistribution):
         tiny = torch.finfo(self._like.dtype).tiny
         uniform = torch.rand(shape, dtype=self._like.dtype, device=self._like.device).clamp_min(tiny)
         theta = self.family.sample(self.state, quantile(self.family.noise_kind, uniform))
-        return theta.reshape(*torch.Size(sample_shape), *self._like.shape)
+        return theta.reshape((*torch.Size(sample_shape), *self._like.shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The sum of the weights' log densities."""
@@ -65,8 +65,11 @@ class FamilyDistribution(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """E_q[θ]."""
-        return self.family.point(self.state)
+        """E_q[θ], where θ is a statistic of the family."""
+        mean = self.family.to_mean(self.family.to_nat(self.state))
+        if not hasattr(mean, "theta"):
+            raise NotImplementedError(f"{type(self.family).__name__} has no statistic named theta; average samples.")
+        return torch.as_tensor(mean.theta)
 
     def entropy(self) -> Tensor:
         """The sum of the weights' entropies."""

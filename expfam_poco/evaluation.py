@@ -153,6 +153,8 @@ def _checked_loss(returned: Any) -> Tensor:
 
 
 def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: bool) -> list[Tensor | None]:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("step: gradients cannot be taken inside torch.inference_mode(); call it outside.")
     if not loss.requires_grad:
         raise TypeError(
             "closure: its loss has no graph and no gradients were left on the parameters; return the loss of a "

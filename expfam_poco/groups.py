@@ -15,6 +15,7 @@ from .estimators import Estimator, resolve_estimator
 from .registry import resolve_family
 
 RETRACTIONS = ("second_order", "plain")
+SHELL_WIDE = ("noise", "mc_samples", "anchor", "max_grad_norm", "nonfinite", "seed", "rescale_lr")
 HESS_APPROX = {"price": "reparam", "gradsq": "gradsq"}
 
 
@@ -43,6 +44,7 @@ def _pair_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 INF = math.inf
 INITIAL_HESSIAN = "initial_hessian"
+MEAN_LOSS = "mean_loss"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_range(0.0, INF, high_open=True), "a finite number, 0 or larger"),
     "precision_lr": (_optional(_range(0.0, 1.0)), "a number between 0 and 1, or None for lr"),
@@ -58,8 +60,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_radius": (_range(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
     # Last, because named optimizers derive it from the others.
     "lr_scale": (
-        lambda value: value == INITIAL_HESSIAN or _range(0.0, INF, low_open=True, high_open=True)(value),
-        f"a positive number, or {INITIAL_HESSIAN!r}",
+        lambda value: value in (INITIAL_HESSIAN, MEAN_LOSS) or _range(0.0, INF, low_open=True, high_open=True)(value),
+        f"a positive number, {INITIAL_HESSIAN!r} or {MEAN_LOSS!r}",
     ),
 }
 
@@ -99,6 +101,11 @@ def translate(group: dict[str, Any]) -> None:
         group.setdefault("momentum", group.pop("beta1"))
     if "beta2" in group:
         group.setdefault("precision_lr", precision_rate(group.pop("beta2")))
+    if "rho1" in group or "rho2" in group:
+        group.setdefault("rho", (group.pop("rho1", 0.0), group.pop("rho2", 0.0)))
+    for name in SHELL_WIDE:
+        if name in group:
+            raise ValueError(f"{name}={group[name]!r} in a group: it holds for all groups; give it to the optimizer.")
     if "hess_approx" in group:
         group.setdefault("curvature", estimator_of(group.pop("hess_approx")))
 
@@ -116,6 +123,11 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"retraction={group['retraction']!r}: choose one of {', '.join(RETRACTIONS)}.")
     if group["lr_scale"] == INITIAL_HESSIAN and group["hess_init"] is None:
         raise ValueError(f"hess_init=None: lr_scale={INITIAL_HESSIAN!r} needs it; give a positive number.")
+    if group["lr_scale"] == MEAN_LOSS and not isinstance(getattr(group["family"], "precision", None), float):
+        raise ValueError(
+            f"lr_scale={MEAN_LOSS!r}: it is for families of a fixed precision, not {type(group['family']).__name__}; "
+            "give a number."
+        )
     for name in ("debias", "reanchor_average"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r}: give True or False.")
@@ -227,6 +239,8 @@ def rates(group: Mapping[str, Any], block: Block) -> Any:
     scale = group["lr_scale"]
     if scale == INITIAL_HESSIAN:
         scale = group["hess_init"] + group["weight_decay"]
+    elif scale == MEAN_LOSS:
+        scale = group["family"].precision / group["ess"]
     lr = float(group["lr"]) * float(scale)
     other = group["precision_lr"]
     return block.family.per_block(lr, lr if other is None else float(other))

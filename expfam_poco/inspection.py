@@ -25,6 +25,7 @@ class Inspection:
     param_groups: list[dict[str, Any]]
     _clock: dict[str, int]
     _meter: VarianceMeter
+    _alphas: list[tuple[float, float]]
 
     def _active(self) -> list[Block]:
         raise TypeError("Inspection is mixed into an optimizer, which knows its blocks.")
@@ -32,7 +33,7 @@ class Inspection:
     def _state(self, block: Block) -> dict[str, Any]:
         raise TypeError("Inspection is mixed into an optimizer, which keeps the state.")
 
-    def _weights_restored(self, blocks: Sequence[Block]) -> AbstractContextManager[None]:
+    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
         raise TypeError("Inspection is mixed into an optimizer, which restores the weights.")
 
     @contextmanager
@@ -47,7 +48,7 @@ class Inspection:
         if seed is None and not at_point:
             self._clock["sample"] += 1
         key = NoiseKey(self.seed, SAMPLE, self._clock["sample"]) if seed is None else NoiseKey(seed, SAMPLE)
-        with self._weights_restored(blocks):
+        with self._weights_restored(blocks, clear_grad=False):
             for block in blocks:
                 state = self._state(block)["posterior"]
                 if not at_point:
@@ -82,15 +83,15 @@ class Inspection:
             seed: of the draws.
         """
         blocks = self._active()
-        with self._weights_restored(blocks):
+        with self._weights_restored(blocks, clear_grad=False):
             return inference.objective(blocks, self.posterior_states(), closures, weights, samples=samples, seed=seed)
 
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers worth logging.
 
-        Steps, refreshes and skipped steps; α now; per field of the sites the ratio of squared deviations
+        Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
-        every tenth corrected step; "mean_stddev", where the family's distribution has one.
+        every seventh corrected step; "mean_stddev", where the family's distribution has one.
         """
         numbers: dict[str, float] = {
             "steps": self._clock["step"],
@@ -99,7 +100,10 @@ class Inspection:
         }
         for i, group in enumerate(self.param_groups):
             suffix = f".group{i}" if len(self.param_groups) > 1 else ""
-            numbers[f"alpha{suffix}"] = correction.alpha_at(group["alpha"], max(1, self._clock["step"]))[0]
+            used = self._alphas[i] if i < len(self._alphas) else correction.alpha_at(group["alpha"], 1)
+            numbers[f"alpha{suffix}"] = used[0]
+            if used[1] != used[0]:
+                numbers[f"alpha_curvature{suffix}"] = used[1]
         numbers.update(self._meter.read())
         deviation = inference.mean_stddev(self.posterior())
         if deviation is not None:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import fields
 from .derive import _flatten, fisher
 from .estimators import available
 from .noise import quantile
@@ -159,7 +158,7 @@ def gradient_of_log_partition(s: Specimen) -> Findings:
         yield s.near("to_mean against ∇A by autograd", mean, slope, tolerances)
         if not s.sampling:
             continue
-        deviations = standard_deviations(s, nat)
+        deviations = s.deviations(number)
         statistics = family.statistics(s.draws(number))
         for name, value, m, spread in zip(family.Mean._fields, statistics, mean, deviations, strict=True):
             yield s.sampled(f"μ of {name} against E_q[T] by sampling", value, m, spread=spread)
@@ -170,16 +169,8 @@ def gradient_of_log_partition(s: Specimen) -> Findings:
                 yield Finding(f"μ of {name} against E[T] of the density h exp⟨λ, T⟩ (standard errors)", error, SIGMAS)
 
 
-def standard_deviations(s: Specimen, nat: Any) -> Any:
-    """√Var[T] as the Fisher matrix has it, in the shape of T."""
-    diagonal = fisher(s.family, nat).diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    _, shapes = _flatten(s.family, nat)
-    parts = diagonal.split([max(1, shape.numel()) for shape in shapes], -1)
-    return s.family.Mean(*(part.reshape(*s.batch, *shape) for part, shape in zip(parts, shapes, strict=True)))
-
-
 def round_trips(s: Specimen) -> Findings:
-    """λ → μ → λ, chart → λ → chart and sites alike are identities."""
+    """Chart → λ → chart is the identity, for states and for sites."""
     family = s.family
     own = family.centred_at(s.support_points(1)[0])
     back, tolerances = s.rounded(lambda state: family.from_nat(family.to_nat(state)), own)
@@ -187,8 +178,7 @@ def round_trips(s: Specimen) -> Findings:
     for number, (state, nat) in enumerate(zip(s.states, s.nats, strict=True)):
         back, tolerances = s.rounded(lambda value: family.to_nat(family.from_nat(value)), nat)
         yield s.near("to_nat(from_nat(λ)) against λ", back, nat, tolerances)
-        yield from _mean_round_trip(s, nat)
-        site = family.Site(*s.direction(number)) if family.Site._fields == family.Nat._fields else s.direction(number)
+        site = s.direction(number)
         back, tolerances = s.rounded(
             lambda value, at: family.site_to_nat(family.site_from_nat(value, at), at), site, state
         )
@@ -198,16 +188,17 @@ def round_trips(s: Specimen) -> Findings:
         yield s.near("site_from_nat(site_to_nat(site)) against site", again, chart, tolerances)
 
 
-def _mean_round_trip(s: Specimen, nat: Any) -> Findings:
-    """to_natural inverts to_mean as exactly as the Fisher matrix lets an error of eps in μ through."""
+def to_natural(s: Specimen) -> Findings:
+    """λ → μ → λ is the identity, as exactly as the Fisher matrix lets an error of one eps in μ through."""
     family = s.family
-    mean = family.to_mean(nat)
-    matrix, target = fisher(family, nat), _flatten(family, mean)[0]
-    amplified = size_of(torch.linalg.pinv(matrix, hermitian=True)) * (1.0 + size_of(target))
-    tolerance = 4.0 * SLACK * s.eps * (amplified * matrix.shape[-1] + size_of(_flatten(family, nat)[0]))
-    if tolerance > 0.1 * (1.0 + size_of(_flatten(family, nat)[0])):
-        return
-    yield s.near("to_natural(to_mean(λ)) against λ", family.to_natural(mean), nat, tolerance)
+    for nat in s.nats:
+        mean = family.to_mean(nat)
+        matrix, target = fisher(family, nat), _flatten(family, mean)[0]
+        amplified = size_of(torch.linalg.pinv(matrix, hermitian=True)) * (1.0 + size_of(target))
+        size = size_of(_flatten(family, nat)[0])
+        tolerance = 4.0 * SLACK * s.eps * (amplified * matrix.shape[-1] + size)
+        if tolerance <= 0.1 * (1.0 + size):
+            yield s.near("to_natural(to_mean(λ)) against λ", family.to_natural(mean), nat, tolerance)
 
 
 def log_prob(s: Specimen) -> Findings:
@@ -216,7 +207,11 @@ def log_prob(s: Specimen) -> Findings:
     for number, (state, nat) in enumerate(zip(s.states, s.nats, strict=True)):
         theta = s.draws(number) if s.sampling else family.sample(state, s.noise(8, SAMPLES, number))
         few = theta[:8]
-        yield s.shaped("log_prob", family.log_prob(state, few), (8, *s.batch))
+        density = family.log_prob(state, few)
+        yield s.shaped("log_prob", density, (8, *s.batch))
+        defined = family.log_base_measure(few) + family.inner(nat, family.statistics(few)) - family.log_partition(nat)
+        tolerance = SLACK * s.eps * (1.0 + _largest_term(s, number, few))
+        yield s.near("log_prob against log h + ⟨λ, T⟩ − A", density, defined, tolerance)
         slope = torch.func.grad(lambda v: family.log_prob(family.from_nat(v), few).sum())(nat)  # noqa: B023
         score, tolerances = s.rounded(lambda at: family.score(at, few), state)  # noqa: B023
         terms = [SLACK * s.eps * size_of(value) for value in family.statistics(few)]
@@ -224,7 +219,7 @@ def log_prob(s: Specimen) -> Findings:
         yield s.near("score against the gradient of log_prob", tuple(v.sum(0) for v in score), slope, total)
         if not s.sampling:
             continue
-        deviations = standard_deviations(s, nat)
+        deviations = s.deviations(number)
         reference = s.represented(number)
         if reference is None:
             yield "log_prob: its integral is not computed for this support"
@@ -261,16 +256,19 @@ def distribution(s: Specimen) -> Findings:
         if s.sampling:
             torch.manual_seed(s.seed)
             theta = q.sample(torch.Size([DRAWS]))
-            mean, deviations = family.to_mean(s.nats[number]), standard_deviations(s, s.nats[number])
+            mean, deviations = family.to_mean(s.nats[number]), s.deviations(number)
             for value, m, spread in zip(family.statistics(theta), mean, deviations, strict=True):
                 yield s.sampled("E[T] of distribution.sample against μ", value, m, spread=spread)
 
 
-def _largest_term(s: Specimen, number: int, theta: Tensor) -> float:
-    """The largest of the terms log h, ⟨λ, T⟩ entry by entry, and A of which log_prob is the sum."""
-    nat = s.nats[number]
-    products = [size_of(v * t) for v, t in zip(nat, s.family.statistics(theta), strict=True)]
-    return sum(products) + size_of(s.family.log_base_measure(theta)) + size_of(s.family.log_partition(nat))
+def _largest_term(s: Specimen, number: int, theta: Tensor | None) -> float:
+    """The largest of the terms log h, ⟨λ, T⟩ entry by entry, and A, of which log_prob (its mean if no θ) is the sum."""
+    f, nat, state = s.family, s.nats[number], s.states[number]
+    values = f.to_mean(nat) if theta is None else f.statistics(theta)
+    entries = _flatten(f, nat)[0].shape[-1]
+    products = [entries * size_of(v * t) for v, t in zip(nat, values, strict=True)]
+    base = f.expected_log_base_measure(state) if theta is None else f.log_base_measure(theta)
+    return sum(products) + size_of(base) + size_of(f.log_partition(nat))
 
 
 def entropy(s: Specimen) -> Findings:
@@ -278,6 +276,10 @@ def entropy(s: Specimen) -> Findings:
     for number, state in enumerate(s.states):
         value = s.family.entropy(state)
         yield s.shaped("entropy", value, s.batch)
+        nat, tolerance = s.nats[number], SLACK * s.eps * (1.0 + _largest_term(s, number, None))
+        linear = s.family.inner(nat, s.family.to_mean(nat))
+        defined = s.family.log_partition(nat) - linear - s.family.expected_log_base_measure(state)
+        yield s.near("entropy against A − ⟨λ, μ⟩ − E_q[log h]", value, defined, tolerance)
         if s.sampling:
 
             def surprise(theta: Tensor, at: Any = state) -> Tensor:
@@ -292,10 +294,10 @@ def kl(s: Specimen) -> Findings:
     for number, (state, prior) in enumerate(s.pairs()):
         value = family.kl(state, prior)
         yield s.shaped("kl", value, s.batch)
-        terms = [size_of(family.log_partition(nat)) for nat in (s.nats[number], family.to_nat(prior))]
-        linear = size_of(family.inner(fields.map_fields(torch.abs, s.nats[number]),
-                                      fields.map_fields(torch.abs, family.to_mean(s.nats[number]))))  # fmt: skip
-        tolerance = SLACK * s.eps * (1.0 + sum(terms) + linear)
+        after = (number + 1) % len(s.states)
+        size = _largest_term(s, number, None) + _largest_term(s, after, None)
+        cross = [size_of(v * m) for v, m in zip(s.nats[after], family.to_mean(s.nats[number]), strict=True)]
+        tolerance = SLACK * s.eps * (1.0 + size + sum(cross))
         yield s.near("kl at equality against 0", family.kl(state, state), torch.zeros_like(value), tolerance)
         yield Finding("how far kl falls below 0", max(0.0, -float(value.min())), tolerance)
         if s.sampling:
@@ -312,6 +314,9 @@ def fisher_information(s: Specimen) -> Findings:
     for number, nat in enumerate(s.nats):
         (matrix,), (tolerance,) = s.rounded(lambda value: fisher(family, value), nat)
         yield s.near("∇²A against its transpose", matrix.mT, matrix, tolerance)
+        if number == 0 and s.sampling:
+            statistics = _flatten(family, family.statistics(s.draws(number)[:64]))[0]
+            yield from _minimal(statistics.movedim(0, -2), matrix)
         vector = s.direction(number)
         product, tolerances = s.rounded(family.fisher_vector_product, nat, vector)
         product = family.Nat(*product)
@@ -330,9 +335,6 @@ def fisher_information(s: Specimen) -> Findings:
             return deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
 
         yield s.averaged("∇²A against Cov[T]", number, products, matrix)
-        if number == 0:
-            statistics = _flatten(family, family.statistics(s.draws(number)[:64]))[0]
-            yield from _minimal(statistics.movedim(0, -2), matrix)
 
 
 def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
@@ -341,7 +343,7 @@ def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
     centred = (statistics - statistics.mean(-2, keepdim=True)) / scale
     ranks = [int(torch.linalg.matrix_rank(value, rtol=1e-8).min()) for value in (statistics / scale, centred)]
     yield holds(
-        f"statistics are not minimal: {ranks[0]} of them are linearly independent, but only {ranks[1]} up to constants",
+        f"the statistics are not minimal ({ranks[0]} are independent, only {ranks[1]} up to constants)",
         ranks[0] == ranks[1],
     )
     basis = torch.linalg.svd(centred, full_matrices=False).Vh[..., : ranks[1], :] / scale

@@ -7,12 +7,13 @@ from typing import Any
 from .blocks import Block
 from .correction import Outer, variance_ratio, variance_terms
 
-EVERY = 10
+# Prime, so that refreshes every 10 or 20 steps do not always show it the same step after them.
+EVERY = 7
 KEEP = 0.9
 
 
 class VarianceMeter:
-    """Moving averages, sampled every tenth step, of the sums in `correction.variance_terms` over all blocks."""
+    """Moving averages, sampled every seventh step, of the sums in `correction.variance_terms` over all blocks."""
 
     def __init__(self) -> None:
         self.averages: dict[str, list[float]] = {}

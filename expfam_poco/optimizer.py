@@ -19,24 +19,11 @@ from .estimators import Estimator
 from .evaluation import Closure, NonFiniteError, capture_random, replay_random
 from .family import ExponentialFamily
 from .inspection import Inspection
-from .measurement import (
-    FIXED,
-    INNER,
-    MEGA,
-    NOISE_MODES,
-    OUTER,
-    PROBE_INNER,
-    PROBE_MEGA,
-    PROBE_OUTER,
-    View,
-    draw_noise,
-    draw_probes,
-    measure_draw,
-    measure_per_example,
-)
+from .measurement import NOISE_MODES, View, measure_draw, measure_per_example
 from .meter import VarianceMeter
 from .noise import NoiseKey
 from .per_example import PerExample
+from .views import NoisePlan
 
 
 class _Step(NamedTuple):
@@ -83,7 +70,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
-            "initial_hessian" is each group's hess_init + weight_decay.
+            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -136,6 +123,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         NoiseKey(self.seed)
         self._anchor = anchors.Anchor(anchor)
         self._meter = VarianceMeter()
+        self._alphas: list[tuple[float, float]] = []
         self._clock = dict.fromkeys(checkpoint.CLOCK, 0)
         self._blocks: list[Block] = []
         defaults = {
@@ -161,8 +149,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         groups.check_prior_names(self.param_groups, [block.name for block in self._blocks])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, so that a copied or pickled optimizer continues as this one would."""
-        return self.__dict__.copy()
+        """Everything but the `step` that a scheduler has wrapped, which would step this optimizer, not the copy."""
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     # ---- groups ------------------------------------------------------------------------------------------
 
@@ -177,7 +165,9 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             self._anchor.check_group(group)
             before = [len(g["params"]) for g in self.param_groups[:-1]]
             blocks = make_blocks(group, len(before), sum(before))
+            taken = {block.name for block in self._blocks}
             for block in blocks:
+                block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
                 groups.check_prior(block)
         except Exception:
             self.param_groups.pop()
@@ -193,9 +183,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             state = self.state[block.params[0]]
             if not state:
                 state["posterior"] = groups.initial_posterior(block)
-                state["momentum"] = blr.init_momentum(block.family, state["posterior"], block.group["momentum"])
-                state["outer"] = None
-                state["step"] = 0
+                state.update(momentum=(), outer=None, step=0, refresh=0, in_mega=False)
             elif block.weights_changed():
                 state["posterior"] = block.reconcile(state["posterior"])
             block.note_weights()
@@ -215,16 +203,16 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         return state
 
     @contextmanager
-    def _weights_restored(self, blocks: Sequence[Block]) -> Iterator[None]:
-        """Whatever happens inside, the model leaves with the points of its posteriors and no gradients."""
+    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> Iterator[None]:
+        """Whatever happens inside, the model leaves with the points of its posteriors (and no gradients)."""
         try:
             yield
         finally:
             for block in blocks:
                 block.write(block.family.point(self._state(block)["posterior"]))
-                block.note_weights()
-                for p in block.params:
-                    p.grad = None
+                if clear_grad:
+                    for p in block.params:
+                        p.grad = None
 
     # ---- one inner step ----------------------------------------------------------------------------------
 
@@ -263,37 +251,51 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
 
     def _corrected_sites(self, closure: Closure, blocks: Sequence[Block], number: int) -> tuple[Tensor, list[_Step]]:
         """Evaluate the pair of every draw, inner first, and correct."""
-        alphas = [correction.alpha_at(block.group["alpha"], number) for block in blocks]
-        outers = [self._state(block)["outer"] for block in blocks]
-        corrected = [outer is not None and max(alpha) > 0.0 for outer, alpha in zip(outers, alphas, strict=True)]
-        inner = [self._inner_view(block, number, closure) for block in blocks]
-        outer_views = [
-            self._outer_view(view, number) if flag else view.again()
-            for view, flag in zip(inner, corrected, strict=True)
-        ]
-        loss, products = self._evaluate_pairs(closure, inner, outer_views if any(corrected) else None)
+        self._alphas = [correction.alpha_at(group["alpha"], number) for group in self.param_groups]
+        alphas = [self._alphas[block.group_number] for block in blocks]
+        plan = self._plan()
+        inner = [plan.inner(block, self._state(block)["posterior"], number, closure) for block in blocks]
+        outer = None
+        if any(max(alpha) > 0.0 for alpha in alphas) and self._outer_is_of(blocks):
+            refresh = self._clock["refresh"]
+            outer = [plan.outer(view, self._state(view.block)["outer"].posterior, number, refresh) for view in inner]
+        loss, products = self._evaluate_pairs(closure, inner, outer)
         steps = []
         for i, (block, view) in enumerate(zip(blocks, inner, strict=True)):
-            if not view.used():
-                continue
-            site, anchor, pair = view.natural_gradient(), None, None
-            if corrected[i]:
-                site_out = outer_views[i].natural_gradient()
-                pair = (number, block, site, site_out, outers[i], alphas[i])
-                site, anchor = correction.correct(
-                    block.family,
-                    site,
-                    site_out,
-                    view.state,
-                    outers[i],
-                    alpha=block.family.per_block(*alphas[i]),
-                    anchor_weight=groups.anchor_weight(block.group) if products is None else 0.0,
+            if outer is None or max(alphas[i]) == 0.0:
+                if view.used():
+                    steps.append(_Step(block, view.natural_gradient(), None, None))
+            elif view.used() or outer[i].used() or self._state(block)["in_mega"]:
+                steps.append(
+                    self._corrected(view, outer[i], alphas[i], number, None if products is None else products[i])
                 )
-                if products is not None:
-                    weight = alphas[i][1] * groups.anchor_weight(block.group)
-                    anchor = self._anchor.term(block, products[i], weight)
-            steps.append(_Step(block, site, anchor, pair))
         return loss, steps
+
+    def _corrected(
+        self, inner: View, outer: View, alpha: tuple[float, float], number: int, product: Tensor | None
+    ) -> _Step:
+        """One block's corrected site. A batch that does not use the block has gradient 0 and still moves by αḡ_out."""
+        block, q_out = inner.block, self._state(inner.block)["outer"]
+        site, site_out = inner.natural_gradient(), outer.natural_gradient()
+        weight = groups.anchor_weight(block.group)
+        corrected, anchor = correction.correct(
+            block.family,
+            site,
+            site_out,
+            inner.state,
+            q_out,
+            alpha=block.family.per_block(*alpha),
+            anchor_weight=weight if product is None else 0.0,
+        )
+        if product is not None:
+            anchor = self._anchor.term(block, product, alpha[1] * weight)
+        return _Step(block, corrected, anchor, (number, block, site, site_out, q_out, alpha))
+
+    def _outer_is_of(self, blocks: Sequence[Block]) -> bool:
+        """Whether q_out is one refresh of just these blocks: else (frozen, unfrozen, added) steps are plain."""
+        latest = self._clock["refresh"]
+        stamped = {b.index for b in self._blocks if self.state.get(b.params[0], {}).get("refresh") == latest}
+        return latest > 0 and stamped == {block.index for block in blocks}
 
     def _evaluate_pairs(
         self, closure: Closure, inner: Sequence[View], outer: Sequence[View] | None
@@ -341,7 +343,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 anchor=anchor,
                 momentum=group["momentum"],
                 debias=group["debias"],
-                step=state["step"] + 1,
+                step=state["step"] + 1 if state["momentum"] else 1,
                 clip_radius=group["clip_radius"],
                 retraction=group["retraction"],
             )
@@ -349,41 +351,11 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 raise posterior.domain_error(block, moved.posterior)
             results.append((state, moved))
         for state, moved in results:
-            state.update(posterior=moved.posterior, momentum=moved.momentum, step=state["step"] + 1)
+            age = state["step"] + 1 if state["momentum"] else 1
+            state.update(posterior=moved.posterior, momentum=moved.momentum, step=age if moved.momentum else 0)
         for step in steps:
             if step.pair is not None:
                 self._meter.add(*step.pair)
-
-    # ---- views: which noise goes where -------------------------------------------------------------------
-
-    def _inner_view(self, block: Block, number: int, closure: Closure) -> View:
-        count = self.mc_samples * (len(closure) if isinstance(closure, PerExample) else 1)
-        noise = draw_noise(block, self.noise, count, NoiseKey(self.seed, INNER, number))
-        estimator = block.group["curvature"]
-        probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_INNER, number))
-        return View(block, estimator, self._state(block)["posterior"], noise, probes)
-
-    def _outer_view(self, inner: View, number: int) -> View:
-        """The same block at q_out; its noise is the inner one unless the mode says otherwise."""
-        block, noise, probes = inner.block, inner.noise, inner.probes
-        if self.noise == "independent":
-            noise = draw_noise(block, self.noise, len(noise), NoiseKey(self.seed, OUTER, number))
-            key = NoiseKey(self.seed, PROBE_OUTER, number)
-            probes = draw_probes(block, inner.estimator, len(noise), key)
-        elif self.noise == "fixed":
-            key = NoiseKey(self.seed, FIXED, self._clock["refresh"])
-            noise = draw_noise(block, self.noise, len(noise), key)
-        return View(block, inner.estimator, self._state(block)["outer"].posterior, noise, probes)
-
-    def _mega_view(self, block: Block, chunk: int, refresh: int, closure: Closure) -> View:
-        """A block at the posterior that becomes q_out; fresh noise for every chunk unless the mode is "fixed"."""
-        count = self.mc_samples * (len(closure) if isinstance(closure, PerExample) else 1)
-        fixed = self.noise == "fixed"
-        key = NoiseKey(self.seed, FIXED, refresh) if fixed else NoiseKey(self.seed, MEGA, chunk)
-        noise = draw_noise(block, self.noise, count, key)
-        estimator = block.group["curvature"]
-        probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_MEGA, chunk))
-        return View(block, estimator, self._state(block)["posterior"], noise, probes)
 
     # ---- q_out -------------------------------------------------------------------------------------------
 
@@ -398,26 +370,30 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         Returns:
             the mega-batch's mean loss at the sampled weights.
 
-        On any error q_out stays as it was.
+        On any error, also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
         closures, shares = posterior.check_chunks(closures, weights)
         blocks = self._trainable()
         refresh = self._clock["refresh"] + 1
         sums: list[Any] = [None] * len(blocks)
+        used = [False] * len(blocks)
         losses = []
+        plan = self._plan()
         self._anchor.begin()
         with self._weights_restored(blocks):
             for number, (closure, share) in enumerate(zip(closures, shares, strict=True)):
                 chunk = self._clock["chunk"] + number + 1
-                views = [self._mega_view(block, chunk, refresh, closure) for block in blocks]
+                views = [plan.mega(b, self._state(b)["posterior"], chunk, refresh, closure) for b in blocks]
                 loss = self._evaluate_chunk(closure, views)
                 self._anchor.collect(closure, views, share)
                 losses.append(share * loss)
                 for i, view in enumerate(views):
+                    used[i] |= view.used()
                     site = fields.scale(view.natural_gradient(), share)
                     sums[i] = site if sums[i] is None else fields.add(sums[i], site)
-        for block, site in zip(blocks, sums, strict=True):
+        for block, site, in_mega in zip(blocks, sums, used, strict=True):
             state, rho = self._state(block), groups.pair(block.group["rho"])
+            state.update(refresh=refresh, in_mega=in_mega)
             state["outer"] = correction.update_outer(
                 block.family,
                 state["outer"],
@@ -447,12 +423,14 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 optimizer of the same model.
         """
         blocks = self._active()
+        self._anchor.check_set_outer()
         states = checkpoint.posteriors_of(state, blocks, self.param_groups)
+        self._clock["refresh"] += 1
         for block in blocks:
             outer = correction.outer_from_posterior(
                 block.family, states[block.name], groups.prior_of(block), block.group["ess"]
             )
-            self._state(block)["outer"] = outer
+            self._state(block).update(outer=outer, refresh=self._clock["refresh"], in_mega=True)
 
     # ---- checkpoints -------------------------------------------------------------------------------------
 
@@ -489,6 +467,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             if block.name in states:
                 self.state[block.params[0]] = states[block.name]
                 block.forget_weights()
+        self._anchor.reset()
         header = state_dict["poco"]
         self.seed = header["seed"]
         self._clock = dict(header["clock"])
@@ -496,4 +475,13 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         self._anchor.hessian = header["anchor_hessian"]
 
     def _settings(self) -> dict[str, Any]:
-        return {"noise": self.noise, "mc_samples": self.mc_samples, "anchor": self._anchor.kind}
+        return {
+            "noise": self.noise,
+            "mc_samples": self.mc_samples,
+            "anchor": self._anchor.kind,
+            "max_grad_norm": self.max_grad_norm,
+            "nonfinite": self.nonfinite,
+        }
+
+    def _plan(self) -> NoisePlan:
+        return NoisePlan(self.noise, self.mc_samples, self.seed)

@@ -35,7 +35,7 @@ class VSGDPoCo(PosteriorCorrected):
         lr: η on the mean loss (the paper's Alg. 3; η_Alg3 = N η_Alg2).
         precision: s, the fixed precision of the noise; 1 in the paper, far larger for deep networks.
         weight_decay: δ of the regularised loss, the L2 term δθ: a prior of precision ess·δ, another than q's.
-        ess: N, which matters to `objective` only.
+        ess: N, which matters to `objective`, and to the weight of a `prior`.
         alpha: as all further arguments, see `PosteriorCorrected`.
         **choices: passed to `PosteriorCorrected`.
 
@@ -60,12 +60,14 @@ class VSGDPoCo(PosteriorCorrected):
         **choices: Any,
     ) -> None:
         family = get_family("isotropic_gaussian")(precision=precision)  # type: ignore[call-arg]
-        choices.setdefault("lr_scale", precision / ess if ess else 1.0)
+        choices.setdefault("lr_scale", "mean_loss")
         super().__init__(params, family, lr, ess, weight_decay=weight_decay, alpha=alpha, **choices)
 
 
 class SVRG(VSGDPoCo):
     """Stochastic variance reduced gradient (PC Alg. 1, Eq. 2): `VSGDPoCo` without noise (Thm 2).
+
+    Its q = N(m, I) is a device of the theorem; predict at the point (`predict(…, samples=0)`), not with draws.
 
         θ ← θ − lr [ ∇ℓ_B(θ) − α (∇ℓ_B(θ_out) − g_out) + δ θ ]
 
@@ -96,7 +98,11 @@ class SVRG(VSGDPoCo):
 class VONPoCo(PosteriorCorrected):
     """Variational online Newton with posterior correction (PC Alg. 5, Eq. 24; the paper's VON-PC).
 
-        S ← (1−β) S + β (S₀ + N [H_in + α H̄]),   m ← m − η S⁻¹ (S₀ m + N [ĝ + α H̄ (m − m_out)])
+        G = S₀ − S + N [H_in + α H̄],   S ← S + β G + ½ β² G S⁻¹ G
+        m ← m − η S⁻¹ (S₀ m + N [ĝ + α H̄ (m − m_out)])
+
+    `retraction="plain"` leaves the quadratic term out and is Alg. 5 to the letter; it refuses steps after which S is
+    not positive definite.
 
     Args:
         params: parameters or groups; the posterior is joint over all parameters of a group (d × d).

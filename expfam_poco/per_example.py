@@ -66,6 +66,11 @@ class PerExample:
                 f"model: it has no parameter for {len(missing)} of the optimizer's tensors (first shape "
                 f"{missing[0]}); pass the model that the optimizer was made for."
             )
+        if any(module.training and hasattr(module, "running_mean") for module in self.model.modules()):
+            raise ValueError(
+                "model: batch statistics of one example are not defined; put its normalisation layers into evaluation "
+                "mode, or use an ordinary closure."
+            )
         repeats = next(iter(stacks.values())).shape[0] // len(self)
         inputs, targets = (values.repeat_interleave(repeats, 0) for values in (self.inputs, self.targets))
         leaves = {names[p]: stack.detach().requires_grad_() for p, stack in stacks.items()}
@@ -76,8 +81,13 @@ class PerExample:
 
         with torch.enable_grad():
             losses = vmap(one, randomness="different")(leaves, inputs, targets)
-        found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        grads = dict(zip(stacks, found, strict=True))
+            total = losses.sum()
+        if not total.requires_grad:
+            raise TypeError(
+                "closure: the loss of an example has no graph; return one that depends on the model's weights."
+            )
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        grads: dict[Parameter, Tensor | None] = dict(zip(stacks, found, strict=True))
         _require_finite(losses, grads)
         return losses.detach(), grads
 

@@ -149,9 +149,14 @@ def domain_error(block: Block, state: Any) -> Exception:
             f"lr={block.group['lr']}: the step would make {where} infinite or NaN; lower lr or precision_lr, or clip "
             "(clip_radius, max_grad_norm). Nothing was changed."
         )
-    return ValueError(
-        f"retraction={block.group['retraction']!r}: the step would take {where} out of its domain; lower lr or "
-        "precision_lr, or use retraction='second_order'. Nothing was changed."
+    if block.group["retraction"] == "plain":
+        return ValueError(
+            f"retraction='plain': the step would take {where} out of its domain; lower lr or precision_lr, or use "
+            "retraction='second_order'. Nothing was changed."
+        )
+    return NonFiniteError(
+        f"precision_lr: the step would take {where} out of its domain by rounding in {block.dtype}; lower lr or "
+        "precision_lr, or use float64 parameters. Nothing was changed."
     )
 
 

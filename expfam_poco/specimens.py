@@ -29,12 +29,13 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
 from . import fields
+from .derive import fisher
 from .family import ExponentialFamily
 from .noise import NoiseKey, noise
 
 SLACK = 256.0
 SIGMAS = 6.0
-DRAWS = 20_000
+DRAWS = 10_000
 STRENGTHS = (None, 0.5, 1.0, 2.0, 4.0)
 # Streams of the counter-based generator.
 MEMBERS, STEPS, SAMPLES, MORE_SAMPLES, PROPOSALS, PROBES = range(6)
@@ -175,6 +176,15 @@ class Specimen:
     def _noise_of(self, number: int) -> Tensor:
         return self.noise(DRAWS, SAMPLES, number)
 
+    def deviations(self, number: int) -> Any:
+        """√Var[T] at member `number` as the Fisher matrix has it, in the shape of T."""
+        return self._remember(("deviations", number), lambda: self._deviations(self.nats[number]))
+
+    def _deviations(self, nat: Any) -> Any:
+        diagonal = fisher(self.family, nat).diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+        parts = diagonal.split([math.prod(value.shape[len(self.batch) :]) for value in nat], -1)
+        return self.family.Mean(*(part.reshape(value.shape) for part, value in zip(parts, nat, strict=True)))
+
     def represented(self, number: int) -> Reference | None:
         """Member `number` by points that do not come from `family.sample`, or None where that is not possible."""
         return self._remember(("reference", number), lambda: self._represent(number))
@@ -202,7 +212,7 @@ class Specimen:
     def _importance(self, number: int, theta: Tensor) -> Reference | None:
         """Proposals x = m + L t with Student's t of 2 degrees, in coordinates where the support is everything."""
         transform = biject_to(self.family.support)
-        x = transform.inv(theta[:4000])
+        x = transform.inv(theta[:2000])
         event = x.shape[1 + len(self.batch) :]
         x = x.reshape(*x.shape[: 1 + len(self.batch)], -1)
         if not bool(torch.isfinite(x).all()):
@@ -239,7 +249,7 @@ class Specimen:
         """
         value = as_fields(function(*inputs))
         response = [self.eps * size_of(part) for part in value]
-        for trial in range(3):
+        for trial in range(2):
             generator = torch.Generator().manual_seed(trial)
             nudged = [nudge(argument, self.eps, generator) for argument in inputs]
             change = [size_of(a - b) for a, b in zip(as_fields(function(*nudged)), value, strict=True)]

@@ -2,8 +2,8 @@ r"""Gaussian families N(m, S⁻¹), kept as (mean, precision).
 
 With λ = (S m, −S/2) the natural gradient of E_q[ℓ] is (E[∇ℓ] − E[∇²ℓ] m, ½ E[∇²ℓ]) (PC Eq. 20, m the mean of
 q). In the chart (m, S) a site is (gradient g, curvature H) *at a point*: g − H m and ½ H in natural
-coordinates. Moving it, (g, H) at m ↦ (g + H (m' − m), H) at m'. With the direction D = (D_g, D_H) of a step,
-G = −D … the precision moves first and the mean after it, with the new precision:
+coordinates. Moving it, (g, H) at m ↦ (g + H (m' − m), H) at m'. Along the direction D = (D_g, D_H) of a step
+the precision moves first and the mean after it, with the new precision:
 
     plain:         S ← S + η_S D_H                                  (exact; may leave the domain)
     second order:  S ← S + η_S D_H + ½ η_S² D_H S⁻¹ D_H             (Lin et al. 2020; positive for any D_H)

@@ -1,13 +1,14 @@
 """Saving and resuming continues bit for bit wherever it happens; what does not belong is refused, and harms nothing."""
 
 import copy
+import functools
 import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, SHELL, Task, equal, network, run, same, shell, weights
+from optimizer_cases import OPTIMIZERS, OVER_A_BASE, SHELL, Task, equal, network, run, same, shell, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
@@ -185,12 +186,17 @@ def test_a_checkpoint_of_another_model_is_refused(name: str) -> None:
     assert torch.isfinite(opt.step(task.closure(0)))
 
 
+@functools.cache
+def started(name: str) -> Any:
+    """The state after one step."""
+    return trained(name, 1)[1].state_dict()
+
+
 @every_optimizer
 def test_a_checkpoint_of_another_kind_of_optimizer_is_refused(name: str) -> None:
     model, opt, _ = trained(name, 6)
     for other in OPTIMIZERS:
-        _, foreign, _ = trained(other, 1)
-        own, theirs = opt.state_dict(), foreign.state_dict()
+        own, theirs = opt.state_dict(), started(other)
         mine = [{k: v for k, v in g.items() if k in ("family", "curvature")} for g in own["param_groups"]]
         ours = [{k: v for k, v in g.items() if k in ("family", "curvature")} for g in theirs["param_groups"]]
         settings = [s.get("poco", {}).get("settings") for s in (own, theirs)]
@@ -269,7 +275,7 @@ def own_entries(state_dict: Any) -> list[tuple[Any, ...]]:
     return [p for p in paths(state_dict) if p not in optional and p[:2] != ("poco", "meter")]
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", ["SVRG", "IVONPoCoMo", "full-reparam", "diagonal-stored", *OVER_A_BASE])
 def test_damaged_checkpoints_are_refused(name: str) -> None:
     """Every entry in turn is missing, or something else than it should be."""
     model, opt, task = trained(name, 6)
@@ -286,7 +292,11 @@ def test_damaged_checkpoints_are_refused(name: str) -> None:
     assert len(entries) >= 4
     for path in entries:
         for harm in (remove, garble):
-            refused(opt, model, damaged(whole, path, harm), before=before)
+            try:
+                refused(opt, model, damaged(whole, path, harm), before=before)
+            except BaseException as error:
+                error.add_note(f"{harm.__name__} {path}")
+                raise
     expected = continued(*trained(name, 6), 6, 2)
     opt.load_state_dict(whole)
     assert equal(continued(model, opt, task, 6, 2), expected)

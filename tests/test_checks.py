@@ -1,18 +1,15 @@
 """`check_family`: every family keeps every law, and a family that breaks a law is told which."""
 
 import dataclasses
-import math
-import pickle
-from typing import ClassVar
 
 import pytest
 import torch
-from torch.distributions import constraints
-from user_families import USER_FAMILIES, Exponential, GaussianByHand, LogNormal, Moments
+from broken_families import BROKEN, NotMinimal, ReanchorNothing, SignOfKL
+from user_families import USER_FAMILIES, Exponential, GaussianByHand, LogNormal
 
 import expfam_poco as poco
-from expfam_poco import checks, estimators, specimens
-from expfam_poco.families import Bernoulli, DiagonalGaussian, FullGaussian, IsotropicGaussian, Relaxed
+from expfam_poco import checks
+from expfam_poco.families import Bernoulli, DiagonalGaussian, FullGaussian, IsotropicGaussian
 
 FLOAT64 = (torch.float64,)
 
@@ -39,12 +36,11 @@ def test_hyperparameters_do_not_matter(family: poco.ExponentialFamily) -> None:
     assert poco.check_family(family).passed
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("family", [FullGaussian, Bernoulli, LogNormal])
+@pytest.mark.parametrize(("family", "seed"), [(FullGaussian, 1), (Bernoulli, 2), (LogNormal, 3)])
 def test_other_seeds_change_the_points_and_not_the_verdict(family: type[poco.ExponentialFamily], seed: int) -> None:
     report = poco.check_family(family, seed=seed, dtypes=FLOAT64)
     assert report.passed
-    assert report != poco.check_family(family, seed=0, dtypes=FLOAT64)
+    assert str(report) != str(poco.check_family(family, seed=0, dtypes=FLOAT64))
 
 
 def test_the_same_seed_gives_the_same_report_and_leaves_the_global_generator_alone() -> None:
@@ -67,421 +63,6 @@ def test_one_precision_alone_can_be_tested(dtype: torch.dtype) -> None:
 # ---- families that break one ------------------------------------------------------------------------------
 
 
-class ScaledPartition(Exponential):
-    def log_partition(self, nat):
-        return 2.0 * super().log_partition(nat)
-
-
-class MissingTerm(GaussianByHand):
-    def log_partition(self, nat):
-        return -(nat.theta**2) / (4.0 * nat.square)
-
-
-class MissingConstant(GaussianByHand):
-    def log_partition(self, nat):
-        return super().log_partition(nat) - 0.5 * math.log(math.pi)
-
-
-class WrongMean(DiagonalGaussian):
-    def to_mean(self, nat):
-        mean = super().to_mean(nat)
-        return mean._replace(theta_theta=mean.theta_theta - mean.theta**2)
-
-
-class WrongNatural(DiagonalGaussian):
-    def to_natural(self, mean):
-        nat = super().to_natural(mean)
-        return nat._replace(theta=1.01 * nat.theta)
-
-
-class WrongChart(DiagonalGaussian):
-    def from_nat(self, nat):
-        state = super().from_nat(nat)
-        return state._replace(precision=0.5 * state.precision)
-
-
-class SiteWithoutHalf(DiagonalGaussian):
-    def site_to_nat(self, site, state):
-        nat = super().site_to_nat(site, state)
-        return nat._replace(theta_theta=site.curvature)
-
-
-class BothSitesWithoutHalf(SiteWithoutHalf):
-    """Consistent with itself, but not with the Bayesian learning rule."""
-
-    def site_from_nat(self, site, state):
-        return super().site_from_nat(site._replace(theta_theta=0.5 * site.theta_theta), state)
-
-
-class WideSamples(LogNormal):
-    def sample(self, state, noise):
-        return super().sample(state, 1.2 * noise)
-
-
-class NegativeSamples(Exponential):
-    def sample(self, state, noise):
-        return -super().sample(state, noise)
-
-
-class RelaxedSamples(Bernoulli):
-    def sample(self, state, noise):
-        return torch.tanh(4.0 * (state.theta + noise))
-
-
-class OneSample(DiagonalGaussian):
-    def sample(self, state, noise):
-        return super().sample(state, noise)[0]
-
-
-class OwnNoise(DiagonalGaussian):
-    def sample(self, state, noise):
-        return super().sample(state, torch.randn_like(noise))
-
-
-class GlobalNoise(DiagonalGaussian):
-    def noise(self, shape, draws, key, *, dtype=torch.float32, device="cpu"):
-        return torch.randn(draws, *shape, dtype=dtype, device=device)
-
-
-class NoiseOfLambda(DiagonalGaussian):
-    """Noise that remembers the λ that was sampled last."""
-
-    last: ClassVar[list[float]] = [0.0]
-
-    def noise(self, shape, draws, key, *, dtype=torch.float32, device="cpu"):
-        return super().noise(shape, draws, key, dtype=dtype, device=device) * (1.0 + 0.01 * math.tanh(self.last[0]))
-
-    def sample(self, state, noise):
-        self.last[0] = float(state.mean.sum())
-        return super().sample(state, noise)
-
-
-class SpoiltNoise(DiagonalGaussian):
-    def sample(self, state, noise):
-        return noise.mul_(state.precision.rsqrt()).add_(state.mean)
-
-
-class NoiseWithoutKey(DiagonalGaussian):
-    def noise(self, shape, draws, key, *, dtype=torch.float32, device="cpu"):
-        return torch.ones(draws, *shape, dtype=dtype, device=device)
-
-
-class ShiftedMirror(Exponential):
-    def reflect(self, noise):
-        return 1.1 - noise
-
-
-class WrongMirror(Exponential):
-    def reflect(self, noise):
-        return -noise
-
-
-class WrongEntropy(DiagonalGaussian):
-    def entropy(self, state):
-        return super().entropy(state) - 0.5
-
-
-class WrongExpectedBaseMeasure(IsotropicGaussian):
-    def expected_log_base_measure(self, state):
-        return self.log_base_measure(state.mean)
-
-
-class WrongBaseMeasure(IsotropicGaussian):
-    def log_base_measure(self, theta):
-        return super().log_base_measure(theta) + 0.1
-
-
-class WrongKL(DiagonalGaussian):
-    def kl(self, state, prior):
-        return super().kl(prior, state)
-
-
-class SignOfKL(DiagonalGaussian):
-    def kl_gradient(self, state, prior):
-        return super().kl_gradient(prior, state)
-
-
-class KLWithoutAnchor(FullGaussian):
-    def kl_gradient(self, state, prior):
-        kl = super().kl_gradient(state, prior)
-        return kl._replace(gradient=self._apply(state.precision, state.mean - prior.mean))
-
-
-class WrongFisherProduct(DiagonalGaussian):
-    def fisher_vector_product(self, nat, vector):
-        product = super().fisher_vector_product(nat, vector)
-        return product._replace(theta=2.0 * product.theta)
-
-
-class NotMinimal(GaussianByHand):
-    """θ and 2θ + 1 together: the Fisher matrix is singular."""
-
-    def statistics(self, theta):
-        return Moments(theta, 2.0 * theta + 1.0)
-
-    def log_partition(self, nat):
-        slope = nat.theta + 2.0 * nat.square
-        return nat.square + 0.5 * slope**2 + 0.5 * math.log(2.0 * math.pi)
-
-    def log_base_measure(self, theta):
-        return -0.5 * theta**2
-
-    def sample(self, state, noise):
-        return state.theta + 2.0 * state.square + noise
-
-    def centred_at(self, theta, precision=None):
-        return Moments(theta + 1.0, torch.full_like(theta, -0.5))
-
-
-class NormalPerEntry(DiagonalGaussian):
-    def distribution(self, state):
-        return super().distribution(state).base_dist
-
-
-class WrongDensity(DiagonalGaussian):
-    def distribution(self, state):
-        import pyro.distributions as dist
-
-        return dist.Normal(state.mean, 1.0 / state.precision).to_event(state.mean.ndim)
-
-
-class TorchDistribution(DiagonalGaussian):
-    def distribution(self, state):
-        return torch.distributions.Independent(
-            torch.distributions.Normal(state.mean, state.precision.rsqrt()), state.mean.ndim
-        )
-
-
-class PointElsewhere(Exponential):
-    def point(self, state):
-        return 1.0 / state.theta
-
-
-class NoPoint(LogNormal):
-    point = poco.ExponentialFamily.point
-
-
-class RecentreNothing(DiagonalGaussian):
-    def recentre(self, state, theta):
-        return state
-
-
-class DoubledGradient(DiagonalGaussian):
-    def natural_gradient(self, state, draws):
-        site = super().natural_gradient(state, draws)
-        return site._replace(gradient=2.0 * site.gradient)
-
-
-class AscendingGradient(IsotropicGaussian):
-    def natural_gradient(self, state, draws):
-        return self.Site(-super().natural_gradient(state, draws).theta)
-
-
-class ForgottenFisher(GaussianByHand):
-    """∇_λ E_q[ℓ] instead of ∇_μ E_q[ℓ]."""
-
-    def fisher_solve(self, nat, vector):
-        return vector
-
-
-class SquareOfGradient(FullGaussian):
-    """Declares as exact what it makes of ∇ℓ alone: the curvature is not unbiased."""
-
-    def natural_gradient(self, state, draws):
-        curvature = self._outer(draws.grad, draws.grad)
-        return super().natural_gradient(state, draws._replace(curvature=curvature))
-
-
-@dataclasses.dataclass(frozen=True)
-class UnbiasedRelaxation(Relaxed):
-    unbiased: ClassVar[bool] = True
-
-
-class BiasedDeclaredUnbiased(Bernoulli):
-    estimators: ClassVar = {"relaxed": UnbiasedRelaxation()}
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomRelaxation(Relaxed):
-    def points(self, family, state, noise):
-        return super().points(family, state, noise.abs())
-
-    def natural_gradient(self, family, state, draws):
-        return super().natural_gradient(family, state, draws._replace(noise=draws.noise + draws.noise.mean()))
-
-
-class WrongRelaxation(Bernoulli):
-    estimators: ClassVar = {"relaxed": RandomRelaxation()}
-
-
-@dataclasses.dataclass(frozen=True)
-class UphillRelaxation(Relaxed):
-    def natural_gradient(self, family, state, draws):
-        return family.Site(-super().natural_gradient(family, state, draws).theta)
-
-
-class Uphill(Bernoulli):
-    estimators: ClassVar = {"relaxed": UphillRelaxation()}
-
-
-@dataclasses.dataclass(frozen=True)
-class MoodyEstimator(estimators.Reparameterised):
-    """Fresh randomness behind the draws' back."""
-
-    def natural_gradient(self, family, state, draws):
-        site = super().natural_gradient(family, state, draws)
-        return site._replace(gradient=site.gradient + 1e-3 * torch.randn_like(site.gradient))
-
-
-class Moody(DiagonalGaussian):
-    estimators: ClassVar = {"reparam": MoodyEstimator()}
-
-
-class ReanchorNothing(DiagonalGaussian):
-    def reanchor(self, site, state_from, state_to):
-        return site
-
-
-class ReanchorBackwards(FullGaussian):
-    def reanchor(self, site, state_from, state_to):
-        return super().reanchor(site, state_to, state_from)
-
-
-class MeanBeforePrecision(DiagonalGaussian):
-    def retract(self, state, direction, rates, *, variant="second_order", clip_radius=math.inf):
-        moved = super().retract(state, direction, rates, variant=variant, clip_radius=clip_radius)
-        return moved._replace(mean=state.mean - rates[0] * direction.gradient / state.precision)
-
-
-class AlwaysPlain(FullGaussian):
-    def retract(self, state, direction, rates, *, variant="second_order", clip_radius=math.inf):
-        return super().retract(state, direction, rates, variant="plain", clip_radius=clip_radius)
-
-
-class HalvedStep(Bernoulli):
-    def retract(self, state, direction, rates, *, variant="second_order", clip_radius=math.inf):
-        rates = self.Site(0.5 * rates[0])
-        return super().retract(state, direction, rates, variant=variant, clip_radius=clip_radius)
-
-
-class OtherSecondOrder(GaussianByHand):
-    """Stays in the domain, but with another derivative at zero."""
-
-    def retract(self, state, direction, rates, *, variant="second_order", clip_radius=math.inf):
-        if variant == "second_order":
-            rates = self.Site(*(2.0 * rate for rate in rates))
-        return super().retract(state, direction, rates, variant=variant, clip_radius=clip_radius)
-
-
-class UndeclaredDomain(Exponential):
-    domain: ClassVar = {}
-
-
-class Float32Inside(DiagonalGaussian):
-    def to_nat(self, state):
-        nat = super().to_nat(state)
-        return type(nat)(*(value.float() for value in nat))
-
-
-class Float64Inside(IsotropicGaussian):
-    def kl_gradient(self, state, prior):
-        return self.Site(*(value.double() for value in super().kl_gradient(state, prior)))
-
-
-class Cancelling(Bernoulli):
-    """1 − tanh² in place of sech²: nothing is left of it in float32."""
-
-    def log_partition(self, nat):
-        return -0.5 * torch.log1p(-torch.tanh(nat.theta) ** 2) + math.log(2.0)
-
-
-class UnknownDomainField(Exponential):
-    domain: ClassVar = {"lambda": constraints.less_than(0.0)}
-
-
-class UnknownEstimator(Exponential):
-    default_estimator: ClassVar = "price"
-
-
-class UnknownMomentum(DiagonalGaussian):
-    momentum_block: ClassVar = ("theta",)
-
-
-class CentredOutside(Exponential):
-    def centred_at(self, theta, precision=None):
-        return self.State(1.0 / theta)
-
-
-class SummedPartition(Exponential):
-    def log_partition(self, nat):
-        return super().log_partition(nat).sum()
-
-
-class NoPrecision(Exponential):
-    def centred_at(self, theta, precision=None):
-        return super().centred_at(theta * precision.sqrt(), precision)
-
-
-BROKEN = [
-    (ScaledPartition, "gradient_of_log_partition"),
-    (MissingTerm, "gradient_of_log_partition"),
-    (MissingConstant, "log_prob"),
-    (WrongMean, "gradient_of_log_partition"),
-    (WrongNatural, "round_trips"),
-    (WrongChart, "round_trips"),
-    (SiteWithoutHalf, "round_trips"),
-    (BothSitesWithoutHalf, "kl_gradient"),
-    (WideSamples, "samples"),
-    (NegativeSamples, "samples"),
-    (RelaxedSamples, "samples"),
-    (OneSample, "samples"),
-    (OwnNoise, "samples"),
-    (GlobalNoise, "noise"),
-    (NoiseOfLambda, "noise"),
-    (SpoiltNoise, "noise"),
-    (NoiseWithoutKey, "noise"),
-    (ShiftedMirror, "noise"),
-    (WrongMirror, "noise"),
-    (WrongEntropy, "entropy"),
-    (WrongExpectedBaseMeasure, "entropy"),
-    (WrongBaseMeasure, "log_prob"),
-    (WrongKL, "kl"),
-    (SignOfKL, "kl_gradient"),
-    (KLWithoutAnchor, "kl_gradient"),
-    (WrongFisherProduct, "fisher"),
-    (NotMinimal, "fisher"),
-    (NormalPerEntry, "distribution"),
-    (WrongDensity, "distribution"),
-    (TorchDistribution, "distribution"),
-    (PointElsewhere, "point"),
-    (NoPoint, "point"),
-    (RecentreNothing, "point"),
-    (DoubledGradient, "natural_gradient"),
-    (AscendingGradient, "natural_gradient"),
-    (ForgottenFisher, "natural_gradient"),
-    (SquareOfGradient, "natural_gradient"),
-    (BiasedDeclaredUnbiased, "natural_gradient"),
-    (WrongRelaxation, "natural_gradient"),
-    (Uphill, "natural_gradient"),
-    (Moody, "zero_variance"),
-    (ReanchorNothing, "reanchor"),
-    (ReanchorBackwards, "reanchor"),
-    (MeanBeforePrecision, "chart"),
-    (AlwaysPlain, "retraction"),
-    (HalvedStep, "retraction"),
-    (OtherSecondOrder, "retraction"),
-    (UndeclaredDomain, "retraction"),
-    (Float64Inside, "dtypes"),
-    (Cancelling, "dtypes"),
-    (UnknownDomainField, "declarations"),
-    (UnknownEstimator, "declarations"),
-    (UnknownMomentum, "declarations"),
-    (CentredOutside, "centred_at"),
-    (SummedPartition, "centred_at"),
-    (NoPrecision, "centred_at"),
-]
-
-
 @pytest.mark.parametrize(("broken", "law"), BROKEN, ids=[broken.__name__ for broken, _ in BROKEN])
 def test_a_broken_law_is_named(broken: type[poco.ExponentialFamily], law: str) -> None:
     dtypes = (torch.float32, torch.float64) if law == "dtypes" else FLOAT64
@@ -491,3 +72,113 @@ def test_a_broken_law_is_named(broken: type[poco.ExponentialFamily], law: str) -
     sentence = str(caught.value)
     assert sentence.startswith(f"{broken.__name__}") and f"breaks the law {law!r}: " in sentence
     assert caught.value.report.failures[0].name == law
+
+
+def test_the_sentence_tells_law_error_tolerance_hint_and_what_else_fails() -> None:
+    with pytest.raises(poco.LawError) as caught:
+        poco.check_family(SignOfKL, dtypes=FLOAT64)
+    sentence = str(caught.value)
+    result = caught.value.report.failures[0]
+    assert result.error > 1e-3 > result.tolerance
+    assert sentence == (
+        f"SignOfKL() breaks the law 'kl_gradient': {result.detail}: error {result.error:.3g} where "
+        f"{result.tolerance:.3g} is allowed; check the sign and the coordinates of kl_gradient "
+        "(then also fail: chart, conjugate)."
+    )
+    assert isinstance(caught.value, AssertionError) and "\n" not in sentence
+
+
+def test_an_unexpected_exception_fails_the_law_that_met_it_and_is_quoted() -> None:
+    class Raises(DiagonalGaussian):
+        def entropy(self, state):
+            raise KeyError("no entropy\ntoday")
+
+    report = poco.check_family(Raises, dtypes=FLOAT64, raise_on_failure=False)
+    assert not report.passed
+    failed = {law.name: law.detail for law in report.failures}
+    assert failed["entropy"] == "raised KeyError: 'no entropy\\ntoday'"
+    assert set(failed) == {"entropy", "dtypes"}  # the latter looks at every method
+
+
+def test_what_fails_first_is_reported_before_what_is_raised_after_it() -> None:
+    report = poco.check_family(NotMinimal, dtypes=FLOAT64, raise_on_failure=False)
+    assert "not minimal" in report.failures[0].detail
+
+
+def test_a_family_without_members_ends_the_report_there() -> None:
+    class NoCentre(Exponential):
+        def centred_at(self, theta, precision=None):
+            raise RuntimeError("where?")
+
+    report = poco.check_family(NoCentre, raise_on_failure=False)
+    assert [(law.name, law.passed) for law in report.laws] == [("declarations", True), ("centred_at", False)]
+    assert report.laws[1].detail == "raised RuntimeError: where?"
+
+
+def test_the_report_is_a_table_with_one_line_for_each_law() -> None:
+    report = poco.check_family(ReanchorNothing(), dtypes=FLOAT64, raise_on_failure=False)
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + len(checks.LAWS) == 2 + len(report.laws)
+    assert lines[0] == f"ReanchorNothing() breaks {len(report.failures)} of {len(checks.LAWS)} laws"
+    by_name = {line.split()[0]: line for line in lines[2:]}
+    for law in report.laws:
+        assert by_name[law.name].split()[1] == ("ok" if law.passed else "FAILS")
+        assert law.detail in by_name[law.name]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.laws = ()
+    assert str(poco.check_family("isotropic_gaussian", dtypes=FLOAT64)).startswith(
+        "IsotropicGaussian(precision=1.0) keeps every law\n"
+    )
+
+
+def test_what_cannot_be_tested_is_remarked() -> None:
+    report = poco.check_family("full_gaussian", dtypes=FLOAT64)
+    (law,) = (law for law in report.laws if law.name == "natural_gradient")
+    assert law.detail.endswith("gradsq is biased, and its expectation has no quadrature for this family")
+
+
+@pytest.mark.parametrize("dtypes", [(), (torch.float16,), (torch.float32, torch.int64)])
+def test_other_dtypes_are_refused(dtypes: tuple[torch.dtype, ...]) -> None:
+    with pytest.raises(ValueError, match=r"dtypes=.*torch.float32 or torch.float64"):
+        poco.check_family("bernoulli", dtypes=dtypes)
+
+
+def test_what_is_not_a_family_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'gaussian' is not registered; known families: bernoulli"):
+        poco.check_family("gaussian")
+    with pytest.raises(TypeError, match="neither a registered name nor an ExponentialFamily"):
+        poco.check_family(torch.nn.Linear)
+
+
+def test_name_class_and_instance_give_the_same_report() -> None:
+    reports = [poco.check_family(f, dtypes=FLOAT64) for f in ("bernoulli", Bernoulli, Bernoulli())]
+    assert str(reports[0]) == str(reports[1]) == str(reports[2])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", poco.families_available())
+def test_every_registered_family_keeps_every_law_on_cuda(name: str) -> None:
+    assert poco.check_family(name, devices=["cpu", "cuda"]).passed
+
+
+@pytest.mark.cuda
+def test_a_tensor_made_on_the_cpu_breaks_the_law_of_devices() -> None:
+    class OnTheCPU(Exponential):
+        def point(self, state):
+            return super().point(state).cpu()
+
+    with pytest.raises(poco.LawError, match=r"point gives .* on cpu"):
+        poco.check_family(OnTheCPU)
+
+
+def test_the_natural_gradient_derived_for_a_gaussian_is_the_closed_one() -> None:
+    """The pathwise derivative solved with the Fisher matrix, against Stein's identity, draw by draw."""
+    torch.manual_seed(0)
+    by_hand, closed = GaussianByHand(), DiagonalGaussian()
+    theta, epsilon = torch.randn(3, 2, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
+    loss, grad = torch.randn(5, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
+    state = closed.centred_at(theta, 3.0)
+    draws = poco.Draws(epsilon, closed.sample(state, epsilon), loss, grad)
+    expected = closed.site_to_nat(closed.natural_gradient(state, draws), state)
+    derived = by_hand.natural_gradient(by_hand.centred_at(theta, 3.0), draws)
+    torch.testing.assert_close(tuple(derived), tuple(expected), rtol=1e-12, atol=1e-12)

@@ -1,7 +1,7 @@
 """Families as a user would write them: statistics, log-partition, sample, centre, and nothing that is derived."""
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ class Exponential(poco.ExponentialFamily):
     """Positive weights with T(θ) = θ and λ < 0."""
 
     support = constraints.positive
-    domain = {"theta": constraints.less_than(0.0)}
+    domain: ClassVar = {"theta": constraints.less_than(0.0)}
     noise_kind = "uniform"
 
     def statistics(self, theta):
@@ -40,7 +40,7 @@ class LogNormal(poco.ExponentialFamily):
 
     Statistics = Logs
     support = constraints.positive
-    domain = {"log_squared": constraints.less_than(0.0)}
+    domain: ClassVar = {"log_squared": constraints.less_than(0.0)}
 
     def statistics(self, theta):
         return Logs(theta.log(), theta.log() ** 2)
@@ -70,7 +70,7 @@ class GaussianByHand(poco.ExponentialFamily):
     """N(m, 1/s) in natural coordinates, with everything else derived."""
 
     Statistics = Moments
-    domain = {"square": constraints.less_than(0.0)}
+    domain: ClassVar = {"square": constraints.less_than(0.0)}
 
     def statistics(self, theta):
         return Moments(theta, theta**2)
@@ -95,7 +95,7 @@ class Poisson(poco.ExponentialFamily):
     default_estimator = "score"
 
     def _probabilities(self, state, like):
-        k = torch.arange(150, dtype=like.dtype, device=like.device)
+        k = torch.arange(60, dtype=like.dtype, device=like.device)
         log_h = -torch.lgamma(k + 1.0)
         return torch.exp(k * state.theta.unsqueeze(-1) - state.theta.exp().unsqueeze(-1) + log_h), log_h
 

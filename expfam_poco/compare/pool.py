@@ -73,19 +73,24 @@ def _here(task: Task, runs: Sequence[Run], budget: Budget, watch: Watch) -> Gene
 
 def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> Generator[Message, None, None]:
     context = mp.get_context("spawn")
+    # The task goes through a queue: as an argument it would fill a pipe that a child reads only after its imports.
+    tasks: Any = context.Queue()
     jobs: Any = context.Queue()
     messages: Any = context.Queue()
+    for channel in (tasks, jobs, messages):
+        channel.cancel_join_thread()  # or an exit by Ctrl-C would wait for workers that no longer read
     for number, run in enumerate(runs):
         jobs.put((number, run))
     for _ in range(workers):
+        tasks.put((task, budget))
         jobs.put(None)
-    with _one_thread_each(), _deaf_to_interrupts():
-        processes = [
-            context.Process(target=_work, args=(task, budget, jobs, messages), daemon=True) for _ in range(workers)
-        ]
-        for process in processes:
-            process.start()
+    processes: list[SpawnProcess] = []
     try:
+        with _one_thread_each(), _deaf_to_interrupts():
+            for _ in range(workers):
+                process = context.Process(target=_work, args=(tasks, jobs, messages), daemon=True)
+                process.start()
+                processes.append(process)
         left = len(runs)
         while left:
             message = _next_message(messages, processes)
@@ -96,12 +101,12 @@ def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> G
         for process in processes:
             process.join()
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-        jobs.cancel_join_thread()
-        jobs.close()
-        messages.close()
+        with _deaf_to_interrupts():
+            for process in processes:
+                process.terminate()
+                process.join()
+            for channel in (tasks, jobs, messages):
+                channel.close()
 
 
 def _next_message(messages: Any, processes: Sequence[SpawnProcess]) -> Any:
@@ -146,11 +151,12 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(task: Task, budget: Budget, jobs: Any, messages: Any) -> None:
-    """A worker's life: take runs until there is None."""
+def _work(tasks: Any, jobs: Any, messages: Any) -> None:
+    """A worker's life: take the task, then runs until there is None."""
     import torch
 
     torch.set_num_threads(1)
+    task, budget = tasks.get()
     while (job := jobs.get()) is not None:
         number, run = job
         try:
