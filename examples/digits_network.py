@@ -39,7 +39,7 @@ def network() -> nn.Module:
 
 
 def run(name: str, seed: int, evaluations: int) -> dict[str, float]:
-    """Train one method on one seed within a budget of mini-batch gradients; test accuracy and negative log-likelihood."""
+    """Train one method within a budget of mini-batch gradients; test accuracy and negative log-likelihood."""
     torch.manual_seed(seed)
     train, x, y = data()
     loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True)

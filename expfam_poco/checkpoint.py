@@ -237,7 +237,7 @@ def check_header(header: Any, settings: Mapping[str, Any]) -> None:
         if not isinstance(values, list) or [type(value) for value in values] != [float] * 4:
             raise CheckpointError(f"state_dict['poco']['meter'][{name!r}]: damaged; use another file.")
     for name, value in settings.items():
-        if header["settings"].get(name) != value:
+        if name not in header["settings"] or header["settings"][name] != value:
             raise CheckpointError(
                 f"state_dict['poco']['settings'][{name!r}]: saved with {header['settings'].get(name)!r}, the "
                 f"optimizer has {value!r}; make the optimizer with the same {name}."

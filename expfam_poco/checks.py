@@ -119,7 +119,7 @@ class Report:
         broken = len(self.failures)
         verdict = "keeps every law" if not broken else f"breaks {broken} of {len(self.laws)} laws"
         width = max(len(law.name) for law in self.laws)
-        lines = [f"{self.family} {verdict}", f"  {'law':<{width}}  result     error  tolerance  of"]
+        lines = [f"{self.family} {verdict}", f"  {'law':<{width}}  result     error  tolerance  what was compared"]
         for law in self.laws:
             result = "ok" if law.passed else "FAILS"
             row = f"  {law.name:<{width}}  {result:<6}  {law.error:8.2g}  {law.tolerance:9.2g}  {law.detail}"

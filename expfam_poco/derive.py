@@ -96,7 +96,9 @@ def invert_mean(family: ExponentialFamily, mean: Any, *, iterations: int = 200, 
         if bool((residual.abs() <= tolerance * (1.0 + target.abs())).all()):
             return _unflatten(family, current, shapes)
         matrix = fisher(family, _unflatten(family, current, shapes))
-        step = torch.linalg.solve(matrix, residual)
+        step, fault = torch.linalg.solve_ex(matrix, residual)
+        if bool(fault.any()):
+            break
         current = _ascend(family, current, step, target, shapes)
     raise ValueError(
         f"mean: no natural parameter of {type(family).__name__} was found with this expectation "

@@ -27,9 +27,11 @@ def _range(low: float, high: float, *, low_open: bool = False, high_open: bool =
     def inside(value: Any) -> bool:
         if isinstance(value, Tensor) and value.numel() == 1:
             value = float(value)
+        if not _is_number(value):
+            return False
         above = value > low if low_open else value >= low
         below = value < high if high_open else value <= high
-        return _is_number(value) and above and below
+        return above and below
 
     return inside
 
@@ -119,6 +121,7 @@ def check_group(group: dict[str, Any]) -> None:
     group["family"] = resolve_family(group["family"])
     group["curvature"] = resolve_estimator(group["curvature"], group["family"])
     check_numbers(group)
+    _check_strength(group)
     if group["retraction"] not in RETRACTIONS:
         raise ValueError(f"retraction={group['retraction']!r}: choose one of {', '.join(RETRACTIONS)}.")
     if group["lr_scale"] == INITIAL_HESSIAN and group["hess_init"] is None:
@@ -133,6 +136,20 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name}={group[name]!r}: give True or False.")
     if not callable(group["alpha"]):
         correction.alpha_at(group["alpha"], 1)
+
+
+def _check_strength(group: Mapping[str, Any]) -> None:
+    """Refuse `hess_init` for a family whose precision is its own: such a state would not be a member of it."""
+    if group["hess_init"] is None:
+        return
+    family = group["family"]
+    middle = family.reference_like(torch.zeros((1,) * max(1, family.event_dim), dtype=torch.float64))
+    state = family.centred_at(middle, group["ess"] * (group["hess_init"] + group["weight_decay"]))
+    again = family.from_nat(family.to_nat(state))
+    if not all(torch.allclose(a, b) for a, b in zip(state, again, strict=True)):
+        raise ValueError(
+            f"hess_init={group['hess_init']}: {type(family).__name__} has a precision of its own; give it to the family."
+        )
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .derive import _flatten, fisher
 from .estimators import available
-from .noise import quantile
 from .specimens import (
     DRAWS,
     MORE_SAMPLES,
@@ -90,7 +89,7 @@ def noise(s: Specimen) -> Findings:
     yield s.shaped("noise", first, (count, *s.shape))
     yield holds("noise is not finite", torch.isfinite(first).all())
     kept = first.clone()
-    family.sample(s.states[-1], first)
+    family.sample(s.states[-2], first)
     yield holds("noise is changed in place by sample", torch.equal(first, kept))
     yield holds("noise changes when asked for again", torch.equal(kept, s.noise(count, SAMPLES)))
     yield holds("noise is the same at every step", not torch.equal(kept, s.noise(count, SAMPLES, 1)))
@@ -114,9 +113,8 @@ def samples(s: Specimen) -> Findings:
         epsilon = s.noise(8, SAMPLES, number)
         theta = family.sample(state, epsilon)
         yield s.shaped("sample", theta, (8, *s.shape))
-        yield holds(
-            "sample changes when called again with the same noise", torch.equal(theta, family.sample(state, epsilon))
-        )
+        again = family.sample(state, epsilon)
+        yield holds("sample changes when called again with the same noise", torch.equal(theta, again))
         if not s.sampling:
             continue
         theta = s.draws(number)
@@ -143,7 +141,7 @@ def expectation(s: Specimen, reference: Reference) -> tuple[Any, Any]:
         if reference.exact:
             spread = (value.amax(0) - value.amin(0)) * unseen(reference)
         else:
-            spread = 6.0 * (share * (value - mean)).square().sum(0).sqrt()
+            spread = SIGMAS * (share * (value - mean)).square().sum(0).sqrt()
         means.append(mean)
         errors.append(spread + SLACK * s.eps * value.abs().amax(0))
     return s.family.Mean(*means), s.family.Mean(*errors)
@@ -272,7 +270,7 @@ def _largest_term(s: Specimen, number: int, theta: Tensor | None) -> float:
 
 
 def entropy(s: Specimen) -> Findings:
-    """entropy = −E_q[log q]."""
+    """Entropy = −E_q[log q]."""
     for number, state in enumerate(s.states):
         value = s.family.entropy(state)
         yield s.shaped("entropy", value, s.batch)
@@ -341,7 +339,8 @@ def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
     """No combination of the statistics is constant, and the Fisher matrix is positive along all that vary."""
     scale = statistics.abs().amax(-2, keepdim=True).clamp_min(torch.finfo(statistics.dtype).tiny)
     centred = (statistics - statistics.mean(-2, keepdim=True)) / scale
-    ranks = [int(torch.linalg.matrix_rank(value, rtol=1e-8).min()) for value in (statistics / scale, centred)]
+    rounding = 1e3 * torch.finfo(statistics.dtype).eps
+    ranks = [int(torch.linalg.matrix_rank(value, rtol=rounding).min()) for value in (statistics / scale, centred)]
     yield holds(
         f"the statistics are not minimal ({ranks[0]} are independent, only {ranks[1]} up to constants)",
         ranks[0] == ranks[1],
@@ -369,10 +368,3 @@ def point(s: Specimen) -> Findings:
 
 def _between(value: Tensor, draws: Tensor) -> Tensor:
     return ((value >= draws.amin(0)) & (value <= draws.amax(0))).all()
-
-
-def midpoints(s: Specimen, count: int) -> Tensor:
-    """Noise at the centres of `count` equal cells of probability, count × P, the same for every weight."""
-    u = (torch.arange(count, dtype=s.dtype, device=s.device) + 0.5) / count
-    epsilon = quantile(s.family.noise_kind, u)
-    return epsilon.reshape(-1, *(1,) * len(s.shape)).expand(-1, *s.shape)

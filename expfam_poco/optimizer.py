@@ -119,7 +119,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         self.mc_samples = mc_samples
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
-        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else int(seed)
+        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
         self._anchor = anchors.Anchor(anchor)
         self._meter = VarianceMeter()

@@ -120,8 +120,8 @@ class VONPoCo(PosteriorCorrected):
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
         >>> opt = poco.VONPoCo([w], lr=1.0, ess=1.0, weight_decay=0.0, noise="zero")
         >>> _ = opt.step(lambda: 0.5 * (w**2).sum())       # Newton: the minimum in one step
-        >>> w.abs().max().item()
-        0.0
+        >>> w.abs().max().item() < 1e-12
+        True
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class VON(VONPoCo):
         >>> w = torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
         >>> opt = poco.VON([w], lr=1.0, ess=1.0, weight_decay=1.0, noise="zero")
         >>> _ = opt.step(lambda: 0.5 * (w**2).sum())
-        >>> w.item()
-        0.0
+        >>> abs(w.item()) < 1e-12
+        True
     """
 
     def __init__(self, params: Any, lr: float, ess: float, **choices: Any) -> None:

@@ -164,7 +164,7 @@ def _kl(block: Block, state: Any) -> float:
     value = float(block.family.kl(state, groups.prior_of(block)).sum())
     if not math.isfinite(value):
         raise ValueError(
-            f"weight_decay={block.group['weight_decay']}: the KL divergence from the prior of {block.name!r} is {value}; "
-            "the objective needs a proper prior."
+            f"weight_decay={block.group['weight_decay']}: the KL divergence from the prior of {block.name!r} is "
+            f"{value}; the objective needs a proper prior."
         )
     return value

@@ -94,11 +94,12 @@ def name_of(family: ExponentialFamily) -> str:
     for name, cls in _registered.items():
         if cls is type(family):
             return name
-    path = f"{type(family).__module__}:{type(family).__qualname__}"
+    module = type(family).__module__
     for point in entry_points(group=GROUP):
-        if point.load() is type(family):
+        # Only the family's own package is imported: another one may be slow, or broken.
+        if point.module.partition(".")[0] == module.partition(".")[0] and point.load() is type(family):
             return point.name
-    return path
+    return f"{module}:{type(family).__qualname__}"
 
 
 def _find(name: str) -> type[ExponentialFamily] | None:

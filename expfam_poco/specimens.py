@@ -31,12 +31,12 @@ from torch.distributions import biject_to, transform_to
 from . import fields
 from .derive import fisher
 from .family import ExponentialFamily
-from .noise import NoiseKey, noise
+from .noise import NoiseKey, noise, quantile
 
 SLACK = 256.0
 SIGMAS = 6.0
 DRAWS = 10_000
-STRENGTHS = (None, 0.5, 1.0, 2.0, 4.0)
+STRENGTHS = (None, 0.5, 1.5, 4.0)
 # Streams of the counter-based generator.
 MEMBERS, STEPS, SAMPLES, MORE_SAMPLES, PROPOSALS, PROBES = range(6)
 
@@ -124,10 +124,11 @@ class Specimen:
             return self.family.sample(middle, self.noise(count, MEMBERS, step))
 
     def with_members(self) -> Specimen:
-        """This specimen with members: centres × strengths, and two of them moved along the statistics."""
+        """This specimen with members: centres × strengths, two moved along the statistics, and the middle one."""
         points = self.support_points(len(STRENGTHS))
         nats = [self.family.to_nat(self.family.centred_at(p, s)) for p, s in zip(points, STRENGTHS, strict=True)]
         nats += [self.moved(nats[number], 0.3, number) for number in (0, 3)]
+        nats += [self.family.to_nat(self.family.centred_at(self.family.reference_like(points[0])))]
         return self._with(tuple(self.family.from_nat(nat) for nat in nats))
 
     def like(self, dtype: torch.dtype, device: torch.device) -> Specimen:
@@ -240,21 +241,28 @@ class Specimen:
         log_weight = self.family.log_prob(self.states[number], theta) + jacobian - log_proposal
         return Reference(theta, torch.where(inside, log_weight, -torch.inf), exact=False)
 
+    def midpoints(self, count: int) -> Tensor:
+        """Noise at the centres of `count` equal cells of probability, count × P, the same for every weight."""
+        u = (torch.arange(count, dtype=self.dtype, device=self.device) + 0.5) / count
+        epsilon = quantile(self.family.noise_kind, u)
+        return epsilon.reshape(-1, *(1,) * len(self.shape)).expand(-1, *self.shape)
+
     # ---- agreement ---------------------------------------------------------------------------------------
 
     def rounded(self, function: Callable[..., Any], *inputs: Any) -> tuple[tuple[Tensor, ...], list[float]]:
         """A function's values as a tuple of tensors, and how far rounding may take each from the truth.
 
-        That is SLACK × (eps × its size + its largest change when every input changes by one relative eps).
+        That is SLACK × (eps × its size, at least 0.1, + its largest change when every input changes by one
+        relative eps).
         """
         value = as_fields(function(*inputs))
-        response = [self.eps * size_of(part) for part in value]
+        largest = [0.0] * len(value)
         for trial in range(2):
             generator = torch.Generator().manual_seed(trial)
             nudged = [nudge(argument, self.eps, generator) for argument in inputs]
             change = [size_of(a - b) for a, b in zip(as_fields(function(*nudged)), value, strict=True)]
-            response = [max(a, self.eps * size_of(b) + c) for a, b, c in zip(response, value, change, strict=True)]
-        return value, [SLACK * number for number in response]
+            largest = [max(a, b) for a, b in zip(largest, change, strict=True)]
+        return value, [SLACK * (self.eps * (0.1 + size_of(a)) + b) for a, b in zip(value, largest, strict=True)]
 
     def near(self, what: str, actual: Any, expected: Any, tolerances: list[float] | float) -> Finding:
         """The field in which two values differ most, compared with its tolerance."""
@@ -311,6 +319,9 @@ def standard_errors(
 ) -> float:
     """The largest |mean − expected| over the entries, in standard errors of the mean over the first axis.
 
+    The standard error of few values is itself uncertain: it grows so that SIGMAS is as unlikely for Student's t as
+    for the normal distribution.
+
     Args:
         values: K × anything.
         expected: what the mean should be.
@@ -321,8 +332,8 @@ def standard_errors(
 
     Example:
         >>> import torch
-        >>> standard_errors(torch.tensor([[0.0], [2.0]]), torch.tensor([0.0]))
-        0.9999...
+        >>> standard_errors(torch.tensor([0.0, 2.0]).repeat(5000, 1).mT.reshape(-1, 1), torch.tensor([0.9]))
+        9.99...
     """
     count = len(values)
     mean = values.mean(0)
@@ -330,7 +341,9 @@ def standard_errors(
     sigma = deviation.square().mean(0).sqrt()
     if spread is not None:
         sigma = torch.maximum(sigma, torch.nan_to_num(spread))
-    error = sigma / math.sqrt(count)
+    degrees = max(1, count - 1)
+    student = math.sqrt(degrees * math.expm1(min(SIGMAS**2 / (degrees + 1), 100.0))) / SIGMAS
+    error = student * sigma / math.sqrt(count)
     if rare:
         error = error + 2.0 * deviation.abs().amax(0) / count
     floor = SLACK * torch.finfo(values.dtype).eps * (values.abs().amax(0) + torch.as_tensor(expected).abs())

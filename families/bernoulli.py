@@ -129,7 +129,8 @@ class Bernoulli(ExponentialFamily):
 
     def log_partition(self, nat: Any) -> Tensor:
         """log(e^λ + e^{−λ})."""
-        return nat.theta.abs() + F.softplus(-2.0 * nat.theta.abs())
+        magnitude = torch.where(nat.theta >= 0.0, nat.theta, -nat.theta)  # of abs autograd has ∇²A(0) = 0, not 1
+        return magnitude + F.softplus(-2.0 * magnitude)
 
     def to_mean(self, nat: Any) -> Theta:
         """μ = tanh λ."""
@@ -161,7 +162,8 @@ class Bernoulli(ExponentialFamily):
         if self.point_estimate == "mean":
             edge = 1.0 - torch.finfo(theta.dtype).eps
             return Theta(torch.atanh(theta.clamp(-edge, edge)))
-        return Theta(torch.where(theta >= 0.0, 1.0, -1.0).to(theta.dtype) * state.theta.abs())
+        confidence = state.theta.abs().clamp_min(torch.finfo(theta.dtype).tiny)  # at λ = 0 the sign must show, too
+        return Theta(torch.where(theta >= 0.0, 1.0, -1.0).to(theta.dtype) * confidence)
 
     def distribution(self, state: Any) -> Any:
         """A `SignBernoulli`, one event of the tensor's shape."""

@@ -318,7 +318,8 @@ class FullGaussian(_CurvedGaussian):
 
     def _sandwich(self, curvature: Tensor, precision: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(_cholesky(precision), curvature, upper=False)
-        return half.mT @ half
+        product = half.mT @ half  # symmetric, but not bit for bit
+        return 0.5 * (product + product.mT)
 
     def _log_det(self, precision: Tensor) -> Tensor:
         return 2.0 * _cholesky(precision).diagonal(dim1=-2, dim2=-1).log().sum(-1)

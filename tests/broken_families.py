@@ -153,6 +153,13 @@ class KLWithoutAnchor(FullGaussian):
         return kl._replace(gradient=self._apply(state.precision, state.mean - prior.mean))
 
 
+class KinkedPartition(Bernoulli):
+    """|λ| + log(1 + e^{−2|λ|}): right, but at λ = 0 autograd has ∇²A = 0 of it."""
+
+    def log_partition(self, nat):
+        return nat.theta.abs() + torch.nn.functional.softplus(-2.0 * nat.theta.abs())
+
+
 class WrongFisherProduct(DiagonalGaussian):
     def fisher_vector_product(self, nat, vector):
         product = super().fisher_vector_product(nat, vector)
@@ -392,6 +399,7 @@ BROKEN = [
     (SignOfKL, "kl_gradient"),
     (KLWithoutAnchor, "kl_gradient"),
     (WrongFisherProduct, "fisher"),
+    (KinkedPartition, "fisher"),
     (NotMinimal, "fisher"),
     (NormalPerEntry, "distribution"),
     (WrongDensity, "distribution"),

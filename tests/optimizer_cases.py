@@ -122,6 +122,29 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
+def differentiates(opt: Any) -> bool:
+    """Whether gradients are taken at all."""
+    return all(getattr(g.get("curvature"), "needs", "gradient") != "loss" for g in opt.param_groups)
+
+
+def is_joint(opt: Any) -> bool:
+    """Whether some posterior is over all parameters of a group at once."""
+    return any(getattr(g.get("family"), "joint", False) for g in opt.param_groups)
+
+
+def takes_second_derivatives(opt: Any) -> bool:
+    """Whether a closure must return the loss's graph."""
+    needs = {getattr(g.get("curvature"), "needs", "gradient") for g in opt.param_groups}
+    return (
+        bool({"hvp", "hessian"} & needs) or getattr(getattr(opt, "_anchor", None), "kind", "curvature") != "curvature"
+    )
+
+
+def those(condition: Callable[[Any], bool], makers: Mapping[str, Make] = OPTIMIZERS) -> list[str]:
+    """The names of the optimizers of which the condition holds."""
+    return [name for name, make in makers.items() if condition(make(network().parameters()))]
+
+
 def noises(opt: Any, stream: int, step: int, mode: str = "shared", count: int | None = None) -> list[Tensor]:
     """What the optimizer's generator gives every block at a step (or chunk, or refresh): draws × shape each."""
     key = NoiseKey(opt.seed, stream, step)

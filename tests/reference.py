@@ -15,7 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy import ndarray
+from torch import Tensor
 
+from expfam_poco import fields
 from expfam_poco.estimators import Draws
 
 # ---- problems -----------------------------------------------------------------------------------------------
@@ -444,3 +446,31 @@ def site_of(
     """The engine's natural gradient from `weighted_draws`."""
     draws = weighted_draws(family, estimator, state, noise, loss, weights, **options)
     return estimator.natural_gradient(family, state, draws)
+
+
+def loss_of(problem: Any, i: int) -> Callable[[Tensor], Tensor]:
+    return lambda theta: problem.torch_loss(theta, i)
+
+
+def worst(found: Any, wanted: Any) -> float:
+    """The largest difference of any entries."""
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(found, wanted, strict=True))
+
+
+def site_mean(sites: list[Any]) -> Any:
+    total = sites[0]
+    for site in sites[1:]:
+        total = fields.add(total, site)
+    return fields.scale(total, 1.0 / len(sites))
+
+
+def start(family: Any, m: ndarray, precision: ndarray) -> Any:
+    """The chart's state of N(m, S⁻¹): a dense family takes S, a diagonal one its diagonal."""
+    value = precision if family.curvature == "dense" else precision.diagonal().copy()
+    return family.State(tensor(m), tensor(value))
+
+
+def dense(family: Any, state: Any) -> tuple[ndarray, ndarray]:
+    """(m, S) as numpy arrays, S as a matrix."""
+    value = state.precision.numpy()
+    return state.mean.numpy(), value if family.curvature == "dense" else np.diag(value)

@@ -25,7 +25,8 @@ def run(name: str, *options: str) -> str:
 
 
 def test_digits_network_trains_all_three_methods() -> None:
-    rows = re.findall(r"^(\S+)\s+(\d+)\s+(\d+)\s+([\d.]+)\s+([\d.]+)$", run("digits_network.py", "--evaluations", "300", "--seeds", "1"), re.M)
+    table = run("digits_network.py", "--evaluations", "300", "--seeds", "1")
+    rows = re.findall(r"^(\S+)\s+(\d+)\s+(\d+)\s+([\d.]+)\s+([\d.]+)$", table, re.M)
     assert [row[0] for row in rows] == ["AdamW", "IVON", "IVON-PoCoMo"]
     for _, steps, evaluations, accuracy, nll in rows:
         assert int(steps) <= 300 <= int(evaluations) <= 312

@@ -39,11 +39,16 @@ def trajectory(*arguments: Any, steps: int = 12, **choices: Any) -> Tensor:
     return torch.stack(points)
 
 
-@pytest.mark.parametrize("curvature", ["exact", "reparam", "hutchinson", "gradsq"])
-@pytest.mark.parametrize("noise", ["fixed", "zero", "shared", "antithetic"])
+@pytest.mark.parametrize(
+    ("noise", "curvature"),
+    [
+        (noise, curvature)
+        for noise in ("fixed", "zero", "shared", "antithetic")
+        for curvature in ("exact", "reparam", "hutchinson", "gradsq")
+        if (noise, curvature) != ("zero", "reparam")  # refused: nothing to measure
+    ],
+)
 def test_stored_and_products_are_one_anchor(noise: str, curvature: str) -> None:
-    if noise == "zero" and curvature == "reparam":
-        pytest.skip("refused: nothing to measure")
     stored = trajectory("stored", noise=noise, curvature=curvature)
     products = trajectory("products", noise=noise, curvature=curvature)
     torch.testing.assert_close(stored, products, rtol=0.0, atol=1e-10)

@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, OVER_A_BASE, SHELL, Task, equal, flat, network, run, weights
+from optimizer_cases import (
+    OPTIMIZERS,
+    OVER_A_BASE,
+    SHELL,
+    Task,
+    differentiates,
+    equal,
+    flat,
+    network,
+    run,
+    takes_second_derivatives,
+    those,
+    weights,
+)
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
@@ -260,8 +273,7 @@ def test_a_closure_may_call_backward_itself_and_zero_gradients(name: str) -> Non
         return evaluate
 
     task.closure = closure
-    needs = [getattr(g.get("curvature"), "needs", "gradient") for g in opt.param_groups]
-    if {"hvp", "hessian"} & set(needs) or getattr(getattr(opt, "_anchor", None), "kind", "curvature") != "curvature":
+    if takes_second_derivatives(opt):
         with pytest.raises(TypeError, match="return the loss without calling backward"):
             run(opt, task, 10)
         return
@@ -270,12 +282,9 @@ def test_a_closure_may_call_backward_itself_and_zero_gradients(name: str) -> Non
     assert equal(weights(calls_backward), weights(returns_graph))
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", those(lambda opt: differentiates(opt) and not takes_second_derivatives(opt)))
 def test_accumulated_gradients_equal_one_large_batch(name: str) -> None:
     model, opt, task = prepared(name)
-    needs = {getattr(g.get("curvature"), "needs", "gradient") for g in opt.param_groups}
-    if needs != {"gradient"} or getattr(getattr(opt, "_anchor", None), "kind", "curvature") != "curvature":
-        pytest.skip("needs second derivatives or losses, and so the loss of the whole batch")
     other, twin, same = prepared(name)
 
     def accumulated() -> Tensor:

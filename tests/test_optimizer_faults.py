@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, SHELL, Task, equal, network, run, same, weights
+from optimizer_cases import OPTIMIZERS, SHELL, Task, differentiates, equal, is_joint, network, run, same, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
@@ -78,11 +78,6 @@ class Spoiled:
 
     def chunks(self) -> list[Callable[[], Tensor]]:
         return [self.closure(batch) for batch in range(4)]
-
-
-def differentiates(opt: Any) -> bool:
-    """Whether gradients are taken at all."""
-    return all(getattr(g.get("curvature"), "needs", "gradient") != "loss" for g in opt.param_groups)
 
 
 def faults_of(name: str, warm: bool) -> Iterator[tuple[str, int, str]]:
@@ -188,6 +183,24 @@ def test_a_plain_step_out_of_the_domain_is_refused(family: str) -> None:
     assert torch.isfinite(cured.step(saddle))
 
 
+def test_no_block_moves_where_a_later_one_leaves_its_domain() -> None:
+    model = nn.ParameterDict({name: nn.Parameter(torch.ones(2, dtype=torch.float64)) for name in ("valley", "saddle")})
+    opt = poco.PosteriorCorrected(
+        model.parameters(), "diagonal_gaussian", lr=0.5, ess=10.0, weight_decay=0.1, hess_init=1.0, curvature="exact",
+        noise="zero", retraction="plain",
+    )  # fmt: skip
+
+    def closure(first: float, second: float) -> Callable[[], Tensor]:
+        return lambda: first * model["valley"].square().sum() + second * model["saddle"].square().sum()
+
+    opt.step(closure(1.0, 1.0))
+    before = everything(model, opt)
+    for bends in ((1.0, -9.0), (-9.0, 1.0)):
+        with pytest.raises(ValueError, match="out of its domain"):
+            opt.step(closure(*bends))
+        assert same(everything(model, opt), before)
+
+
 # ---- closures that are none --------------------------------------------------------------------------------
 
 WRONG_CLOSURES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
@@ -276,7 +289,7 @@ def test_unusual_parameters(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(model.frozen, torch.full((3,), 0.7, dtype=dtype))
     assert all(p.dtype == dtype and p.grad is None for p in model.parameters())
     assert model.tied is model.net[0].weight and model.scale.item() != 0.9
-    if differentiates(opt) and not any(getattr(g.get("family"), "joint", False) for g in opt.param_groups):
+    if differentiates(opt) and not is_joint(opt):
         with_point = getattr(opt, "posterior_states", None)
         expected = torch.ones(2, dtype=dtype)
         if with_point:
@@ -291,7 +304,7 @@ def test_freezing_and_thawing(name: str) -> None:
     opt = OPTIMIZERS[name](model.parameters())
     task = Task(model)
     run(opt, task, 6)
-    if any(getattr(g.get("family"), "joint", False) for g in opt.param_groups):
+    if is_joint(opt):
         model[0].weight.requires_grad_(False)
         before = weights(model)
         with pytest.raises(ValueError, match=r"joint over the parameters of 'group0'.*freeze all of them or none"):

@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "no-momentum": ({"lr": 0.05, "beta1": 0.0, "beta2": 0.99}, None),
     "groups-of-other-lr": ({"lr": 0.1, "beta2": 0.999}, {"lr": 0.02}),
     "groups-of-other-decay": ({"lr": 0.1, "beta2": 0.999}, {"weight_decay": 0.0, "hess_init": 0.5}),
+    "groups-of-other-betas": ({"lr": 0.1, "beta2": 0.999}, {"beta1": 0.5, "beta2": 0.99}),
     "groups-of-other-ess": ({"lr": 0.1, "beta2": 0.999}, {"ess": 200.0, "clip_radius": 0.1}),
 }
 

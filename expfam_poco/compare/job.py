@@ -72,12 +72,13 @@ def compare(options: Options, out: Console, err: Console) -> Report:
     chosen = _methods(options, task)
     folder = writable_folder(options.output)
     if not plot.plotting_available():
-        err.print(plot.MISSING, highlight=False)
+        err.print(plot.MISSING, highlight=False, markup=False)
     minimum = task.minimum
     err.print(
         f"{task.name}: {task.size} examples, {task.weights} weights, δ = {task.delta:g}; "
         f"minimum {minimum.loss:.6g} found to a gradient of {minimum.gradient:.0e}",
         highlight=False,
+        markup=False,
     )
     tuned = _tune(task, chosen, budget, workers, err) if options.tune else {}
     settings = [tuned[method.name].settings if tuned else plain for method, plain in chosen]
@@ -175,9 +176,9 @@ def _methods(options: Options, task: Task) -> list[tuple[Method, Settings]]:
 
 def _base_settings(method: Method, task: Task, options: Options) -> Settings:
     if options.curvature == "exact" and method.exact:
-        settings = METHODS[method.exact].settings(task)
+        settings = METHODS[method.exact].settings(task, options.batch)
     else:
-        settings = method.settings(task)
+        settings = method.settings(task, options.batch)
     if not method.literal:
         asked = {"noise": options.noise, "curvature": options.curvature}
         settings |= {name: value for name, value in asked.items() if value is not None and name in settings}
@@ -247,9 +248,9 @@ def _show_settings(results: Sequence[Result], out: Console) -> None:
     width = max(len(result.method) for result in results)
     for result in results:
         shown = {name: value for name, value in result.settings.items() if name not in ("delta", "ess")}
-        inner = {"inner": "one pass"} if shown.get("inner", 0) is None else {}
+        inner = {"inner": "half a pass"} if shown.get("inner", 0) is None else {}
         text = ", ".join(f"{name} {_short(value)}" for name, value in (shown | inner).items())
-        out.print(f"{result.method:<{width}}  {text}", highlight=False, soft_wrap=True)
+        out.print(f"{result.method:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
     out.print()
 
 
@@ -265,7 +266,10 @@ def _write(report: Report, folder: Path, out: Console) -> None:
         plot.draw(report, folder / "curves.png")
         written.insert(0, "curves.png")
     out.print(
-        f"Written to {folder}: {', '.join(written)}. {report.seconds:.0f} s in all.", highlight=False, soft_wrap=True
+        f"Written to {folder}: {', '.join(written)}. {report.seconds:.0f} s in all.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -10,7 +10,8 @@ and inner loop (one pass) are the same for all corrected methods. `benchmarks/RE
 
 **Other tasks.** A step of gradient size is stable up to a multiple of 1/L, and L grows with the mean squared norm of
 a row. So for a user's data lr is breast-cancer's × 31 / (mean squared norm), which on wine and digits comes within a
-factor of 1.5 of the tuned value. VON's rate has no unit and stays. `--tune` finds better ones.
+factor of 1.5 of the tuned value. VON's rate has no unit; it is inversely proportional to the number of steps in a
+pass, as the tuned values are, and at most 0.3. `--tune` finds better ones.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ Settings = dict[str, Any]
 Build = Callable[[Parameter, Settings, int], torch.optim.Optimizer]
 
 BREAST_CANCER_NORM = 31.0
+BREAST_CANCER_SIZE = 569
+TUNED_BATCH = 5
+HIGHEST_UNITLESS_RATE = 0.3
 
 DENSE_LIMIT = 200
 """Methods that keep a dense matrix are in the default list up to this many weights."""
@@ -63,12 +67,17 @@ class Method:
     unitless: bool = False
     literal: bool = False
 
-    def settings(self, task: Task) -> Settings:
+    def settings(self, task: Task, batch: int = TUNED_BATCH) -> Settings:
         """The default hyperparameters on a task; see "Other tasks" above for those that are not listed."""
-        found = dict(self.tuned.get(task.name, self.tuned["breast-cancer"]))
-        if task.name not in self.tuned and not self.unitless:
-            norm = float((task.features**2).sum(axis=1).mean())
-            found["lr"] = float(f"{found['lr'] * BREAST_CANCER_NORM / norm:.2g}")
+        known = task.name in self.tuned
+        found = dict(self.tuned[task.name if known else "breast-cancer"])
+        factor = 1.0
+        if self.unitless:
+            factor = (1.0 if known else BREAST_CANCER_SIZE / task.size) * batch / TUNED_BATCH
+        elif not known:
+            factor = BREAST_CANCER_NORM / float((task.features**2).sum(axis=1).mean())
+        rate = found["lr"] * factor
+        found["lr"] = float(f"{min(rate, HIGHEST_UNITLESS_RATE) if self.unitless else rate:.2g}")
         return {**self.choices, **found}
 
     def curvature_evaluations(self, settings: Settings) -> bool:
@@ -172,7 +181,7 @@ def _von_rates(*values: tuple[float, float]) -> dict[str, Settings]:
     }
 
 
-CORRECTED: Settings = {"alpha": 1.0, "chunks": 20, "burn_in": 2.0, "inner": None}
+CORRECTED: Settings = {"alpha": 1.0, "chunks": 20, "burn_in": 1.0, "inner": None}
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -111,16 +111,17 @@ def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> G
 
 def _next_message(messages: Any, processes: Sequence[SpawnProcess]) -> Any:
     """The next message; an error when a worker was killed or none is left to send one."""
+    gone = False
     while True:
-        try:
+        with contextlib.suppress(queue.Empty):
             return messages.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            codes = [process.exitcode for process in processes]
-            if any(codes) or all(code is not None for code in codes):
-                raise WorkerError(
-                    f"a worker process ended early (exit codes {codes}), perhaps for want of memory; "
-                    "try again with --workers 1."
-                ) from None
+        codes = [process.exitcode for process in processes]
+        if gone:
+            raise WorkerError(
+                f"a worker process ended early (exit codes {codes}), perhaps for want of memory; "
+                "try again with --workers 1."
+            )
+        gone = any(codes) or all(code is not None for code in codes)  # what it sent last may still arrive
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ class Report:
         console.print(self._gaps())
         console.print(self._levels())
         for line in self.explanations():
-            console.print(line, style="dim", highlight=False)
+            console.print(line, style="dim", highlight=False, markup=False)
 
     def explanations(self) -> list[str]:
         """The sentences under the tables."""

@@ -125,7 +125,7 @@ class _Run:
         """Inner steps, and for a corrected method a refresh after the burn-in and after every inner loop."""
         batches = mini_batches(self.task.size, self.budget.batch, seed)
         chunk_order = np.random.default_rng([seed, 1])
-        inner = self.settings.get("inner") or self.task.size // self.budget.batch
+        inner = self.settings.get("inner") or max(1, round(0.5 * self.task.size / self.budget.batch))
         since_refresh = math.inf
         self._record()
         while self._affordable(self._step_cost(since_refresh)):
