@@ -30,7 +30,17 @@ _OBJECTS = ("family", "curvature", "prior", "alpha")
 
 
 class CheckpointError(ValueError):
-    """A state_dict does not belong to this optimizer; the sentence names the entry. Nothing was loaded."""
+    """A state_dict does not belong to this optimizer; the sentence names the entry. Nothing was loaded.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> opt = poco.IVON([torch.nn.Parameter(torch.zeros(2))], lr=0.1, ess=8.0)
+        >>> try:
+        ...     opt.load_state_dict({"state": {}, "param_groups": []})
+        ... except poco.CheckpointError as error:
+        ...     print(str(error).split(":")[0])
+        state_dict['poco']
+    """
 
 
 def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ compare with a mean over draws use counter-based noise, so a family that passes 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -164,12 +165,23 @@ def check_family(
         raise ValueError(f"dtypes={tuple(dtypes)}: posteriors are kept in torch.float32 or torch.float64; give these.")
     places = [torch.device(device) for device in devices or _devices()]
     cuda = [place.index or 0 for place in places if place.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), _one_thread():
         torch.manual_seed(seed)
         report = _run(instance, seed, sorted(dtypes, key=lambda d: torch.finfo(d).eps), places, shape)
     if raise_on_failure and not report.passed:
         raise LawError(_sentence(report), report)
     return report
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a busy machine several threads wait for each other many times longer than these small tensors take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _devices() -> list[str]:

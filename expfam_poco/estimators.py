@@ -37,6 +37,15 @@ class Draws(NamedTuple):
 
     `noise` and `theta` are K × P, `loss` is K, `grad` is K × P or None, and `curvature` is K × P (diagonal) or
     K × d × d (dense) or None.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> family = poco.resolve_family("diagonal_gaussian")
+        >>> state = family.centred_at(torch.zeros(2))
+        >>> noise = torch.ones(1, 2)
+        >>> draws = poco.Draws(noise, family.sample(state, noise), torch.ones(1), grad=torch.full((1, 2), 3.0))
+        >>> family.natural_gradient(state, draws).gradient
+        tensor([3., 3.])
     """
 
     noise: Tensor

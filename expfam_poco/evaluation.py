@@ -19,7 +19,18 @@ ROWS_AT_ONCE = 256
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient was NaN or infinite; the weights and the posterior are as they were."""
+    """A loss or a gradient was NaN or infinite; the weights and the posterior are as they were.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> opt = poco.IVON([weight], lr=0.1, ess=8.0)
+        >>> try:
+        ...     opt.step(lambda: (weight / 0.0).sum())
+        ... except poco.NonFiniteError:
+        ...     print(weight.data)
+        tensor([0., 0.])
+    """
 
     loss: Tensor = torch.tensor(float("nan"))
 

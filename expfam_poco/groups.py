@@ -148,7 +148,8 @@ def _check_strength(group: Mapping[str, Any]) -> None:
     again = family.from_nat(family.to_nat(state))
     if not all(torch.allclose(a, b) for a, b in zip(state, again, strict=True)):
         raise ValueError(
-            f"hess_init={group['hess_init']}: {type(family).__name__} has a precision of its own; give it to the family."
+            f"hess_init={group['hess_init']}: {type(family).__name__} has a precision of its own; leave it out, and "
+            "give the family its precision."
         )
 
 

@@ -254,11 +254,11 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         self._alphas = [correction.alpha_at(group["alpha"], number) for group in self.param_groups]
         alphas = [self._alphas[block.group_number] for block in blocks]
         plan = self._plan()
-        inner = [plan.inner(block, self._state(block)["posterior"], number, closure) for block in blocks]
+        inner = [plan.at_inner(block, self._state(block)["posterior"], number, closure) for block in blocks]
         outer = None
         if any(max(alpha) > 0.0 for alpha in alphas) and self._outer_is_of(blocks):
             refresh = self._clock["refresh"]
-            outer = [plan.outer(view, self._state(view.block)["outer"].posterior, number, refresh) for view in inner]
+            outer = [plan.at_outer(view, self._state(view.block)["outer"].posterior, number, refresh) for view in inner]
         loss, products = self._evaluate_pairs(closure, inner, outer)
         steps = []
         for i, (block, view) in enumerate(zip(blocks, inner, strict=True)):
@@ -383,7 +383,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         with self._weights_restored(blocks):
             for number, (closure, share) in enumerate(zip(closures, shares, strict=True)):
                 chunk = self._clock["chunk"] + number + 1
-                views = [plan.mega(b, self._state(b)["posterior"], chunk, refresh, closure) for b in blocks]
+                views = [plan.at_mega(b, self._state(b)["posterior"], chunk, refresh, closure) for b in blocks]
                 loss = self._evaluate_chunk(closure, views)
                 self._anchor.collect(closure, views, share)
                 losses.append(share * loss)

@@ -332,8 +332,8 @@ def standard_errors(
 
     Example:
         >>> import torch
-        >>> standard_errors(torch.tensor([0.0, 2.0]).repeat(5000, 1).mT.reshape(-1, 1), torch.tensor([0.9]))
-        9.99...
+        >>> round(standard_errors(torch.tensor([[0.0], [2.0]] * 5000), torch.tensor([0.9])), 1)
+        9.9
     """
     count = len(values)
     mean = values.mean(0)

@@ -29,14 +29,14 @@ class NoisePlan(NamedTuple):
     mc_samples: int
     seed: int
 
-    def inner(self, block: Block, state: Any, step: int, closure: Closure) -> View:
+    def at_inner(self, block: Block, state: Any, step: int, closure: Closure) -> View:
         """A block at λ_in: fresh noise at every step."""
         noise = draw_noise(block, self.mode, self._count(closure), NoiseKey(self.seed, INNER, step))
         estimator = block.group["curvature"]
         probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_INNER, step))
         return View(block, estimator, state, noise, probes)
 
-    def outer(self, inner: View, state: Any, step: int, refresh: int) -> View:
+    def at_outer(self, inner: View, state: Any, step: int, refresh: int) -> View:
         """The same block at λ_out; its noise is the inner one unless the mode says otherwise."""
         block, noise, probes = inner.block, inner.noise, inner.probes
         if self.mode == "independent":
@@ -46,7 +46,7 @@ class NoisePlan(NamedTuple):
             noise = draw_noise(block, self.mode, len(noise), NoiseKey(self.seed, FIXED, refresh))
         return View(block, inner.estimator, state, noise, probes)
 
-    def mega(self, block: Block, state: Any, chunk: int, refresh: int, closure: Closure) -> View:
+    def at_mega(self, block: Block, state: Any, chunk: int, refresh: int, closure: Closure) -> View:
         """A block at the posterior that becomes λ_out; fresh noise for every chunk unless the mode is "fixed"."""
         fixed = self.mode == "fixed"
         key = NoiseKey(self.seed, FIXED, refresh) if fixed else NoiseKey(self.seed, MEGA, chunk)

@@ -43,10 +43,12 @@ def test_other_seeds_change_the_points_and_not_the_verdict(family: type[poco.Exp
     assert str(report) != str(poco.check_family(family, seed=0, dtypes=FLOAT64))
 
 
-def test_the_same_seed_gives_the_same_report_and_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
+def test_the_same_seed_gives_the_same_report_and_leaves_global_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, threads = torch.get_rng_state(), []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     first = poco.check_family("bernoulli", seed=3)
     assert torch.equal(torch.get_rng_state(), before)
+    assert threads == [1, torch.get_num_threads()]
     torch.rand(7)
     assert str(poco.check_family("bernoulli", seed=3)) == str(first)
 
@@ -153,6 +155,13 @@ def test_what_is_not_a_family_is_refused() -> None:
 def test_name_class_and_instance_give_the_same_report() -> None:
     reports = [poco.check_family(f, dtypes=FLOAT64) for f in ("bernoulli", Bernoulli, Bernoulli())]
     assert str(reports[0]) == str(reports[1]) == str(reports[2])
+
+
+def test_another_device_is_compared_with_the_first() -> None:
+    """Torch takes "cpu:0" for a device of its own, so this much runs without CUDA."""
+    report = poco.check_family("bernoulli", devices=["cpu", "cpu:0"])
+    assert report.laws[-1].name == "devices" and report.laws[-1].tolerance > 0.0
+    assert "against float64" in report.laws[-1].detail
 
 
 @pytest.mark.cuda
