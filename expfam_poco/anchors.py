@@ -34,6 +34,10 @@ class Anchor:
         self._pending: Any = None
         self._target: list[Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the closures: those of a copied optimizer would still evaluate the original's model."""
+        return {**self.__dict__, "_chunks": [], "_pending": None}
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse families whose sites have no curvature to anchor with."""
         if self.kind != "curvature" and group["family"].curvature == "none":
@@ -115,7 +119,7 @@ class Anchor:
             parts = flat.split([shift.numel() for shift in shifts])
             return [part.reshape(s.shape).to(s.dtype) for part, s in zip(parts, shifts, strict=True)]
         if not self._chunks:
-            raise RuntimeError("anchor='products': closures are not part of checkpoints; call refresh() after loading.")
+            raise RuntimeError("anchor='products': a checkpoint or copy has no closures; call refresh() first.")
         total = [torch.zeros_like(shift) for shift in shifts]
         params = [p for view in inner for p in view.block.params]
         with replay_random(capture_random(params)):

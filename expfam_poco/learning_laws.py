@@ -326,7 +326,7 @@ def zero_variance(s: Specimen) -> Findings:
 # ---- precision and devices --------------------------------------------------------------------------------
 
 
-def outputs(s: Specimen, number: int, inputs: dict[str, Any]) -> dict[str, Any]:
+def outputs(s: Specimen, inputs: dict[str, Any]) -> dict[str, Any]:
     """Every method's value at one member, by name."""
     f, state, prior = s.family, inputs["state"], inputs["prior"]
     theta, site, nat, epsilon = inputs["theta"], inputs["site"], f.to_nat(state), inputs["noise"]
@@ -375,7 +375,7 @@ def _kept(s: Specimen) -> Findings:
     """Whether all outputs have the specimen's dtype and device, and agree with the reference specimen's."""
     for number in (0, 3, 5):
         inputs = _inputs(s, number)
-        values = outputs(s, number, inputs)
+        values = outputs(s, inputs)
         fresh = {
             "noise": inputs["noise"],
             "centred_at": s.family.centred_at(s.support_points(1)[0]),
@@ -391,20 +391,20 @@ def _kept(s: Specimen) -> Findings:
                 kept = part.dtype == s.dtype and part.device.type == s.device.type
                 yield holds(f"{name} gives {part.dtype} on {part.device} from {s.dtype} on {s.device}", kept)
         if s.reference is not None:
-            yield from _agreement(s, s.reference, number, inputs, values)
+            yield from _agreement(s, s.reference, inputs, values)
 
 
-def _agreement(s: Specimen, other: Specimen, number: int, inputs: dict[str, Any], values: dict[str, Any]) -> Findings:
+def _agreement(s: Specimen, other: Specimen, inputs: dict[str, Any], values: dict[str, Any]) -> Findings:
     """The same inputs in the reference's precision give the same, up to rounding in this specimen's."""
     exact_inputs = {name: _cast(value, other.dtype, other.device) for name, value in inputs.items()}
     names = list(exact_inputs)
     response: dict[str, list[float]] = {}
-    exact = outputs(other, number, exact_inputs)
+    exact = outputs(other, exact_inputs)
     for trial in range(2):
         generator = torch.Generator().manual_seed(trial)
         nudged = {name: nudge(exact_inputs[name], s.eps, generator) for name in names}
         nudged["theta"], nudged["noise"] = exact_inputs["theta"], exact_inputs["noise"]
-        for name, value in outputs(other, number, nudged).items():
+        for name, value in outputs(other, nudged).items():
             change = [size_of(a - b) for a, b in zip(as_fields(value), as_fields(exact[name]), strict=True)]
             response[name] = [max(pair) for pair in zip(change, response.get(name, change), strict=True)]
     for name, value in values.items():

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -137,17 +138,22 @@ def test_schedules_priors_and_scheduled_rates_come_back() -> None:
     assert equal(continued(other, resumed, Task(other), 7, 3), continued(model, opt, Task(model), 7, 3))
 
 
-def test_closures_are_not_part_of_a_checkpoint() -> None:
+@pytest.mark.parametrize("way", ["checkpoint", "deep copy", "pickle"])
+def test_closures_are_not_part_of_a_checkpoint_or_a_copy(way: str) -> None:
+    """A copy's closures would evaluate the original's model."""
     make = shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, anchor="products", anchor_weight=1.0)
     model = network()
     opt, task = make(model.parameters()), Task(model)
     run(opt, task, 6)
-    resumed = make(model.parameters())
-    resumed.load_state_dict(through_a_file(opt.state_dict()))
+    if way == "checkpoint":
+        resumed = make(model.parameters())
+        resumed.load_state_dict(through_a_file(opt.state_dict()))
+    else:
+        pair = (model, opt)
+        model, resumed = copy.deepcopy(pair) if way == "deep copy" else pickle.loads(pickle.dumps(pair))
+        task = Task(model)
     before = weights(model)
-    with pytest.raises(
-        RuntimeError, match=r"anchor='products': closures are not part of checkpoints; call refresh\(\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"anchor='products': a checkpoint or copy has no closures; call refresh"):
         resumed.step(task.closure(6))
     assert equal(weights(model), before)
     resumed.refresh(task.chunks())

@@ -65,7 +65,7 @@ def test_json_holds_settings_versions_and_all_curves(done: tuple[Path, Report, s
         assert [curve["seed"] for curve in written["curves"]] == [0, 1]
         for curve, original in zip(written["curves"], result.curves, strict=True):
             assert curve["gaps"] == original.gaps
-            assert len(curve["gaps"]) == len(curve["passes"]) == len(curve["steps"]) == len(curve["hessians"]) > 40
+            assert len(curve["gaps"]) == len(curve["passes"]) == len(curve["steps"]) == len(curve["hessians"]) > 30
         assert written["summary"]["median_gap"] == np.median([curve.gaps[-1] for curve in result.curves])
         assert written["summary"]["gradient_passes"] == result.curves[0].passes[-1]
     assert content["methods"]["SVRG"]["summary"]["hessian_passes"] == 0.0

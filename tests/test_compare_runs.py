@@ -108,6 +108,11 @@ def median_gap(task: Task, name: str, passes: float = 20.0, seeds: int = 3, **ch
     return float(np.median([run(task, name, 50 + seed, passes, **changes).gaps[-1] for seed in range(seeds)]))
 
 
+def gap_at(curve: Curve, passes: float) -> float:
+    """The last record at or before so many passes."""
+    return curve.gaps[int(np.searchsorted(curve.passes, passes, side="right")) - 1]
+
+
 def test_svrg_on_breast_cancer(breast: Task) -> None:
     assert median_gap(breast, "SVRG") <= 2e-6
     assert median_gap(breast, "SGD") > 5e-5
@@ -128,8 +133,9 @@ def test_ivon_poco_with_exact_curvature_on_breast_cancer(breast: Task) -> None:
 
 
 def test_von_poco_on_breast_cancer(breast: Task) -> None:
-    assert median_gap(breast, "VON-PoCo", passes=12.0) <= 1e-5
-    assert median_gap(breast, "VON-PoCo") <= 1e-12
+    curves = [run(breast, "VON-PoCo", 50 + seed) for seed in range(3)]
+    assert np.median([gap_at(curve, 12.0) for curve in curves]) <= 1e-5
+    assert np.median([curve.gaps[-1] for curve in curves]) <= 1e-12
     # Its median over 60 seeds is 1.4e-4, but 3 of 100 triples of seeds have theirs just below 1e-4.
     assert median_gap(breast, "VON") >= 7e-5
 
