@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500)
     steps = parser.parse_args().steps
-    poco.check_family(LogNormal())
+    poco.check_family(LogNormal(), dtypes=(torch.float64,))  # the dtype it is used in
     x, y, truth = blend()
     best = torch.linalg.lstsq(x, y.unsqueeze(1)).solution.squeeze(1)
     print(f"true parts          {[round(v, 4) for v in truth.tolist()]}")
