@@ -195,8 +195,9 @@ def _make(
 
 
 def _standardised(features: np.ndarray) -> np.ndarray:
-    """Mean 0 and standard deviation 1 in every column."""
-    return (features - features.mean(axis=0)) / features.std(axis=0)
+    """Mean 0 and standard deviation 1 in every column; powers of two come out first, exactly, lest squares overflow."""
+    scaled = np.ldexp(features, -np.frexp(np.abs(features).max(axis=0))[1])
+    return (scaled - scaled.mean(axis=0)) / scaled.std(axis=0)
 
 
 def _two_columns(logits: np.ndarray) -> np.ndarray:
