@@ -162,7 +162,7 @@ def write_table(name: str, content: dict[str, Any]) -> None:
     path = HERE / "RESULTS.md"
     text = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    path.write_text(pattern.sub(lambda found: f"{found[1]}{table(content)}\n{found[2]}", text), encoding="utf-8")
+    path.write_text(pattern.sub(lambda found: f"{found[1]}\n{table(content)}\n{found[2]}", text), encoding="utf-8")
 
 
 def optimum_gap(task: Task, multiple: float) -> float:
