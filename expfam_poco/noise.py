@@ -14,17 +14,21 @@ values up to the rounding of that device's logarithm and cosine).
 
 **The words.** `philox` is Philox-4x32-10 (J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, *Parallel
 random numbers: as easy as 1, 2, 3*, SC 2011): a keyed bijection of 128-bit counters that passes TestU01's
-BigCrush. One counter yields a *block* of four 32-bit words. The layout is part of the library's format, for a
-resumed run depends on it:
+BigCrush. One counter yields a *block* of four 32-bit words, its lanes. The layout is part of the library's
+format, for a resumed run depends on it:
 
-    c0 = element // 4        c2 = step                      k0 = seed modulo 2**32
+    c0 = block               c2 = step                      k0 = seed modulo 2**32
     c1 = parameter           c3 = stream * 2**24 + draw     k1 = seed // 2**32
 
-Element e owns lane e % 4 of its block. Different addresses have different counters, so within a seed no word
-is used twice.
+Elements come in *tiles* of 4 × 64. With r = e % 256, element e owns lane r // 64 of block 64 (e // 256) + r % 64:
+64 blocks side by side fill a tile lane by lane, which vector units do without shuffling. Different addresses have
+different counters or lanes, so within a seed no word is used twice.
 
-**The noise.** Every kind maps blocks to blocks, so that an element needs nothing outside its own block. A
-word x stands for the probability u = (x + ½) / 2**32, which is never 0 or 1.
+**The noise.** Every kind maps lanes (0, 1) and lanes (2, 3) of a block to noise, so that an element needs nothing
+outside its own block. A word x stands for the probability u = (x + ½) / 2**32, which is never 0 or 1.
+
+**Compiled.** `traced` is the same function as `noise`, written so that `torch.compile` makes one loop of it; the
+values agree up to the rounding of logarithm and cosine.
 
 **Precision.** One word makes one element whatever the dtype, so float32 and float64 noise are one stream up
 to rounding. In float16 and bfloat16, normal and logistic noise is the float32 noise rounded.
@@ -41,7 +45,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseKey", "noise", "philox", "quantile", "reflect", "words"]
+__all__ = ["NoiseKey", "key_words", "noise", "philox", "quantile", "reflect", "traced", "words"]
 
 _WORD = 2**32
 _MASK = _WORD - 1
@@ -50,10 +54,11 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key advances by from round to round
 _DRAWS = 2**24
 _ELEMENTS = 4 * _WORD
+TILE = 64  # blocks
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements made at a time. On a CPU the temporaries of a span should fit the cache, and be so small that the
 # allocator need not map fresh pages for each; an accelerator wants few large launches, in bounded memory.
-_SPAN = {"cpu": 2**17}
+_SPAN = {"cpu": 2**18}
 _SPAN_ELSEWHERE = 2**22
 
 
@@ -124,60 +129,73 @@ def philox(counter: Tensor | Sequence[Tensor], key: tuple[int, int]) -> Tensor:
 
 
 def _lanes(counter: Tensor | Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """`philox` before its lanes are stacked.
-
-    The lanes that get multiplied, (c0, c2), and the others, (c1, c3), are kept as two stacked tensors, which
-    halves the number of operations. int64 products wrap modulo 2**64, so (product >> 32) & mask is the upper
-    half even of a product that shows as negative.
-    """
+    """`philox` before its lanes are stacked."""
     c0, c1, c2, c3 = counter
-    multiplied, other = torch.stack((c0, c2)), torch.stack((c1, c3))
-    pair = (2,) + (1,) * c0.dim()
-    multipliers = torch.tensor(_MULTIPLIERS, device=c0.device).view(pair)
-    keys = [[(k + i * weyl) & _MASK for k, weyl in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
-    for round_key in torch.tensor(keys, device=c0.device).view(_ROUNDS, *pair).unbind():
-        product = (multiplied * multipliers).flip(0)
-        other ^= round_key
-        low = product & _MASK
-        product >>= 32
-        product &= _MASK
-        product ^= other
-        multiplied, other = product, low
-    return multiplied[0], other[0], multiplied[1], other[1]
+    even, odd = _rounds(torch.stack((c0, c2)), torch.stack((c1, c3)), key)
+    return even[0], odd[0], even[1], odd[1]
 
 
-def _blocks(first: int, stop: int, draws: int, key: NoiseKey, device: torch.device) -> Tensor:
-    """The words of blocks `first` … `stop - 1`, draws × 4 (stop - first)."""
-    block = torch.arange(first, stop, device=device).expand(draws, -1)
+def _rounds(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`philox` on lanes (0, 2), which get multiplied, and lanes (1, 3): two stacked tensors, 2 × any shape.
+
+    Stacked, it takes half the operations. int64 products wrap modulo 2**64, so (product >> 32) & mask is the upper
+    half even of a product that shows as negative. Lanes that are only xored may carry more than 32 bits until the
+    mask. `odd` is used up.
+    """
+    pair = (2,) + (1,) * (even.dim() - 1)
+    schedule = torch.tensor(_schedule(key), device=even.device).view(_ROUNDS, *pair)
+    even, product = even.clone(), torch.empty_like(even)
+    for round_key in schedule.unbind():  # in place: fresh memory would cost more than the arithmetic
+        torch.mul(even[0], _MULTIPLIERS[0], out=product[1])
+        torch.mul(even[1], _MULTIPLIERS[1], out=product[0])
+        torch.bitwise_right_shift(product, 32, out=even)
+        even.bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(_MASK)
+        odd, product = product, odd
+    return even, odd.bitwise_and_(_MASK)
+
+
+def _schedule(key: tuple[int, int]) -> list[list[int]]:
+    """The two key words of every round."""
+    return [[(k + i * weyl) & _MASK for k, weyl in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
+
+
+def _tiles(first: int, stop: int, draws: int, key: NoiseKey, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The words of tiles `first` … `stop - 1`: lanes (0, 2) and lanes (1, 3), each 2 × draws × 64 (stop - first)."""
+    block = torch.arange(TILE * first, TILE * stop, device=device).expand(draws, -1)
     parameter = torch.full((), key.parameter, dtype=torch.int64, device=device).expand_as(block)
     step = torch.full((), key.step, dtype=torch.int64, device=device).expand_as(block)
     draw = torch.arange(key.draw, key.draw + draws, device=device).add_(key.stream * _DRAWS)
-    counter = (block, parameter, step, draw.unsqueeze(-1).expand_as(block))
-    return torch.stack(_lanes(counter, (key.seed & _MASK, key.seed >> 32)), dim=-1).flatten(-2)
+    even, odd = torch.stack((block, step)), torch.stack((parameter, draw.unsqueeze(-1).expand_as(block)))
+    return _rounds(even, odd, (key.seed & _MASK, key.seed >> 32))
+
+
+def _in_order(even: Tensor, odd: Tensor) -> Tensor:
+    """Lanes (0, 2) and (1, 3), each 2 × draws × 64 tiles, as draws × elements."""
+    lanes = torch.stack((even, odd), 1)
+    return lanes.reshape(4, even.shape[1], -1, TILE).permute(1, 2, 0, 3).flatten(1)
 
 
 def words(shape: Sequence[int], draws: int, key: NoiseKey, device: torch.device | str = "cpu") -> Tensor:
     """One random 32-bit word for each element, draws × shape, int64 in [0, 2**32).
 
-    Element e, counted from `key.offset` in row-major order, of draw k, counted from `key.draw`, is lane e % 4
-    of block e // 4 of draw k.
+    Element e is counted from `key.offset` in row-major order, draw k from `key.draw`; see the module's layout.
 
     >>> whole = words((6,), 1, NoiseKey(seed=7))
     >>> torch.equal(whole[:, 2:], words((4,), 1, NoiseKey(seed=7, offset=2)))
     True
     """
-    return _map_words(lambda block_words: block_words, shape, draws, key, torch.int64, torch.device(device))
+    return _map_words(lambda even, odd: (even, odd), shape, draws, key, torch.int64, torch.device(device))
 
 
 def _map_words(
-    from_words: Callable[[Tensor], Tensor],
+    from_words: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     shape: Sequence[int],
     draws: int,
     key: NoiseKey,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """`from_words` of every element's block, draws × shape, made in spans of blocks to bound temporaries."""
+    """`from_words` of every element's lanes, draws × shape, made in spans of tiles to bound temporaries."""
     size = math.prod(shape)
     start, stop = key.offset, key.offset + size
     if not isinstance(draws, int) or not 1 <= draws <= _DRAWS - key.draw:
@@ -192,11 +210,11 @@ def _map_words(
         )
 
     def made(begin: int, end: int) -> Tensor:
-        first = begin // 4
-        aligned = from_words(_blocks(first, -(-end // 4), draws, key, device))
-        return aligned[:, begin - 4 * first : end - 4 * first]
+        first = begin // (4 * TILE)
+        aligned = _in_order(*from_words(*_tiles(first, -(-end // (4 * TILE)), draws, key, device)))
+        return aligned[:, begin - 4 * TILE * first : end - 4 * TILE * first]
 
-    span = max(4, _SPAN.get(device.type, _SPAN_ELSEWHERE) // draws)
+    span = max(4 * TILE, _SPAN.get(device.type, _SPAN_ELSEWHERE) // draws)
     if 0 < size <= span:
         return made(start, stop).to(dtype).reshape(draws, *shape)
     whole = torch.empty((draws, size), dtype=dtype, device=device)
@@ -213,44 +231,51 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _normal(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Box–Muller on lanes (0, 1) and (2, 3): √(−2 log u) (cos 2πv, sin 2πv)."""
-    u, v = word.to(_at_least_float32(dtype)).add_(0.5).unflatten(-1, (-1, 2)).unbind(-1)
-    radius = (u * (1 / _WORD)).log_().mul_(-2).sqrt_()
-    angle = v * (2 * math.pi / _WORD)
-    return torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), -1).flatten(-2)
+def _normal(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Box–Muller: √(−2 log u) (cos 2πv, sin 2πv)."""
+    wide = _at_least_float32(dtype)
+    radius = torch.sqrt(torch.log((first.to(wide) + 0.5) * (1 / _WORD)) * -2.0)
+    angle = (second.to(wide) + 0.5) * (2 * math.pi / _WORD)
+    return torch.cos(angle) * radius, torch.sin(angle) * radius
+
+
+def _each(
+    function: Callable[[Tensor, torch.dtype], Tensor],
+) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
+    """A function of one word, applied to both lanes."""
+    return lambda first, second, dtype: (function(first, dtype), function(second, dtype))
 
 
 def _logistic(word: Tensor, dtype: torch.dtype) -> Tensor:
     """½ log(u / (1 − u)), with 1 − u formed from integers: accurate in both tails in float32 as well."""
-    u, complement = word.to(_at_least_float32(dtype)), (word ^ _MASK).to(_at_least_float32(dtype))
-    return u.add_(0.5).div_(complement.add_(0.5)).log_().mul_(0.5)
+    u, complement = word.to(_at_least_float32(dtype)) + 0.5, (word ^ _MASK).to(_at_least_float32(dtype)) + 0.5
+    return torch.log(u / complement) * 0.5
 
 
 def _uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
     """The centre of one of 2**bits equal cells of (0, 1), as many as have centres exact in `dtype`."""
     bits = min(32, round(-math.log2(torch.finfo(dtype).eps)))
-    return (word >> (32 - bits)).to(dtype).add_(0.5).mul_(2.0**-bits)
+    return ((word >> (32 - bits)).to(dtype) + 0.5) * 2.0**-bits
 
 
 def _rademacher(word: Tensor, dtype: torch.dtype) -> Tensor:
     """The sign of u − ½, which is the word's highest bit."""
-    return (word >> 31).to(dtype).mul_(2).sub_(1)
+    return (word >> 31).to(dtype) * 2 - 1
 
 
 class _Kind(NamedTuple):
-    """How words become noise of a dtype, the noise's antithetic partner, and its quantile function."""
+    """How two lanes of words become noise of a dtype, the noise's antithetic partner, and its quantile function."""
 
-    from_words: Callable[[Tensor, torch.dtype], Tensor]
+    from_words: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
     reflect: Callable[[Tensor], Tensor]
     quantile: Callable[[Tensor], Tensor]
 
 
 _KINDS = {
     "normal": _Kind(_normal, torch.neg, torch.special.ndtri),
-    "logistic": _Kind(_logistic, torch.neg, lambda u: 0.5 * torch.logit(u)),
-    "uniform": _Kind(_uniform, lambda noise: 1 - noise, torch.clone),
-    "rademacher": _Kind(_rademacher, torch.neg, lambda u: torch.where(u < 0.5, -1.0, 1.0).to(u.dtype)),
+    "logistic": _Kind(_each(_logistic), torch.neg, lambda u: 0.5 * torch.logit(u)),
+    "uniform": _Kind(_each(_uniform), lambda noise: 1 - noise, torch.clone),
+    "rademacher": _Kind(_each(_rademacher), torch.neg, lambda u: torch.where(u < 0.5, -1.0, 1.0).to(u.dtype)),
 }
 
 
@@ -291,7 +316,46 @@ def noise(
     from_words = _kind(kind).from_words
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype} cannot hold noise: choose one of {', '.join(map(str, _DTYPES))}.")
-    return _map_words(lambda word: from_words(word, dtype), shape, draws, key, dtype, torch.device(device))
+    return _map_words(lambda even, odd: from_words(even, odd, dtype), shape, draws, key, dtype, torch.device(device))
+
+
+def key_words(key: NoiseKey, device: torch.device | str = "cpu") -> Tensor:
+    """The address as `traced` wants it: first block, c1, c2, c3 and the words of ten round keys, 24 int64.
+
+    Raises:
+        ValueError: if `key.offset` is not the beginning of a tile.
+    """
+    if key.offset % (4 * TILE):
+        raise ValueError(f"offset={key.offset}: compiled noise begins with a tile; give a multiple of {4 * TILE}.")
+    counters = [key.offset // 4, key.parameter, key.step, key.stream * _DRAWS + key.draw]
+    schedule = [word for pair in _schedule((key.seed & _MASK, key.seed >> 32)) for word in pair]
+    return torch.tensor(counters + schedule, device=device)
+
+
+def traced(kind: str, size: int, address: Tensor, dtype: torch.dtype) -> Tensor:
+    """One draw of noise, `size` elements from the address on: for use inside `torch.compile`.
+
+    Args:
+        kind: as in `noise`.
+        size: how many elements.
+        address: `key_words` of the first one.
+        dtype: of the result.
+
+    >>> key = NoiseKey(seed=7, step=3)
+    >>> torch.allclose(traced("normal", 300, key_words(key), torch.float32), noise("normal", (300,), 1, key)[0])
+    True
+    """
+    from_words = _kind(kind).from_words
+    tiles = (size + 4 * TILE - 1) // (4 * TILE)
+    c0 = torch.arange(TILE * tiles, device=address.device) + address[0]
+    c1, c2, c3 = address[1], address[2], address[3]
+    for i in range(_ROUNDS):
+        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product2 >> 32) ^ c1 ^ address[4 + 2 * i]) & _MASK
+        c2 = ((product0 >> 32) ^ c3 ^ address[5 + 2 * i]) & _MASK
+        c1, c3 = product2, product0
+    lanes = (*from_words(c0, c1 & _MASK, dtype), *from_words(c2, c3 & _MASK, dtype))
+    return torch.stack([lane.view(tiles, TILE) for lane in lanes], 1).view(-1)[:size].to(dtype)
 
 
 def reflect(kind: str, noise: Tensor) -> Tensor:

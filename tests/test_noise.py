@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 
-from expfam_poco.noise import NoiseKey, noise, philox, quantile, reflect, words
+from expfam_poco.noise import NoiseKey, key_words, noise, philox, quantile, reflect, traced, words
 
 module = importlib.import_module("expfam_poco.noise")  # a package may re-export the function under this name
 
@@ -42,8 +42,8 @@ def same_words(monkeypatch, word):
     """Every word becomes `word`."""
     monkeypatch.setattr(
         module,
-        "_blocks",
-        lambda first, stop, draws, key, device: torch.full((draws, 4 * (stop - first)), word),
+        "_tiles",
+        lambda first, stop, draws, key, device: (torch.full((2, draws, module.TILE * (stop - first)), word),) * 2,
     )
 
 
@@ -94,8 +94,9 @@ def test_philox_leaves_its_counter_alone():
 def test_words_follow_the_documented_layout(key):
     for draw, row in enumerate(words((2, 3), 3, key)):
         for element, word in enumerate(row.flatten().tolist(), start=key.offset):
-            counter = (element // 4, key.parameter, key.step, key.stream << 24 | key.draw + draw)
-            assert word == reference_philox(counter, (key.seed % 2**32, key.seed // 2**32))[element % 4]
+            block, lane = 64 * (element // 256) + element % 64, element % 256 // 64
+            counter = (block, key.parameter, key.step, key.stream << 24 | key.draw + draw)
+            assert word == reference_philox(counter, (key.seed % 2**32, key.seed // 2**32))[lane]
 
 
 # ---- addresses --------------------------------------------------------------------------------------------
@@ -115,26 +116,26 @@ def test_repeated_calls_agree_bitwise_and_touch_no_global_generator(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_shard_sees_its_slice_of_the_whole(kind, dtype):
-    whole = noise(kind, (64,), 2, KEY.at(offset=3), dtype=dtype)
-    for offset in (0, 1, 2, 3, 4, 5, 7, 8, 30, 63):
-        for size in (0, 1, 2, 3, 4, 5, 6, 9, 33):
-            size = min(size, 64 - offset)
+    whole = noise(kind, (640,), 2, KEY.at(offset=3), dtype=dtype)
+    for offset in (0, 1, 60, 61, 62, 125, 252, 253, 254, 300, 509, 639):
+        for size in (0, 1, 2, 63, 64, 65, 257, 330):
+            size = min(size, 640 - offset)
             shard = noise(kind, (size,), 2, KEY.at(offset=3 + offset), dtype=dtype)
             assert torch.equal(shard, whole[:, offset : offset + size])
             assert torch.equal(
                 words((size,), 2, KEY.at(offset=3 + offset)),
-                words((64,), 2, KEY.at(offset=3))[:, offset : offset + size],
+                words((640,), 2, KEY.at(offset=3))[:, offset : offset + size],
             )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("span", [4, 7, 12])
+@pytest.mark.parametrize("span", [256, 300, 700])
 def test_spans_do_not_show(kind, span, monkeypatch):
     key = KEY.at(offset=6)
-    expected, expected_words = noise(kind, (5, 11), 3, key), words((5, 11), 3, key)
+    expected, expected_words = noise(kind, (5, 211), 3, key), words((5, 211), 3, key)
     monkeypatch.setattr(module, "_SPAN", {"cpu": 3 * span})
-    assert torch.equal(noise(kind, (5, 11), 3, key), expected)
-    assert torch.equal(words((5, 11), 3, key), expected_words)
+    assert torch.equal(noise(kind, (5, 211), 3, key), expected)
+    assert torch.equal(words((5, 211), 3, key), expected_words)
 
 
 def test_the_default_span_is_crossed_without_a_seam():
@@ -342,18 +343,30 @@ def test_extreme_words(word, dtype, monkeypatch):
     assert (made["rademacher"] == (1 if word >= 2**31 else -1)).all()
 
 
-def test_normal_is_box_muller(monkeypatch):
-    generator = np.random.default_rng(1)
-    block = generator.integers(0, 2**32, 4)
-    monkeypatch.setattr(module, "_blocks", lambda *_: torch.from_numpy(block)[None])
-    x0, y0, x1, y1 = ((word + 0.5) / 2**32 for word in block.tolist())
-    expected = [
-        math.sqrt(-2 * math.log(u)) * turn(2 * math.pi * v)
-        for u, v in ((x0, y0), (x1, y1))
-        for turn in (math.cos, math.sin)
-    ]
-    made = noise("normal", (4,), 1, NoiseKey(0), dtype=torch.float64)[0]
-    assert made.tolist() == pytest.approx(expected, rel=1e-12)
+def test_normal_is_box_muller():
+    lanes = words((512,), 1, KEY).view(2, 4, 64).double()
+    made = noise("normal", (512,), 1, KEY, dtype=torch.float64).view(2, 4, 64)
+    for first in (0, 2):
+        u, v = ((lanes[:, lane] + 0.5) / 2**32 for lane in (first, first + 1))
+        radius, angle = torch.sqrt(-2 * torch.log(u)), 2 * math.pi * v
+        torch.testing.assert_close(made[:, first], radius * torch.cos(angle), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(made[:, first + 1], radius * torch.sin(angle), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_traced_noise_is_the_same_noise(kind, dtype):
+    tolerance = 2 * torch.finfo(dtype).eps
+    for size, offset in ((1, 0), (255, 256), (1000, 2**34 - 1024)):
+        key = KEY.at(offset=offset, draw=5)
+        made = traced(kind, size, key_words(key), dtype)
+        assert made.dtype == dtype
+        torch.testing.assert_close(made, noise(kind, (size,), 1, key, dtype=dtype)[0], rtol=tolerance, atol=tolerance)
+
+
+def test_traced_noise_begins_with_a_tile():
+    with pytest.raises(ValueError, match="offset=100.*multiple of 256"):
+        key_words(KEY.at(offset=100))
 
 
 # ---- reflection and quantiles -----------------------------------------------------------------------------
