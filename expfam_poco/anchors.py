@@ -76,7 +76,7 @@ class Anchor:
                 f"anchor='stored': {size} entries would need a Hessian of {size}²; it is meant for at most "
                 f"{LARGEST_STORED}, use anchor='products' or 'curvature'."
             )
-        draws = views[0].noise.shape[0]
+        draws = views[0].count
         for draw in range(draws):
             part = dense_hessian(closure, views, draw) * (share / draws)
             self._pending = part if self._pending is None else self._pending + part
@@ -124,7 +124,7 @@ class Anchor:
         params = [p for view in inner for p in view.block.params]
         with replay_random(capture_random(params)):
             for closure, views, share in self._chunks:
-                draws = views[0].noise.shape[0]
+                draws = views[0].count
                 for draw in range(draws):
                     fresh = [view.again() for view in views]
                     _, products = measure_draw(closure, fresh, draw, shifts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Block:
         index: number of its first parameter in the optimizer; with the key it determines the noise.
         name: the parameter's name, or the group's for a joint block.
         group_number: which group it is in.
+        at_point: whether the model is known to hold the posterior's point.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Block:
         self.index = index
         self.name = name
         self.group_number = group_number
+        self.at_point = False
         self._seen: list[tuple[int, int]] | None = None
 
     @property
@@ -102,14 +105,31 @@ class Block:
         """The model's present weights."""
         value = self.gather([p.detach() for p in self.params])
         assert value is not None
-        return value.clone()
+        return value.clone(memory_format=torch.contiguous_format)
 
     def write(self, value: Tensor) -> None:
         """Put values into the model. Version counters change, so that another optimizer on it notices."""
         with torch.no_grad():
             for p, part in zip(self.params, self.split(value), strict=True):
                 p.copy_(part)
+        self.at_point = False
         self.note_weights()
+
+    @contextmanager
+    def rewritten(self) -> Iterator[Tensor]:
+        """A contiguous tensor to write the weights of a leafwise block into, in the parameter's dtype."""
+        (p,) = self.params
+        out = p.data if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        self.at_point = False
+        try:
+            yield out
+        finally:
+            if p.is_contiguous():
+                torch.autograd.graph.increment_version(p)
+            else:
+                p.data.copy_(out)
+                torch.autograd.graph.increment_version(p)
+            self.note_weights()
 
     def note_weights(self) -> None:
         """Remember that the present weights are known here, to notice later changes from outside."""
@@ -118,6 +138,7 @@ class Block:
     def forget_weights(self) -> None:
         """Compare weights and posterior at the next use, as after loading a checkpoint."""
         self._seen = None
+        self.at_point = False
 
     def weights_changed(self) -> bool:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
@@ -125,6 +146,7 @@ class Block:
 
     def reconcile(self, state: Any) -> Any:
         """The posterior with its centre moved to where somebody else has put the weights."""
+        self.at_point = False
         rounded = self.gather(self.split(self.family.point(state)))
         present = self.read()
         assert rounded is not None

@@ -122,6 +122,7 @@ def update(
     momentum: float = 0.0,
     debias: bool = True,
     step: int = 1,
+    unbias: float | Tensor | None = None,
     clip_radius: float = math.inf,
     retraction: str = "second_order",
 ) -> BLRState:
@@ -142,6 +143,7 @@ def update(
         debias: divide the average by 1−βᵗ.
         step: t ≥ 1, the momentum's age: counted over the whole training, never restarted in an inner loop (only
             when momentum was off, which forgets the average).
+        unbias: 1−βᵗ itself, in place of `debias` and `step`.
         clip_radius: ξ, the largest entry of the step before its rate.
         retraction: "second_order" or "plain"; ask `family.in_domain` after a plain one.
 
@@ -157,12 +159,12 @@ def update(
     memory: tuple[Tensor, ...] = ()
     if momentum > 0.0:
         begun = blr_state.momentum or tuple(torch.zeros_like(getattr(site, name)) for name in family.momentum_block)
-        memory = memory or init_momentum(family, blr_state.posterior, momentum)
         memory = tuple(
             momentum * old + (1.0 - momentum) * getattr(site, name)
             for name, old in zip(family.momentum_block, begun, strict=True)
         )
-        unbias = 1.0 - momentum**step if debias else 1.0
+        if unbias is None:
+            unbias = unbias_of(momentum, step, debias)
         averages = {name: value / unbias for name, value in zip(family.momentum_block, memory, strict=True)}
         site = site._replace(**averages)
     if anchor is not None:
@@ -172,7 +174,17 @@ def update(
     return BLRState(posterior, memory)
 
 
-def norm_clip_factor(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
-    """min(1, max_norm / ‖all gradients together‖), the factor of clipping by global norm."""
-    norms = torch.stack([torch.linalg.vector_norm(g).to(torch.float64).cpu() for g in gradients])
-    return (max_norm / (torch.linalg.vector_norm(norms) + 1e-300)).clamp(max=1.0)
+def unbias_of(momentum: float, step: int, debias: bool) -> float:
+    """1 − βᵗ, or 1 without debiasing."""
+    return 1.0 - momentum**step if debias else 1.0
+
+
+def square_of(values: Sequence[Tensor]) -> Tensor:
+    """‖values together‖² in float64 on the CPU."""
+    norms = torch.stack([torch.linalg.vector_norm(value).to(torch.float64).cpu() for value in values])
+    return (norms * norms).sum()
+
+
+def norm_clip_factor(squares: Sequence[Tensor], max_norm: float) -> Tensor:
+    """min(1, max_norm / ‖all gradients together‖), the factor of clipping by global norm, from their squares."""
+    return (max_norm / (torch.stack(list(squares)).sum().sqrt() + 1e-300)).clamp(max=1.0)

@@ -6,8 +6,10 @@ the loss with its graph; second derivatives need the latter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,25 +38,25 @@ class NonFiniteError(FloatingPointError):
 
 
 class Measured(NamedTuple):
-    """One evaluation: the loss, a gradient per parameter (None: unused), and what else was requested."""
+    """One evaluation: the loss, a gradient per parameter (None: unused), and what else was requested, by its key."""
 
     loss: Tensor
     grads: list[Tensor | None]
     products: list[list[Tensor]]
-    hessians: list[Tensor]
+    hessians: dict[int, Tensor]
 
 
 class Request(NamedTuple):
     """What an evaluation measures beside the loss.
 
     `gradient`: any gradients at all. `vectors`: lists of one vector per parameter, each for one product with the
-    Hessian of the whole. `hessian`: groups of parameter positions, each with True for its dense block, False for
-    its diagonal.
+    Hessian of the whole. `hessian`: groups of parameter positions, by any key, each with True for its dense block,
+    False for its diagonal.
     """
 
     gradient: bool = True
     vectors: Sequence[Sequence[Tensor]] = ()
-    hessian: Sequence[tuple[list[int], bool]] = ()
+    hessian: Mapping[int, tuple[list[int], bool]] = MappingProxyType({})
 
     @property
     def second_order(self) -> bool:
@@ -73,7 +75,7 @@ def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) ->
     called_backward = any(grad is not None for grad in by_closure)
     value = _finite_loss(loss)
     if not request.gradient:
-        return Measured(value, [None] * len(params), [], [])
+        return Measured(value, [None] * len(params), [], {})
     if called_backward:
         if request.second_order:
             raise TypeError(
@@ -84,10 +86,10 @@ def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) ->
     else:
         grads = _differentiate(loss, params, create_graph=request.second_order)
     products = [hessian_product(grads, params, vectors) for vectors in request.vectors]
-    hessians = [_hessian_block(grads, params, where, dense) for where, dense in request.hessian]
+    hessians = {key: _hessian_block(grads, params, *asked) for key, asked in request.hessian.items()}
     detached = [None if grad is None else grad.detach() for grad in grads]
     _require_finite(detached)
-    _require_finite_curvature([*(part for product in products for part in product), *hessians])
+    _require_finite_curvature([*(part for product in products for part in product), *hessians.values()])
     return Measured(value, detached, products, hessians)
 
 
@@ -185,12 +187,22 @@ def _finite_loss(loss: Tensor) -> Tensor:
 
 
 def _require_finite(grads: Sequence[Tensor | None]) -> None:
+    sums = [grad.sum(dtype=torch.float32 if grad.dtype.itemsize < 4 else None) for grad in grads if grad is not None]
+    if not sums or math.isfinite(sum(torch.stack(values).sum().item() for values in _by_device(sums))):
+        return  # a NaN or infinity survives summing; finite numbers whose sum overflows are looked at one by one
     for position, grad in enumerate(grads):
         if grad is not None and not bool(torch.isfinite(grad).all()):
             raise NonFiniteError(
                 f"closure: the gradient of parameter {position} has a NaN or infinite entry; lower lr or check the "
                 "batch. The weights and the posterior are as before the step."
             )
+
+
+def _by_device(values: Sequence[Tensor]) -> list[list[Tensor]]:
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for value in values:
+        found.setdefault((value.device, value.dtype), []).append(value)
+    return list(found.values())
 
 
 def _require_finite_curvature(values: Sequence[Tensor]) -> None:

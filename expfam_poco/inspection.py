@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from . import correction
+from . import correction, fields, streaming
 from . import posterior as inference
+from .backend import Backend
 from .blocks import Block
 from .evaluation import Closure
 from .measurement import SAMPLE, draw_noise
@@ -26,6 +27,7 @@ class Inspection:
     _clock: dict[str, int]
     _meter: VarianceMeter
     _alphas: list[tuple[float, float]]
+    backend: Backend
 
     def _active(self) -> list[Block]:
         raise TypeError("Inspection is mixed into an optimizer, which knows its blocks.")
@@ -34,6 +36,12 @@ class Inspection:
         raise TypeError("Inspection is mixed into an optimizer, which keeps the state.")
 
     def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
+        raise TypeError("Inspection is mixed into an optimizer, which restores the weights.")
+
+    def _streaming(self, blocks: Sequence[Block]) -> Backend | None:
+        raise TypeError("Inspection is mixed into an optimizer, which knows its backend.")
+
+    def _write_point(self, block: Block) -> None:
         raise TypeError("Inspection is mixed into an optimizer, which restores the weights.")
 
     @contextmanager
@@ -51,19 +59,21 @@ class Inspection:
         with self._weights_restored(blocks, clear_grad=False):
             for block in blocks:
                 state = self._state(block)["posterior"]
-                if not at_point:
-                    block.write(block.family.sample(state, draw_noise(block, "shared", 1, key))[0])
+                if at_point:
+                    self._write_point(block)
+                elif streaming.can_stream(block) and self._streaming(blocks) is not None:
+                    streaming.sample_into(block, state, self.backend, key)
                 else:
-                    block.write(block.family.point(state))
+                    block.write(block.family.sample(state, draw_noise(block, "shared", 1, key))[0])
             yield
 
     def posterior(self) -> dict[str, Any]:
         """The trained q as Pyro distributions, by parameter name (by "group<i>" for joint families)."""
-        return {b.name: b.family.distribution(self._state(b)["posterior"]) for b in self._active()}
+        return {b.name: b.family.distribution(_copied(self._state(b)["posterior"])) for b in self._active()}
 
     def posterior_states(self) -> dict[str, Any]:
         """The trained q as `State`s by the same names: a prior for the next task, or q_out for `set_outer`."""
-        return {b.name: self._state(b)["posterior"] for b in self._active()}
+        return {b.name: _copied(self._state(b)["posterior"]) for b in self._active()}
 
     @torch.no_grad()
     def objective(
@@ -84,14 +94,16 @@ class Inspection:
         """
         blocks = self._active()
         with self._weights_restored(blocks, clear_grad=False):
-            return inference.objective(blocks, self.posterior_states(), closures, weights, samples=samples, seed=seed)
+            states = {b.name: self._state(b)["posterior"] for b in blocks}
+            return inference.objective(blocks, states, closures, weights, samples=samples, seed=seed)
 
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers worth logging.
 
         Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
-        every seventh corrected step; "mean_stddev", where the family's distribution has one.
+        every seventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
+        has one.
         """
         numbers: dict[str, float] = {
             "steps": self._clock["step"],
@@ -105,7 +117,14 @@ class Inspection:
             if used[1] != used[0]:
                 numbers[f"alpha_curvature{suffix}"] = used[1]
         numbers.update(self._meter.read())
-        deviation = inference.mean_stddev(self.posterior())
+        numbers["compile_seconds"] = self.backend.compile_seconds
+        present = {b.name: b.family.distribution(self._state(b)["posterior"]) for b in self._active()}
+        deviation = inference.mean_stddev(present)
         if deviation is not None:
             numbers["mean_stddev"] = deviation
         return numbers
+
+
+def _copied(state: Any) -> Any:
+    """A state that later steps, which may work in place, do not reach."""
+    return fields.map_fields(torch.clone, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,11 @@ class View:
     curvature: list[Tensor | None] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
 
+    @property
+    def count(self) -> int:
+        """The number of evaluations, K."""
+        return int(self.noise.shape[0])
+
     def again(self) -> View:
         """The same view with nothing recorded yet."""
         return View(self.block, self.estimator, self.state, self.noise, self.probes)
@@ -42,6 +48,29 @@ class View:
     def points(self) -> Tensor:
         """Where the loss is to be evaluated, K × P."""
         return self.estimator.points(self.block.family, self.state, self.noise)
+
+    def write(self, draw: int) -> None:
+        """Put draw number `draw` into the model."""
+        theta = self.estimator.points(self.block.family, self.state, self.noise[draw : draw + 1])[0]
+        self.theta.append(theta)
+        self.block.write(theta)
+
+    def record(self, draw: int, measured: Measured, position: slice) -> None:
+        """Keep what an evaluation measured of this block's parameters, which stand at `position` among all."""
+        grad = self.block.gather(measured.grads[position])
+        self.loss.append(measured.loss)
+        self.grad.append(grad)
+        if self.probes is not None:
+            self.curvature.append(_curvature_of_products(self, draw, [p[position] for p in measured.products]))
+        elif self.measures_hessian:
+            self.curvature.append(_shaped(measured.hessians[position.start], self.block))
+        else:
+            self.curvature.append(_curvature_of_gradient(self, grad))
+
+    @property
+    def measures_hessian(self) -> bool:
+        """Whether the estimator wants this block's Hessian, whole or its diagonal."""
+        return self.estimator.needs == "hessian" and self.block.family.curvature != "none"
 
     def used(self) -> bool:
         """Whether any evaluation depended on the block."""
@@ -97,15 +126,16 @@ def measure_draw(
     Returns:
         the loss, and one product per view (empty where none was asked).
     """
-    thetas = [view.estimator.points(view.block.family, view.state, view.noise[draw : draw + 1])[0] for view in views]
-    for view, theta in zip(views, thetas, strict=True):
-        view.block.write(theta)
+    for view in views:
+        view.write(draw)
     params = [p for view in views for p in view.block.params]
     measured = evaluate(closure, params, _request(views, draw, product_with))
-    _record(views, draw, thetas, measured)
+    for view, position in zip(views, _positions(views), strict=True):
+        view.record(draw, measured, position)
     products: list[Tensor] = []
     if product_with is not None:
-        products = [_present(g, view.block) for g, view in _per_view(views, measured.products[-1])]
+        last = measured.products[-1]
+        products = [_present(last[at], view.block) for view, at in zip(views, _positions(views), strict=True)]
     return measured.loss, products
 
 
@@ -141,7 +171,7 @@ def dense_hessian(closure: Closure, views: Sequence[View], draw: int) -> Tensor:
     for view in views:
         view.block.write(view.points()[draw])
     params = [p for view in views for p in view.block.params]
-    measured = evaluate(closure, params, Request(hessian=[(list(range(len(params))), True)]))
+    measured = evaluate(closure, params, Request(hessian={0: (list(range(len(params))), True)}))
     return measured.hessians[0]
 
 
@@ -152,15 +182,19 @@ def _request(views: Sequence[View], draw: int, product_with: Sequence[Tensor] | 
         vectors.append([part for view in views for part in _probe_parts(view, draw, number)])
     if product_with is not None:
         vectors.append([p for view, v in zip(views, product_with, strict=True) for p in view.block.split(v)])
-    hessian = []
-    start = 0
-    for view in views:
-        stop = start + len(view.block.params)
-        if view.estimator.needs == "hessian" and view.block.family.curvature != "none":
-            hessian.append((list(range(start, stop)), view.block.family.curvature == "dense"))
-        start = stop
+    hessian = {
+        position.start: (list(range(position.start, position.stop)), view.block.family.curvature == "dense")
+        for view, position in zip(views, _positions(views), strict=True)
+        if view.measures_hessian
+    }
     gradient = any(view.estimator.needs != "loss" for view in views)
     return Request(gradient=gradient or bool(vectors), vectors=vectors, hessian=hessian)
+
+
+def _positions(views: Sequence[View]) -> list[slice]:
+    """Where each view's parameters stand among those of all."""
+    stops = list(itertools.accumulate(len(view.block.params) for view in views))
+    return [slice(stop - len(view.block.params), stop) for stop, view in zip(stops, views, strict=True)]
 
 
 def _probe_parts(view: View, draw: int, number: int) -> list[Tensor]:
@@ -168,32 +202,6 @@ def _probe_parts(view: View, draw: int, number: int) -> list[Tensor]:
     if view.probes is None or number >= view.probes.shape[1]:
         return [torch.zeros_like(p) for p in view.block.params]
     return view.block.split(view.probes[draw, number])
-
-
-def _per_view(views: Sequence[View], values: Sequence[Any]) -> list[tuple[list[Any], View]]:
-    """A list with one entry per parameter, cut into one list per view."""
-    cut, start = [], 0
-    for view in views:
-        stop = start + len(view.block.params)
-        cut.append((list(values[start:stop]), view))
-        start = stop
-    return cut
-
-
-def _record(views: Sequence[View], draw: int, thetas: Sequence[Tensor], measured: Measured) -> None:
-    hessians = iter(measured.hessians)
-    products = [_per_view(views, product) for product in measured.products]
-    for number, (grads, view) in enumerate(_per_view(views, measured.grads)):
-        grad = view.block.gather(grads)
-        view.theta.append(thetas[number])
-        view.loss.append(measured.loss)
-        view.grad.append(grad)
-        if view.estimator.needs == "hessian" and view.block.family.curvature != "none":
-            view.curvature.append(_shaped(next(hessians), view.block))
-        elif view.probes is not None:
-            view.curvature.append(_curvature_of_products(view, draw, [product[number][0] for product in products]))
-        else:
-            view.curvature.append(_curvature_of_gradient(view, grad))
 
 
 def _curvature_of_products(view: View, draw: int, products: Sequence[list[Tensor]]) -> Tensor:

@@ -20,11 +20,16 @@ class VarianceMeter:
         self._step = -1
         self._sums: dict[str, list[float]] = {}
 
+    @staticmethod
+    def samples(step: int) -> bool:
+        """Whether this step is one of those that are sampled."""
+        return step % EVERY == 0
+
     def add(
         self, step: int, block: Block, site_in: Any, site_out: Any, outer: Outer, alpha: tuple[float, float]
     ) -> None:
         """Take in one block's pair of sites, at the steps that are sampled."""
-        if step % EVERY:
+        if not self.samples(step):
             return
         if step != self._step:
             self._flush()

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import anchors, blr, checkpoint, correction, fields, groups, posterior
+from . import anchors, blr, checkpoint, correction, fields, groups, posterior, streaming
+from .backend import Backend
 from .blocks import Block, make_blocks
 from .estimators import Estimator
 from .evaluation import Closure, NonFiniteError, capture_random, replay_random
@@ -23,16 +24,11 @@ from .measurement import NOISE_MODES, View, measure_draw, measure_per_example
 from .meter import VarianceMeter
 from .noise import NoiseKey
 from .per_example import PerExample
+from .steps import WholeStep
+from .streaming import StreamedStep, StreamedView
 from .views import NoisePlan
 
-
-class _Step(NamedTuple):
-    """What one block contributes to a step: its corrected site, the anchor term, and what the meter is to see."""
-
-    block: Block
-    site: Any
-    anchor: Any
-    pair: tuple[Any, ...] | None
+Step = WholeStep | StreamedStep
 
 
 class PosteriorCorrected(Inspection, torch.optim.Optimizer):
@@ -68,6 +64,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
+        backend: how large models are stepped, "auto", "eager", "mixed" or "compiled"; see `backend`.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
             "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss.
@@ -111,6 +108,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         mc_samples: int = 1,
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
+        backend: str = "auto",
         seed: int | None = None,
         lr_scale: float | str = 1.0,
     ) -> None:
@@ -121,6 +119,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
+        self.backend = Backend(backend)
         self._anchor = anchors.Anchor(anchor)
         self._meter = VarianceMeter()
         self._alphas: list[tuple[float, float]] = []
@@ -209,7 +208,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             yield
         finally:
             for block in blocks:
-                block.write(block.family.point(self._state(block)["posterior"]))
+                if not block.at_point:
+                    self._write_point(block)
                 if clear_grad:
                     for p in block.params:
                         p.grad = None
@@ -240,7 +240,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         try:
             with self._weights_restored(blocks):
                 loss, steps = self._corrected_sites(closure, blocks, number)
-                self._advance(steps)
+                self._advance(steps, number)
         except NonFiniteError as error:
             if self.nonfinite == "raise":
                 raise
@@ -249,11 +249,11 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         self._clock["step"] = number
         return loss
 
-    def _corrected_sites(self, closure: Closure, blocks: Sequence[Block], number: int) -> tuple[Tensor, list[_Step]]:
+    def _corrected_sites(self, closure: Closure, blocks: Sequence[Block], number: int) -> tuple[Tensor, list[Step]]:
         """Evaluate the pair of every draw, inner first, and correct."""
         self._alphas = [correction.alpha_at(group["alpha"], number) for group in self.param_groups]
         alphas = [self._alphas[block.group_number] for block in blocks]
-        plan = self._plan()
+        plan = self._plan(blocks)
         inner = [plan.at_inner(block, self._state(block)["posterior"], number, closure) for block in blocks]
         outer = None
         if any(max(alpha) > 0.0 for alpha in alphas) and self._outer_is_of(blocks):
@@ -261,35 +261,24 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             outer = [plan.at_outer(view, self._state(view.block)["outer"].posterior, number, refresh) for view in inner]
         loss, products = self._evaluate_pairs(closure, inner, outer)
         steps = []
-        for i, (block, view) in enumerate(zip(blocks, inner, strict=True)):
+        for i, view in enumerate(inner):
             if outer is None or max(alphas[i]) == 0.0:
                 if view.used():
-                    steps.append(_Step(block, view.natural_gradient(), None, None))
-            elif view.used() or outer[i].used() or self._state(block)["in_mega"]:
-                steps.append(
-                    self._corrected(view, outer[i], alphas[i], number, None if products is None else products[i])
-                )
+                    steps.append(self._step_of(view, None, alphas[i], None))
+            elif view.used() or outer[i].used() or self._state(view.block)["in_mega"]:
+                steps.append(self._step_of(view, outer[i], alphas[i], None if products is None else products[i]))
         return loss, steps
 
-    def _corrected(
-        self, inner: View, outer: View, alpha: tuple[float, float], number: int, product: Tensor | None
-    ) -> _Step:
-        """One block's corrected site. A batch that does not use the block has gradient 0 and still moves by αḡ_out."""
-        block, q_out = inner.block, self._state(inner.block)["outer"]
-        site, site_out = inner.natural_gradient(), outer.natural_gradient()
-        weight = groups.anchor_weight(block.group)
-        corrected, anchor = correction.correct(
-            block.family,
-            site,
-            site_out,
-            inner.state,
-            q_out,
-            alpha=block.family.per_block(*alpha),
-            anchor_weight=weight if product is None else 0.0,
-        )
+    def _step_of(self, inner: View, outer: View | None, alpha: tuple[float, float], product: Tensor | None) -> Step:
+        """One block's step; `product` is H̄ (m_in − m_out), where the anchor term comes from products."""
+        state = self._state(inner.block)
+        if isinstance(inner, StreamedView):
+            assert outer is None or isinstance(outer, StreamedView)
+            return StreamedStep(state, inner, outer, alpha)
+        anchor = None
         if product is not None:
-            anchor = self._anchor.term(block, product, alpha[1] * weight)
-        return _Step(block, corrected, anchor, (number, block, site, site_out, q_out, alpha))
+            anchor = self._anchor.term(inner.block, product, alpha[1] * groups.anchor_weight(inner.block.group))
+        return WholeStep(state, inner, outer, alpha, anchor)
 
     def _outer_is_of(self, blocks: Sequence[Block]) -> bool:
         """Whether q_out is one refresh of just these blocks: else (frozen, unfrozen, added) steps are plain."""
@@ -311,7 +300,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             return loss, None
         shift = self._anchor.shift(inner, outer)
         losses, terms = [], []
-        for draw in range(inner[0].noise.shape[0]):
+        for draw in range(inner[0].count):
             random = capture_random(params)
             losses.append(measure_draw(closure, inner, draw)[0])
             if outer is not None:
@@ -322,40 +311,19 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
         return torch.stack(losses).mean(), mean_terms
 
-    def _advance(self, steps: Sequence[_Step]) -> None:
+    def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
         factor = 1.0
         if self.max_grad_norm is not None and steps:
-            gradients = [getattr(s.site, name) for s in steps for name in s.block.family.momentum_block]
-            factor = float(blr.norm_clip_factor(gradients, self.max_grad_norm))
-        results = []
-        for block, site, anchor, _ in steps:
-            group, state = block.group, self._state(block)
-            if factor < 1.0:
-                site = fields.weigh(site, block.family.per_block(factor, 1.0))
-            moved = blr.update(
-                block.family,
-                blr.BLRState(state["posterior"], state["momentum"]),
-                groups.prior_of(block),
-                site,
-                rates=groups.rates(group, block),
-                ess=group["ess"],
-                anchor=anchor,
-                momentum=group["momentum"],
-                debias=group["debias"],
-                step=state["step"] + 1 if state["momentum"] else 1,
-                clip_radius=group["clip_radius"],
-                retraction=group["retraction"],
-            )
-            if not bool(block.family.in_domain(moved.posterior)):
-                raise posterior.domain_error(block, moved.posterior)
-            results.append((state, moved))
-        for state, moved in results:
-            age = state["step"] + 1 if state["momentum"] else 1
-            state.update(posterior=moved.posterior, momentum=moved.momentum, step=age if moved.momentum else 0)
+            factor = float(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
         for step in steps:
-            if step.pair is not None:
-                self._meter.add(*step.pair)
+            step.prepare(factor)
+        for step in steps:
+            step.meter(self._meter, number)
+            step.commit()
+        error = streaming.unsound_error(steps)
+        if error is not None:
+            raise error
 
     # ---- q_out -------------------------------------------------------------------------------------------
 
@@ -375,33 +343,30 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         closures, shares = posterior.check_chunks(closures, weights)
         blocks = self._trainable()
         refresh = self._clock["refresh"] + 1
-        sums: list[Any] = [None] * len(blocks)
+        plan = self._plan(blocks)
+        sums = [plan.empty_total(b, self._state(b)["posterior"], closures[0]) for b in blocks]
         used = [False] * len(blocks)
         losses = []
-        plan = self._plan()
         self._anchor.begin()
         with self._weights_restored(blocks):
             for number, (closure, share) in enumerate(zip(closures, shares, strict=True)):
                 chunk = self._clock["chunk"] + number + 1
-                views = [plan.at_mega(b, self._state(b)["posterior"], chunk, refresh, closure) for b in blocks]
+                views = [
+                    plan.at_mega(b, self._state(b)["posterior"], chunk, refresh, closure, total, share)
+                    for b, total in zip(blocks, sums, strict=True)
+                ]
                 loss = self._evaluate_chunk(closure, views)
                 self._anchor.collect(closure, views, share)
                 losses.append(share * loss)
                 for i, view in enumerate(views):
                     used[i] |= view.used()
+                    if isinstance(view, StreamedView):
+                        continue
                     site = fields.scale(view.natural_gradient(), share)
                     sums[i] = site if sums[i] is None else fields.add(sums[i], site)
         for block, site, in_mega in zip(blocks, sums, used, strict=True):
-            state, rho = self._state(block), groups.pair(block.group["rho"])
-            state.update(refresh=refresh, in_mega=in_mega)
-            state["outer"] = correction.update_outer(
-                block.family,
-                state["outer"],
-                state["posterior"],
-                site,
-                rho=block.family.per_block(*rho),
-                reanchor_average=block.group["reanchor_average"],
-            )
+            state = self._state(block)
+            state.update(outer=plan.outer_of(block, state, site), refresh=refresh, in_mega=in_mega)
         self._anchor.commit()
         self._clock["refresh"] = refresh
         self._clock["chunk"] += len(closures)
@@ -410,7 +375,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
     def _evaluate_chunk(self, closure: Closure, views: Sequence[View]) -> Tensor:
         if isinstance(closure, PerExample):
             return measure_per_example(closure, views)
-        draws = range(views[0].noise.shape[0])
+        draws = range(views[0].count)
         return torch.stack([measure_draw(closure, views, draw)[0] for draw in draws]).mean()
 
     @torch.no_grad()
@@ -427,9 +392,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         states = checkpoint.posteriors_of(state, blocks, self.param_groups)
         self._clock["refresh"] += 1
         for block in blocks:
-            outer = correction.outer_from_posterior(
-                block.family, states[block.name], groups.prior_of(block), block.group["ess"]
-            )
+            own = fields.map_fields(torch.clone, states[block.name])  # steps in place must not reach the caller's
+            outer = correction.outer_from_posterior(block.family, own, groups.prior_of(block), block.group["ess"])
             self._state(block).update(outer=outer, refresh=self._clock["refresh"], in_mega=True)
 
     # ---- checkpoints -------------------------------------------------------------------------------------
@@ -483,5 +447,21 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             "nonfinite": self.nonfinite,
         }
 
-    def _plan(self) -> NoisePlan:
-        return NoisePlan(self.noise, self.mc_samples, self.seed)
+    def _plan(self, blocks: Sequence[Block]) -> NoisePlan:
+        """Where noise comes from in a step or refresh of these blocks."""
+        return NoisePlan(self.noise, self.mc_samples, self.seed, self._streaming(blocks))
+
+    def _streaming(self, blocks: Sequence[Block]) -> Backend | None:
+        """The backend, where the model is stepped span by span."""
+        if self._anchor.kind != "curvature":
+            return None
+        weights = sum(block.numel for block in blocks if streaming.can_stream(block))
+        return self.backend if self.backend.streams(weights) else None
+
+    def _write_point(self, block: Block) -> None:
+        posterior_state = self._state(block)["posterior"]
+        if streaming.can_stream(block):
+            streaming.write_point(block, posterior_state)
+        else:
+            block.write(block.family.point(posterior_state))
+        block.at_point = True

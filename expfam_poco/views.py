@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
+from . import correction, fields, groups
+from .backend import Backend
 from .blocks import Block
+from .correction import Outer
 from .evaluation import Closure
 from .measurement import (
     FIXED,
@@ -20,17 +25,24 @@ from .measurement import (
 )
 from .noise import NoiseKey
 from .per_example import PerExample
+from .streaming import StreamedView, can_stream, empty_site, streamed_view, update_outer
 
 
 class NoisePlan(NamedTuple):
-    """The noise mode, draws per evaluation, and the seed: with counters they determine every noise."""
+    """The noise mode, draws per evaluation, and the seed: with counters they determine every noise.
+
+    `streamed` is the backend for blocks that are large enough to be stepped span by span, or None.
+    """
 
     mode: str
     mc_samples: int
     seed: int
+    streamed: Backend | None = None
 
     def at_inner(self, block: Block, state: Any, step: int, closure: Closure) -> View:
         """A block at λ_in: fresh noise at every step."""
+        if self._streams(block, closure):
+            return self._streamed(block, state, NoiseKey(self.seed, INNER, step))
         noise = draw_noise(block, self.mode, self._count(closure), NoiseKey(self.seed, INNER, step))
         estimator = block.group["curvature"]
         probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_INNER, step))
@@ -38,6 +50,9 @@ class NoisePlan(NamedTuple):
 
     def at_outer(self, inner: View, state: Any, step: int, refresh: int) -> View:
         """The same block at λ_out; its noise is the inner one unless the mode says otherwise."""
+        if isinstance(inner, StreamedView):
+            keys = {"independent": NoiseKey(self.seed, OUTER, step), "fixed": NoiseKey(self.seed, FIXED, refresh)}
+            return self._streamed(inner.block, state, keys.get(self.mode, inner.key))
         block, noise, probes = inner.block, inner.noise, inner.probes
         if self.mode == "independent":
             noise = draw_noise(block, self.mode, len(noise), NoiseKey(self.seed, OUTER, step))
@@ -46,14 +61,45 @@ class NoisePlan(NamedTuple):
             noise = draw_noise(block, self.mode, len(noise), NoiseKey(self.seed, FIXED, refresh))
         return View(block, inner.estimator, state, noise, probes)
 
-    def at_mega(self, block: Block, state: Any, chunk: int, refresh: int, closure: Closure) -> View:
-        """A block at the posterior that becomes λ_out; fresh noise for every chunk unless the mode is "fixed"."""
+    def at_mega(
+        self, block: Block, state: Any, chunk: int, refresh: int, closure: Closure, total: Any, share: float
+    ) -> View:
+        """A block at the posterior that becomes λ_out; fresh noise for every chunk unless the mode is "fixed".
+
+        A streamed view adds `share` of its natural gradient to `total`.
+        """
         fixed = self.mode == "fixed"
         key = NoiseKey(self.seed, FIXED, refresh) if fixed else NoiseKey(self.seed, MEGA, chunk)
+        if self._streams(block, closure):
+            return self._streamed(block, state, key, total=total, share=share)
         noise = draw_noise(block, self.mode, self._count(closure), key)
         estimator = block.group["curvature"]
         probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_MEGA, chunk))
         return View(block, estimator, state, noise, probes)
+
+    def empty_total(self, block: Block, state: Any, closure: Closure) -> Any:
+        """What the chunks of a mega-batch are added up in: zeros where the block streams, else None."""
+        return empty_site(block, state) if self._streams(block, closure) else None
+
+    def outer_of(self, block: Block, state: dict[str, Any], site: Any) -> Outer:
+        """The new q_out of a block from its mega-batch's mean natural gradient, which is used up."""
+        if self.streamed is not None and can_stream(block):
+            return update_outer(block, state, site)
+        return correction.update_outer(
+            block.family,
+            state["outer"],
+            fields.map_fields(torch.clone, state["posterior"]),
+            site,
+            rho=block.family.per_block(*groups.pair(block.group["rho"])),
+            reanchor_average=block.group["reanchor_average"],
+        )
+
+    def _streams(self, block: Block, closure: Closure) -> bool:
+        return self.streamed is not None and not isinstance(closure, PerExample) and can_stream(block)
+
+    def _streamed(self, block: Block, state: Any, key: NoiseKey, **collecting: Any) -> StreamedView:
+        assert self.streamed is not None
+        return streamed_view(block, state, self.streamed, self.mode, self.mc_samples, key, **collecting)
 
     def _count(self, closure: Closure) -> int:
         if not isinstance(closure, PerExample):

@@ -365,7 +365,7 @@ def test_traced_noise_is_the_same_noise(kind, dtype):
 
 
 def test_traced_noise_begins_with_a_tile():
-    with pytest.raises(ValueError, match="offset=100.*multiple of 256"):
+    with pytest.raises(ValueError, match=r"offset=100.*multiple of 256"):
         key_words(KEY.at(offset=100))
 
 

@@ -467,6 +467,8 @@ def test_alpha_from_numbers_pairs_and_schedules() -> None:
 @pytest.mark.parametrize("limit", [0.5, 100.0])
 def test_the_norm_clip_factor(limit: float) -> None:
     parts = [tensor([3.0, 4.0]), tensor([[12.0]])]
-    assert abs(float(blr.norm_clip_factor(parts, limit)) - min(1.0, limit / 13.0)) <= 1e-15
-    zero = [torch.zeros(2, dtype=torch.float64)]
+    squares = [blr.square_of(parts[:1]), blr.square_of(parts[1:])]
+    assert abs(float(blr.norm_clip_factor(squares, limit)) - min(1.0, limit / 13.0)) <= 1e-15
+    assert float(blr.square_of(parts)) == 169.0
+    zero = [torch.zeros((), dtype=torch.float64)]
     assert float(blr.norm_clip_factor(zero, limit)) == 1.0

@@ -1,0 +1,184 @@
+r"""One step's mathematics on a span of weights, as pure functions that run eagerly or compiled.
+
+A leafwise family acts on every weight by itself, so a tensor may be cut into *spans* and the rule applied to one
+after the other: nothing larger than a span is ever held beside the state. Three functions make a step, each reading
+and writing every number once:
+
+    draw      θ = points(λ, ε)                       into the model
+    collect   total ← total + w ∇̃ℓ̂(θ)               where several draws or chunks are averaged
+    advance   ∇̃ℓ̂ in and out → corrected → the rule → λ, momentum, and the point into the model
+
+None of them stores noise: it is looked up again (`noise`). They are made of the same family, estimator, `correction`
+and `blr` functions as the step on whole tensors, and they know no family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from . import blr, correction, fields
+from .correction import Outer
+from .estimators import Draws, Estimator
+from .family import ExponentialFamily
+from .noise import traced
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What does not change from span to span nor, usually, from step to step: the constants of a compiled kernel.
+
+    Args:
+        family: a leafwise exponential family.
+        estimator: of the natural gradient.
+        ess: N.
+        momentum: β₁.
+        clip_radius: ξ.
+        retraction: its variant.
+        anchor_weight: of the anchor term.
+        noise: "random", "reflected" (the antithetic partner) or "zero".
+    """
+
+    family: ExponentialFamily
+    estimator: Estimator
+    ess: float
+    momentum: float
+    clip_radius: float
+    retraction: str
+    anchor_weight: float
+    noise: str = "random"
+
+    def noise_of(self, source: Tensor, like: Tensor) -> Tensor:
+        """ε for the weights `like`: `source` is the noise itself, or the address to look it up (int64)."""
+        if self.noise == "zero":
+            return self.family.neutral_noise(like)
+        if source.dtype == torch.int64:
+            source = traced(self.family.noise_kind, like.numel(), source, like.dtype).view(like.shape)
+        return self.family.reflect(source) if self.noise == "reflected" else source
+
+
+class Evidence(NamedTuple):
+    """What one draw measured on a span: its noise (or address; None: as inside), gradient and loss."""
+
+    noise: Tensor | None
+    grad: Tensor
+    loss: Tensor
+
+
+class Numbers(NamedTuple):
+    """What may change at every step: step sizes and α as Sites of numbers, 1 − β₁ᵗ, and the norm clipping's factor."""
+
+    rates: Any
+    alpha: Any
+    unbias: Any
+    factor: Any
+
+    def packed(self) -> Tensor:
+        """As one float64 tensor, so that a compiled kernel does not take them for constants."""
+        return torch.tensor([*self.rates, *self.alpha, self.unbias, self.factor], dtype=torch.float64)
+
+
+def unpacked(recipe: Recipe, packed: Tensor) -> Numbers:
+    """The inverse of `Numbers.packed`."""
+    values, site = packed.unbind(), recipe.family.Site
+    count = len(site._fields)
+    return Numbers(site(*values[:count]), site(*values[count : 2 * count]), values[-2], values[-1])
+
+
+def draw(recipe: Recipe, state: Any, source: Tensor, like: Tensor) -> Tensor:
+    """θ = points(λ, ε) on a span of weights shaped as `like`."""
+    noise = recipe.noise_of(source, like)
+    return recipe.estimator.points(recipe.family, state, noise.unsqueeze(0))[0]
+
+
+def site(recipe: Recipe, state: Any, evidence: Evidence, like: Tensor) -> Any:
+    """The natural gradient that one draw estimates."""
+    family, estimator = recipe.family, recipe.estimator
+    assert evidence.noise is not None
+    noise = recipe.noise_of(evidence.noise, like).unsqueeze(0)
+    grad, curvature = evidence.grad.to(like.dtype), None
+    if family.curvature != "none":
+        curvature = estimator.curvature_of_gradient(grad, recipe.ess, False)
+    curvature = None if curvature is None else curvature.unsqueeze(0)
+    theta = estimator.points(family, state, noise)
+    draws = Draws(noise, theta, evidence.loss.to(like.dtype).reshape(1), grad.unsqueeze(0), curvature)
+    return estimator.natural_gradient(family, state, draws)
+
+
+def corrected(
+    recipe: Recipe, state: Any, outer: Outer | None, inside: Any, outside: Any, numbers: Any, like: Tensor
+) -> correction.Corrected:
+    """The corrected site of a span and its anchor term; without a q_out the site itself.
+
+    `inside` and `outside` are the `Evidence` of one draw, or sites averaged by `collect`.
+    """
+    if outer is not None and isinstance(outside, Evidence):
+        if outside.noise is None:
+            outside = outside._replace(noise=inside.noise)
+        outside = site(recipe, outer.posterior, outside, like)
+    if isinstance(inside, Evidence):
+        inside = site(recipe, state, inside, like)
+    if outer is None:
+        return correction.Corrected(inside, None)
+    alpha = unpacked(recipe, numbers).alpha
+    return correction.correct(
+        recipe.family, inside, outside, state, outer, alpha=alpha, anchor_weight=recipe.anchor_weight
+    )
+
+
+def advance(
+    recipe: Recipe,
+    state: Any,
+    momentum: tuple[Tensor, ...],
+    prior: Any,
+    outer: Outer | None,
+    inside: Any,
+    outside: Any,
+    numbers: Any,
+    like: Tensor,
+) -> tuple[blr.BLRState, Tensor]:
+    """One step on a span, and for every weight whether its new numbers are sound."""
+    family = recipe.family
+    rates, _, unbias, factor = unpacked(recipe, numbers)
+    natural_gradient, anchor = corrected(recipe, state, outer, inside, outside, numbers, like)
+    moved = blr.update(
+        family,
+        blr.BLRState(state, momentum),
+        prior,
+        fields.weigh(natural_gradient, family.per_block(factor, 1.0)),
+        rates=rates,
+        ess=recipe.ess,
+        anchor=anchor,
+        momentum=recipe.momentum,
+        unbias=unbias,
+        clip_radius=recipe.clip_radius,
+        retraction=recipe.retraction,
+    )
+    return moved, sound(family, moved, like)
+
+
+def sound(family: ExponentialFamily, moved: blr.BLRState, like: Tensor) -> Tensor:
+    """For every weight of a span: all its numbers are finite and in the domain."""
+    result = torch.ones(like.shape[: like.ndim - family.event_dim], dtype=torch.bool, device=like.device)
+    for name, value in zip(moved.posterior._fields, moved.posterior, strict=True):
+        inside = torch.isfinite(value)
+        constraint = family.domain.get(name, constraints.real)
+        if constraint is not constraints.real:
+            result = result & _per_weight(constraint.check(value), result.ndim)
+        result = result & _per_weight(inside, result.ndim)
+    for value in moved.momentum:
+        result = result & _per_weight(torch.isfinite(value), result.ndim)
+    return result
+
+
+def kept(sound: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` where the weight is sound, `old` elsewhere."""
+    return torch.where(sound.reshape(sound.shape + (1,) * (new.ndim - sound.ndim)), new, old)
+
+
+def _per_weight(values: Tensor, dims: int) -> Tensor:
+    return values.flatten(dims).all(-1) if values.ndim > dims else values

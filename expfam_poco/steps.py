@@ -1,0 +1,95 @@
+"""One block's step from what was measured inside and outside, computed as a whole and committed when all are sound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import blr, correction, fields, groups, posterior
+from .correction import Corrected
+from .measurement import View
+from .meter import VarianceMeter
+
+
+class WholeStep:
+    """The step of a block that fits into memory beside its state: nothing changes before `commit`.
+
+    Args:
+        state: the block's record.
+        inner: what was measured at λ_in.
+        outer: what was measured at λ_out, or None for a plain step.
+        alpha: α of the gradient and of the curvature.
+        anchor: the anchor term, where it comes from Hessian-vector products.
+    """
+
+    unsound = 0
+
+    def __init__(
+        self,
+        state: dict[str, Any],
+        inner: View,
+        outer: View | None,
+        alpha: tuple[float, float],
+        anchor: Any = None,
+    ) -> None:
+        self.block, self.state, self.alpha = inner.block, state, alpha
+        site = inner.natural_gradient()
+        self._pair: tuple[Any, Any] | None = None
+        self.corrected = Corrected(site, None)
+        if outer is None:
+            return
+        # A batch that does not use the block has gradient 0 and still moves by α times the mean.
+        self._pair = site, outer.natural_gradient()
+        self.corrected = correction.correct(
+            self.block.family,
+            *self._pair,
+            inner.state,
+            state["outer"],
+            alpha=self.block.family.per_block(*alpha),
+            anchor_weight=groups.anchor_weight(self.block.group) if anchor is None else 0.0,
+        )
+        if anchor is not None:
+            self.corrected = self.corrected._replace(anchor=anchor)
+
+    def gradient_square(self) -> Tensor:
+        """‖corrected gradient‖² of the momentum block."""
+        return blr.square_of([getattr(self.corrected.site, name) for name in self.block.family.momentum_block])
+
+    def prepare(self, factor: float) -> None:
+        """Compute the new posterior, with the gradient times `factor`.
+
+        Raises:
+            NonFiniteError, ValueError: if it is not finite or not in the domain.
+        """
+        group, state, family = self.block.group, self.state, self.block.family
+        site, anchor = self.corrected
+        if factor < 1.0:
+            site = fields.weigh(site, family.per_block(factor, 1.0))
+        self.age = state["step"] + 1 if state["momentum"] else 1
+        self.moved = blr.update(
+            family,
+            blr.BLRState(state["posterior"], state["momentum"]),
+            groups.prior_of(self.block),
+            site,
+            rates=groups.rates(group, self.block),
+            ess=group["ess"],
+            anchor=anchor,
+            momentum=group["momentum"],
+            debias=group["debias"],
+            step=self.age,
+            clip_radius=group["clip_radius"],
+            retraction=group["retraction"],
+        )
+        if not bool(family.in_domain(self.moved.posterior)):
+            raise posterior.domain_error(self.block, self.moved.posterior)
+
+    def meter(self, meter: VarianceMeter, number: int) -> None:
+        """Show the meter the pair."""
+        if self._pair is not None:
+            meter.add(number, self.block, *self._pair, self.state["outer"], self.alpha)
+
+    def commit(self) -> None:
+        """Make the new posterior the block's."""
+        momentum = self.moved.momentum
+        self.state.update(posterior=self.moved.posterior, momentum=momentum, step=self.age if momentum else 0)
