@@ -12,7 +12,7 @@ All give the same numbers up to rounding, since all look up the same noise.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .blocks import Block
 from .kernels import Evidence, Recipe
-from .noise import NoiseKey, key_words, traced
+from .noise import Address, NoiseKey, address_of, tiled, traced
+from .spans import Bucket, buckets
 
 BACKENDS = ("auto", "eager", "mixed", "compiled")
 LARGE = 2**20
@@ -50,15 +52,23 @@ class Backend:
         self.name = name
         self.compile_seconds = 0.0
         self.fallback: str | None = None
+        self.buckets: dict[Block, Bucket] = {}
+        self._assigned: list[Block] = []
         self._cache: dict[Hashable, Callable[..., Any]] = {}
+        self._known: set[Hashable] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Compiled kernels cannot be copied; a copy compiles its own."""
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_known": set(), "buckets": {}, "_assigned": []}
 
     def streams(self, weights: int) -> bool:
         """Whether a model of so many leafwise weights is stepped span by span."""
         return self.name != "auto" or weights >= LARGE
+
+    def assign(self, blocks: Sequence[Block]) -> None:
+        """Lay the small ones of these blocks into buckets, if that has not been done."""
+        if self._assigned != list(blocks):
+            self._assigned, self.buckets = list(blocks), buckets(blocks)
 
     @property
     def mode(self) -> str:
@@ -90,9 +100,15 @@ class Backend:
         numbers: kernels.Numbers,
         out: Tensor,
         dtype: torch.dtype,
+        real: Tensor | None = None,
+        following: Tensor | Address | None = None,
     ) -> Tensor:
-        """Step a span in place, its point into `out`; returns how many weights were unsound and kept their values."""
-        arguments = (state, momentum, prior, outer, inside, outside, numbers.packed())
+        """Step a span in place, its point into `out`; returns how many weights were unsound and kept their values.
+
+        `real` says which weights count, where not all do. With `following`, the noise of the next draw, `out` becomes
+        that draw in place of the point.
+        """
+        arguments = (state, momentum, prior, outer, inside, outside, numbers.packed(), real, following)
         count: Tensor = self._run("advance", _advance, recipe, out, dtype, *arguments)
         return count
 
@@ -106,19 +122,21 @@ class Backend:
 
     # ---- noise and compiling -------------------------------------------------------------------------------
 
-    def noise(self, recipe: Recipe, key: NoiseKey, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
-        """Where a kernel finds one draw's noise: its address when compiled, else the noise itself."""
+    def noise(self, recipe: Recipe, key: NoiseKey, like: Tensor, tiles: Tensor | None = None) -> Tensor | Address:
+        """Where a kernel finds one draw's noise for weights `like`: its address when compiled, else the noise."""
         if recipe.noise == "zero":
-            return torch.empty(0, dtype=dtype, device=device)
-        size = shape.numel()
-        if self.mode == "compiled" and size >= SHORTEST:
-            return key_words(key, device)
-        if self.mode == "mixed" and size >= SHORTEST:
-            out = torch.empty(size, dtype=dtype, device=device)
-            key_parts = ("noise", recipe.family.noise_kind, dtype, device.type)
-            self._compiled(key_parts, _noise, recipe.family.noise_kind)(out, key_words(key, device))
-            return out.view(shape)
-        return recipe.family.noise(shape, 1, key, dtype=dtype, device=device)[0]
+            return like.new_empty(0)
+        size, kind = like.numel(), recipe.family.noise_kind
+        if self.mode == "eager" or size < SHORTEST:
+            if tiles is not None:
+                return tiled(kind, tiles, key, like.dtype)
+            return recipe.family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
+        address = address_of(key, like.device, tiles)
+        if self.mode == "compiled":
+            return address
+        out = torch.empty(size, dtype=like.dtype, device=like.device)
+        self._compiled(("noise", kind, like.dtype, like.device.type), _noise, kind)(out, address)
+        return out.view(like.shape)
 
     def _run(
         self, name: str, kernel: Callable[..., Any], recipe: Recipe, out: Tensor, dtype: torch.dtype, *arguments: Any
@@ -129,7 +147,7 @@ class Backend:
         return self._compiled((name, recipe, out.dtype, dtype, out.ndim, kinds), kernel, recipe, dtype)(out, *arguments)
 
     def _compiled(self, key: Hashable, kernel: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
-        """The compiled kernel of this key; its first call, which compiles, is timed."""
+        """The compiled kernel of this key; its first call, which compiles, is timed, and its failure survived."""
         if key in self._cache:
             return self._cache[key]
 
@@ -141,17 +159,34 @@ class Backend:
         closed = FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
         compiled = torch.compile(closed, dynamic=True, fullgraph=True)
 
-        def first(*arguments: Any) -> Any:
+        def run(*arguments: Any) -> Any:
             begun = time.perf_counter()
-            result = compiled(*arguments)
-            self.compile_seconds += time.perf_counter() - begun
-            self._cache[key] = compiled
+            try:
+                result = compiled(*arguments)
+            except Exception as error:  # of Dynamo, of Inductor or of the compiler it calls: nothing has been run
+                return self._without(error, key, kernel, *constants, *arguments)
+            if key not in self._known:
+                self._known.add(key)
+                self.compile_seconds += time.perf_counter() - begun
             return result
 
-        return first
+        self._cache[key] = run
+        return run
+
+    def _without(self, error: Exception, key: Hashable, kernel: Callable[..., Any], *arguments: Any) -> Any:
+        """Do it eagerly: for good where compiling has failed, this time only where it has worked before."""
+        if key not in self._known:
+            if self.name != "auto":
+                reason = str(error).strip().splitlines()[0]
+                raise RuntimeError(
+                    f"backend={self.name!r}: torch.compile failed ({type(error).__name__}: {reason}); use "
+                    "backend='auto', or 'eager', which need no compiler."
+                ) from error
+            self.fallback = "mixed" if self.fallback is None and key[0] != "noise" else "eager"  # type: ignore[index]
+        return kernel(*arguments)
 
 
-def _draw(recipe: Recipe, dtype: torch.dtype, out: Tensor, state: Any, source: Tensor) -> None:
+def _draw(recipe: Recipe, dtype: torch.dtype, out: Tensor, state: Any, source: Tensor | Address) -> None:
     out.copy_(kernels.draw(recipe, state, source, _like(out, dtype)))
 
 
@@ -173,14 +208,20 @@ def _advance(
     inside: Any,
     outside: Any,
     numbers: Tensor,
+    real: Tensor | None,
+    following: Tensor | Address | None,
 ) -> Tensor:
     moved, sound = kernels.advance(recipe, state, momentum, prior, outer, inside, outside, numbers, _like(out, dtype))
-    all_sound = not torch.compiler.is_compiling() and bool(sound.all())
     for old, new in zip((*state, *momentum), (*moved.posterior, *moved.momentum), strict=True):
         if old.ndim:  # a field without dimensions is the family's constant
-            old.copy_(new if all_sound else kernels.kept(sound, new, old))
-    out.copy_(recipe.family.point(state))
-    return (~sound).sum()
+            old.copy_(kernels.kept(sound, new, old))
+    if following is None:
+        out.copy_(recipe.family.point(state))
+    else:
+        out.copy_(kernels.draw(recipe, state, following, _like(out, dtype)))
+    if sound is None:
+        return torch.zeros((), dtype=torch.int64)
+    return (~sound if real is None else real & ~sound).sum()
 
 
 def _square(
@@ -191,7 +232,7 @@ def _square(
     return torch.stack([(value * value).sum(dtype=torch.float64) for value in values]).sum()
 
 
-def _noise(kind: str, out: Tensor, address: Tensor) -> None:
+def _noise(kind: str, out: Tensor, address: Address) -> None:
     out.copy_(traced(kind, out.numel(), address, out.dtype))
 
 

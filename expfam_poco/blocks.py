@@ -23,6 +23,7 @@ class Block:
         name: the parameter's name, or the group's for a joint block.
         group_number: which group it is in.
         at_point: whether the model is known to hold the posterior's point.
+        drawn: the key of the draw that the model holds, if it is known to hold one.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Block:
         self.name = name
         self.group_number = group_number
         self.at_point = False
+        self.drawn: Any = None
         self._seen: list[tuple[int, int]] | None = None
 
     @property
@@ -112,7 +114,7 @@ class Block:
         with torch.no_grad():
             for p, part in zip(self.params, self.split(value), strict=True):
                 p.copy_(part)
-        self.at_point = False
+        self.at_point, self.drawn = False, None
         self.note_weights()
 
     @contextmanager
@@ -120,7 +122,7 @@ class Block:
         """A contiguous tensor to write the weights of a leafwise block into, in the parameter's dtype."""
         (p,) = self.params
         out = p.data if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-        self.at_point = False
+        self.at_point, self.drawn = False, None
         try:
             yield out
         finally:
@@ -138,7 +140,7 @@ class Block:
     def forget_weights(self) -> None:
         """Compare weights and posterior at the next use, as after loading a checkpoint."""
         self._seen = None
-        self.at_point = False
+        self.at_point, self.drawn = False, None
 
     def weights_changed(self) -> bool:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
@@ -146,7 +148,7 @@ class Block:
 
     def reconcile(self, state: Any) -> Any:
         """The posterior with its centre moved to where somebody else has put the weights."""
-        self.at_point = False
+        self.at_point, self.drawn = False, None
         rounded = self.gather(self.split(self.family.point(state)))
         present = self.read()
         assert rounded is not None

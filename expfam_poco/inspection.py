@@ -17,6 +17,7 @@ from .measurement import SAMPLE, draw_noise
 from .meter import VarianceMeter
 from .noise import NoiseKey
 from .posterior import Objective
+from .spans import can_stream
 
 
 class Inspection:
@@ -61,7 +62,7 @@ class Inspection:
                 state = self._state(block)["posterior"]
                 if at_point:
                     self._write_point(block)
-                elif streaming.can_stream(block) and self._streaming(blocks) is not None:
+                elif can_stream(block) and self._streaming(blocks) is not None:
                     streaming.sample_into(block, state, self.backend, key)
                 else:
                     block.write(block.family.sample(state, draw_noise(block, "shared", 1, key))[0])

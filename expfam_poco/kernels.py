@@ -14,18 +14,18 @@ and `blr` functions as the step on whole tensors, and they know no family.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from . import blr, correction, fields
 from .correction import Outer
 from .estimators import Draws, Estimator
 from .family import ExponentialFamily
-from .noise import traced
+from .noise import Address, traced
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Recipe:
     anchor_weight: float
     noise: str = "random"
 
-    def noise_of(self, source: Tensor, like: Tensor) -> Tensor:
-        """ε for the weights `like`: `source` is the noise itself, or the address to look it up (int64)."""
+    def noise_of(self, source: Tensor | Address, like: Tensor) -> Tensor:
+        """ε for the weights `like`: `source` is the noise itself, or the address to look it up."""
         if self.noise == "zero":
             return self.family.neutral_noise(like)
-        if source.dtype == torch.int64:
+        if isinstance(source, Address):
             source = traced(self.family.noise_kind, like.numel(), source, like.dtype).view(like.shape)
         return self.family.reflect(source) if self.noise == "reflected" else source
 
@@ -64,7 +64,7 @@ class Recipe:
 class Evidence(NamedTuple):
     """What one draw measured on a span: its noise (or address; None: as inside), gradient and loss."""
 
-    noise: Tensor | None
+    noise: Tensor | Address | None
     grad: Tensor
     loss: Tensor
 
@@ -89,7 +89,7 @@ def unpacked(recipe: Recipe, packed: Tensor) -> Numbers:
     return Numbers(site(*values[:count]), site(*values[count : 2 * count]), values[-2], values[-1])
 
 
-def draw(recipe: Recipe, state: Any, source: Tensor, like: Tensor) -> Tensor:
+def draw(recipe: Recipe, state: Any, source: Tensor | Address, like: Tensor) -> Tensor:
     """θ = points(λ, ε) on a span of weights shaped as `like`."""
     noise = recipe.noise_of(source, like)
     return recipe.estimator.points(recipe.family, state, noise.unsqueeze(0))[0]
@@ -140,8 +140,8 @@ def advance(
     outside: Any,
     numbers: Any,
     like: Tensor,
-) -> tuple[blr.BLRState, Tensor]:
-    """One step on a span, and for every weight whether its new numbers are sound."""
+) -> tuple[blr.BLRState, Tensor | None]:
+    """One step on a span, and for every weight whether its new numbers are sound (None: all are)."""
     family = recipe.family
     rates, _, unbias, factor = unpacked(recipe, numbers)
     natural_gradient, anchor = corrected(recipe, state, outer, inside, outside, numbers, like)
@@ -149,7 +149,7 @@ def advance(
         family,
         blr.BLRState(state, momentum),
         prior,
-        fields.weigh(natural_gradient, family.per_block(factor, 1.0)),
+        clipped(family, natural_gradient, factor),
         rates=rates,
         ess=recipe.ess,
         anchor=anchor,
@@ -161,22 +161,35 @@ def advance(
     return moved, sound(family, moved, like)
 
 
-def sound(family: ExponentialFamily, moved: blr.BLRState, like: Tensor) -> Tensor:
-    """For every weight of a span: all its numbers are finite and in the domain."""
-    result = torch.ones(like.shape[: like.ndim - family.event_dim], dtype=torch.bool, device=like.device)
-    for name, value in zip(moved.posterior._fields, moved.posterior, strict=True):
-        inside = torch.isfinite(value)
-        constraint = family.domain.get(name, constraints.real)
-        if constraint is not constraints.real:
-            result = result & _per_weight(constraint.check(value), result.ndim)
-        result = result & _per_weight(inside, result.ndim)
-    for value in moved.momentum:
+def clipped(family: ExponentialFamily, site: Any, factor: Any) -> Any:
+    """The site with its momentum block times the factor of clipping by norm; eagerly, 1 costs nothing."""
+    if not torch.compiler.is_compiling() and float(factor) == 1.0:
+        return site
+    return fields.weigh(site, family.per_block(factor, 1.0))
+
+
+def sound(family: ExponentialFamily, moved: blr.BLRState, like: Tensor) -> Tensor | None:
+    """For every weight of a span: all its numbers are finite and in the domain; None where they all are."""
+    constrained = [(getattr(moved.posterior, name), constraint) for name, constraint in family.domain.items()]
+    values = (*moved.posterior, *moved.momentum)
+    weights = like.shape[: like.ndim - family.event_dim]
+    if not torch.compiler.is_compiling():
+        # A NaN or infinity survives summing: a look at sums is cheaper than one at every number.
+        finite = math.isfinite(sum(float(value.sum()) for value in values))
+        if finite and all(bool(constraint.check(value).all()) for value, constraint in constrained):
+            return None
+    result = torch.ones(weights, dtype=torch.bool, device=like.device)
+    for value in values:
         result = result & _per_weight(torch.isfinite(value), result.ndim)
+    for value, constraint in constrained:
+        result = result & _per_weight(constraint.check(value), result.ndim)
     return result
 
 
-def kept(sound: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def kept(sound: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """`new` where the weight is sound, `old` elsewhere."""
+    if sound is None:
+        return new
     return torch.where(sound.reshape(sound.shape + (1,) * (new.ndim - sound.ndim)), new, old)
 
 

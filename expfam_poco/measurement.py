@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,12 @@ def draw_probes(block: Block, estimator: Estimator, count: int, key: NoiseKey) -
 
 
 def measure_draw(
-    closure: Closure, views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None = None
+    closure: Closure,
+    views: Sequence[View],
+    draw: int,
+    product_with: Sequence[Tensor] | None = None,
+    *,
+    together: Callable[[Sequence[View]], Sequence[View]] = list,
 ) -> tuple[Tensor, list[Tensor]]:
     """Evaluate the closure at draw number `draw` of every view and record it.
 
@@ -122,11 +127,12 @@ def measure_draw(
         views: all blocks that take part.
         draw: which of the K draws.
         product_with: one vector per view; their product with the whole Hessian is returned.
+        together: turns views into fewer that write the same weights.
 
     Returns:
         the loss, and one product per view (empty where none was asked).
     """
-    for view in views:
+    for view in together(views):
         view.write(draw)
     params = [p for view in views for p in view.block.params]
     measured = evaluate(closure, params, _request(views, draw, product_with))

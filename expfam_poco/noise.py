@@ -45,7 +45,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseKey", "key_words", "noise", "philox", "quantile", "reflect", "traced", "words"]
+__all__ = [
+    "Address",
+    "NoiseKey",
+    "address_of",
+    "noise",
+    "philox",
+    "quantile",
+    "reflect",
+    "tiled",
+    "tiles_of",
+    "traced",
+    "words",
+]
 
 _WORD = 2**32
 _MASK = _WORD - 1
@@ -162,10 +174,15 @@ def _schedule(key: tuple[int, int]) -> list[list[int]]:
 def _tiles(first: int, stop: int, draws: int, key: NoiseKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """The words of tiles `first` … `stop - 1`: lanes (0, 2) and lanes (1, 3), each 2 × draws × 64 (stop - first)."""
     block = torch.arange(TILE * first, TILE * stop, device=device).expand(draws, -1)
-    parameter = torch.full((), key.parameter, dtype=torch.int64, device=device).expand_as(block)
-    step = torch.full((), key.step, dtype=torch.int64, device=device).expand_as(block)
-    draw = torch.arange(key.draw, key.draw + draws, device=device).add_(key.stream * _DRAWS)
-    even, odd = torch.stack((block, step)), torch.stack((parameter, draw.unsqueeze(-1).expand_as(block)))
+    return _words_of(block, torch.full((), key.parameter, dtype=torch.int64, device=device), draws, key)
+
+
+def _words_of(block: Tensor, parameter: Tensor, draws: int, key: NoiseKey) -> tuple[Tensor, Tensor]:
+    """The words of blocks, draws × any number, of the parameters of these numbers (which broadcast)."""
+    step = torch.full((), key.step, dtype=torch.int64, device=block.device).expand_as(block)
+    draw = torch.arange(key.draw, key.draw + draws, device=block.device).add_(key.stream * _DRAWS)
+    even = torch.stack((block, step))
+    odd = torch.stack((parameter.expand_as(block), draw.unsqueeze(-1).expand_as(block)))
     return _rounds(even, odd, (key.seed & _MASK, key.seed >> 32))
 
 
@@ -319,45 +336,6 @@ def noise(
     return _map_words(lambda even, odd: from_words(even, odd, dtype), shape, draws, key, dtype, torch.device(device))
 
 
-def key_words(key: NoiseKey, device: torch.device | str = "cpu") -> Tensor:
-    """The address as `traced` wants it: first block, c1, c2, c3 and the words of ten round keys, 24 int64.
-
-    Raises:
-        ValueError: if `key.offset` is not the beginning of a tile.
-    """
-    if key.offset % (4 * TILE):
-        raise ValueError(f"offset={key.offset}: compiled noise begins with a tile; give a multiple of {4 * TILE}.")
-    counters = [key.offset // 4, key.parameter, key.step, key.stream * _DRAWS + key.draw]
-    schedule = [word for pair in _schedule((key.seed & _MASK, key.seed >> 32)) for word in pair]
-    return torch.tensor(counters + schedule, device=device)
-
-
-def traced(kind: str, size: int, address: Tensor, dtype: torch.dtype) -> Tensor:
-    """One draw of noise, `size` elements from the address on: for use inside `torch.compile`.
-
-    Args:
-        kind: as in `noise`.
-        size: how many elements.
-        address: `key_words` of the first one.
-        dtype: of the result.
-
-    >>> key = NoiseKey(seed=7, step=3)
-    >>> torch.allclose(traced("normal", 300, key_words(key), torch.float32), noise("normal", (300,), 1, key)[0])
-    True
-    """
-    from_words = _kind(kind).from_words
-    tiles = (size + 4 * TILE - 1) // (4 * TILE)
-    c0 = torch.arange(TILE * tiles, device=address.device) + address[0]
-    c1, c2, c3 = address[1], address[2], address[3]
-    for i in range(_ROUNDS):
-        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((product2 >> 32) ^ c1 ^ address[4 + 2 * i]) & _MASK
-        c2 = ((product0 >> 32) ^ c3 ^ address[5 + 2 * i]) & _MASK
-        c1, c3 = product2, product0
-    lanes = (*from_words(c0, c1 & _MASK, dtype), *from_words(c2, c3 & _MASK, dtype))
-    return torch.stack([lane.view(tiles, TILE) for lane in lanes], 1).view(-1)[:size].to(dtype)
-
-
 def reflect(kind: str, noise: Tensor) -> Tensor:
     """The antithetic partner of `noise`, any shape: mirrored about the median, equal in distribution.
 
@@ -374,3 +352,88 @@ def quantile(kind: str, u: Tensor) -> Tensor:
     tensor([-0.5493,  0.0000,  0.5493], dtype=torch.float64)
     """
     return _kind(kind).quantile(u)
+
+
+class Address(NamedTuple):
+    """Where noise is, as tensors: first block, c1, c2, c3 and ten round keys (24 words, int64), and perhaps `tiles`.
+
+    `tiles` is for several short tensors side by side, 2 × number of tiles: the first block and the parameter of
+    every tile, in place of those among the words.
+    """
+
+    words: Tensor
+    tiles: Tensor | None = None
+
+
+def address_of(key: NoiseKey, device: torch.device | str = "cpu", tiles: Tensor | None = None) -> Address:
+    """The address as `traced` wants it.
+
+    Raises:
+        ValueError: if `key.offset` is not the beginning of a tile.
+    """
+    if key.offset % (4 * TILE):
+        raise ValueError(f"offset={key.offset}: compiled noise begins with a tile; give a multiple of {4 * TILE}.")
+    counters = [key.offset // 4, key.parameter, key.step, key.stream * _DRAWS + key.draw]
+    schedule = [word for pair in _schedule((key.seed & _MASK, key.seed >> 32)) for word in pair]
+    return Address(torch.tensor(counters + schedule, device=device), tiles)
+
+
+def tiles_of(parameters: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """`Address.tiles` for tensors of these sizes side by side, each beginning with a tile of its own.
+
+    >>> tiles_of([3, 5], [300, 10]).tolist()
+    [[0, 64, 0], [3, 3, 5]]
+    """
+    counts = [-(-size // (4 * TILE)) for size in sizes]
+    blocks = [TILE * tile for count in counts for tile in range(count)]
+    numbers = [number for number, count in zip(parameters, counts, strict=True) for _ in range(count)]
+    return torch.tensor([blocks, numbers])
+
+
+def tiled(kind: str, tiles: Tensor, key: NoiseKey, dtype: torch.dtype) -> Tensor:
+    """One draw of noise for the tensors of `tiles_of`, 256 elements for every tile.
+
+    >>> key = NoiseKey(seed=7)
+    >>> beside = tiled("normal", tiles_of([3, 5], [300, 10]), key, torch.float32)
+    >>> torch.equal(beside[512:522], noise("normal", (10,), 1, key.at(parameter=5))[0])
+    True
+    """
+    from_words = _kind(kind).from_words
+    block, parameter = _blocks_of(tiles)
+    even, odd = _words_of(block.view(1, -1), parameter.expand_as(block).reshape(1, -1), 1, key)
+    return _in_order(*from_words(even, odd, dtype))[0].to(dtype)
+
+
+def _blocks_of(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of the blocks of every tile, tiles × 64, and of their parameter, tiles × 1."""
+    return tiles[0].unsqueeze(-1) + torch.arange(TILE, device=tiles.device), tiles[1].unsqueeze(-1)
+
+
+def traced(kind: str, size: int, address: Address, dtype: torch.dtype) -> Tensor:
+    """One draw of noise, `size` elements from the address on: for use inside `torch.compile`.
+
+    Args:
+        kind: as in `noise`.
+        size: how many elements.
+        address: `address_of` the first one.
+        dtype: of the result.
+
+    >>> key = NoiseKey(seed=7, step=3)
+    >>> torch.allclose(traced("normal", 300, address_of(key), torch.float32), noise("normal", (300,), 1, key)[0])
+    True
+    """
+    from_words = _kind(kind).from_words
+    words, tiles = address
+    if tiles is None:
+        c0 = torch.arange((size + 4 * TILE - 1) // (4 * TILE) * TILE, device=words.device).view(-1, TILE) + words[0]
+        c1 = words[1]
+    else:
+        c0, c1 = _blocks_of(tiles)
+    c2, c3 = words[2], words[3]
+    for i in range(_ROUNDS):
+        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product2 >> 32) ^ c1 ^ words[4 + 2 * i]) & _MASK
+        c2 = ((product0 >> 32) ^ c3 ^ words[5 + 2 * i]) & _MASK
+        c1, c3 = product2, product0
+    lanes = (*from_words(c0, c1 & _MASK, dtype), *from_words(c2, c3 & _MASK, dtype))
+    return torch.stack(lanes, 1).view(-1)[:size].to(dtype)

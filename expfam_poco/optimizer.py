@@ -24,6 +24,7 @@ from .measurement import NOISE_MODES, View, measure_draw, measure_per_example
 from .meter import VarianceMeter
 from .noise import NoiseKey
 from .per_example import PerExample
+from .spans import can_stream
 from .steps import WholeStep
 from .streaming import StreamedStep, StreamedView
 from .views import NoisePlan
@@ -65,6 +66,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
         backend: how large models are stepped, "auto", "eager", "mixed" or "compiled"; see `backend`.
+        one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
+            weights of models that are stepped span by span; evaluate inside `with optimizer.sampled(at_point=True)`.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
             "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss.
@@ -109,6 +112,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
         backend: str = "auto",
+        one_pass: bool = False,
         seed: int | None = None,
         lr_scale: float | str = 1.0,
     ) -> None:
@@ -120,6 +124,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
         self.backend = Backend(backend)
+        self.one_pass = one_pass
         self._anchor = anchors.Anchor(anchor)
         self._meter = VarianceMeter()
         self._alphas: list[tuple[float, float]] = []
@@ -204,11 +209,13 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
     @contextmanager
     def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> Iterator[None]:
         """Whatever happens inside, the model leaves with the points of its posteriors (and no gradients)."""
+        done = False
         try:
             yield
+            done = True
         finally:
             for block in blocks:
-                if not block.at_point:
+                if not block.at_point and (block.drawn is None or not done):
                     self._write_point(block)
                 if clear_grad:
                     for p in block.params:
@@ -302,10 +309,10 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         losses, terms = [], []
         for draw in range(inner[0].count):
             random = capture_random(params)
-            losses.append(measure_draw(closure, inner, draw)[0])
+            losses.append(self._measure(closure, inner, draw)[0])
             if outer is not None:
                 with replay_random(random):
-                    products = measure_draw(closure, outer, draw, shift)[1]
+                    products = self._measure(closure, outer, draw, shift)[1]
                     if shift is not None:
                         terms.append(self._anchor.difference(products))
         mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
@@ -316,11 +323,12 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         factor = 1.0
         if self.max_grad_norm is not None and steps:
             factor = float(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
+        following = NoisePlan(self.noise, self.mc_samples, self.seed).inner_key(number + 1) if self.one_pass else None
         for step in steps:
-            step.prepare(factor)
+            step.prepare(factor, following)
         for step in steps:
             step.meter(self._meter, number)
-            step.commit()
+        streaming.commit(steps)
         error = streaming.unsound_error(steps)
         if error is not None:
             raise error
@@ -361,6 +369,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 for i, view in enumerate(views):
                     used[i] |= view.used()
                     if isinstance(view, StreamedView):
+                        sums[i] = view.total
                         continue
                     site = fields.scale(view.natural_gradient(), share)
                     sums[i] = site if sums[i] is None else fields.add(sums[i], site)
@@ -376,7 +385,16 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         if isinstance(closure, PerExample):
             return measure_per_example(closure, views)
         draws = range(views[0].count)
-        return torch.stack([measure_draw(closure, views, draw)[0] for draw in draws]).mean()
+        return torch.stack([self._measure(closure, views, draw)[0] for draw in draws]).mean()
+
+    @staticmethod
+    def _measure(
+        closure: Closure, views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One draw of all views, added to the totals of those that keep one."""
+        measured = measure_draw(closure, views, draw, product_with, together=streaming.together)
+        streaming.collect(views, draw)
+        return measured
 
     @torch.no_grad()
     def set_outer(self, state: Mapping[str, Any]) -> None:
@@ -455,12 +473,15 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         """The backend, where the model is stepped span by span."""
         if self._anchor.kind != "curvature":
             return None
-        weights = sum(block.numel for block in blocks if streaming.can_stream(block))
-        return self.backend if self.backend.streams(weights) else None
+        weights = sum(block.numel for block in blocks if can_stream(block))
+        if not self.backend.streams(weights):
+            return None
+        self.backend.assign(blocks)
+        return self.backend
 
     def _write_point(self, block: Block) -> None:
         posterior_state = self._state(block)["posterior"]
-        if streaming.can_stream(block):
+        if can_stream(block):
             streaming.write_point(block, posterior_state)
         else:
             block.write(block.family.point(posterior_state))

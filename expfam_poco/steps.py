@@ -10,6 +10,7 @@ from . import blr, correction, fields, groups, posterior
 from .correction import Corrected
 from .measurement import View
 from .meter import VarianceMeter
+from .noise import NoiseKey
 
 
 class WholeStep:
@@ -56,8 +57,8 @@ class WholeStep:
         """‖corrected gradient‖² of the momentum block."""
         return blr.square_of([getattr(self.corrected.site, name) for name in self.block.family.momentum_block])
 
-    def prepare(self, factor: float) -> None:
-        """Compute the new posterior, with the gradient times `factor`.
+    def prepare(self, factor: float, following: NoiseKey | None = None) -> None:
+        """Compute the new posterior, with the gradient times `factor`. The model will hold its point.
 
         Raises:
             NonFiniteError, ValueError: if it is not finite or not in the domain.

@@ -7,8 +7,8 @@ cannot be undone, weights whose step would not be finite keep their values, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,73 +19,13 @@ from .blocks import Block
 from .correction import Outer
 from .estimators import Estimator, Reparameterised
 from .evaluation import Measured, NonFiniteError
-from .family import ExponentialFamily
 from .kernels import Evidence, Numbers, Recipe, site
 from .measurement import View
 from .meter import VarianceMeter
-from .noise import TILE as BLOCKS
-from .noise import NoiseKey
+from .noise import Address, NoiseKey
+from .spans import TILE, Bucket, Span, spans, spread
 
-TILE = 4 * BLOCKS
 METER_WEIGHTS = 2**14  # of each block; the meter's ratios need no more
-
-
-def can_stream(block: Block) -> bool:
-    """Whether the block may be cut: a leafwise family with the library's noise, an estimator of gradients alone."""
-    family, estimator = block.family, block.group["curvature"]
-    return (
-        not family.joint
-        and len(block.shape) > family.event_dim
-        and type(family).noise is ExponentialFamily.noise
-        and estimator.needs == "gradient"
-        and not estimator.independent_draws
-        and block.group["retraction"] != "plain"
-    )
-
-
-class Span(NamedTuple):
-    """Weights `start` … `stop − 1` of a block whose weights stand along the axes `batch`, each of shape `event`."""
-
-    start: int
-    stop: int
-    batch: torch.Size
-    event: torch.Size
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape that the family sees."""
-        return torch.Size([self.stop - self.start, *self.event])
-
-    def cut(self, values: Any) -> Any:
-        """A tuple of tensors (or one, or None) restricted to the span; constants without the batch's axes pass."""
-        if values is None:
-            return None
-        if not isinstance(values, Tensor):
-            parts = map(self.cut, values)
-            return type(values)(*parts) if hasattr(values, "_fields") else tuple(parts)
-        dims = len(self.batch)
-        if values.shape[:dims] != self.batch:
-            return values
-        rows = values if dims == 1 else values.reshape(-1, *values.shape[dims:])
-        return rows if self.start == 0 and self.stop == rows.shape[0] else rows[self.start : self.stop]
-
-
-def spans(block: Block, size: int | None = None, most: int | None = None) -> Iterator[Span]:
-    """The spans of a block, of equal length and each beginning with a tile of noise.
-
-    Args:
-        block: leafwise.
-        size: at most so many entries; None takes the eager backend's.
-        most: only the first so many weights.
-    """
-    dims = len(block.shape) - block.family.event_dim
-    batch, event = block.shape[:dims], block.shape[dims:]
-    weights = batch.numel() if most is None else min(batch.numel(), most)
-    limit = max(TILE, (size or span_size("eager", block.device)) // max(1, event.numel()))
-    parts = -(-weights // limit)
-    length = -(-weights // parts // TILE) * TILE
-    for start in range(0, weights, length):
-        yield Span(start, min(start + length, weights), batch, event)
 
 
 @dataclass
@@ -102,6 +42,7 @@ class StreamedView(View):
     total: Any = None
     weight: float = 1.0
     collected: bool = False
+    bucket: Bucket | None = None
 
     @property
     def count(self) -> int:
@@ -123,11 +64,16 @@ class StreamedView(View):
             "zero" if self.mode == "zero" else "reflected" if reflected else "random",
         )
 
-    def source(self, span: Span, recipe: Recipe, draw: int) -> Tensor:
+    def source(self, span: Span, recipe: Recipe, draw: int) -> Tensor | Address:
         """One draw's noise on a span, or its address."""
         number = draw // 2 if self.mode == "antithetic" else draw
         key = self.key.at(parameter=self.block.index, draw=number, offset=span.start * span.event.numel())
-        return self.runner.noise(recipe, key, span.shape, self.block.dtype, self.block.device)
+        tiles = self.block.tiles if isinstance(self.block, Bucket) else None
+        return self.runner.noise(recipe, key, self.like(span), tiles)
+
+    def like(self, span: Span) -> Tensor:
+        """A tensor of the span's shape, dtype and device; its values mean nothing."""
+        return torch.empty(span.shape, dtype=self.block.dtype, device=self.block.device)
 
     @property
     def runner(self) -> Backend:
@@ -136,31 +82,45 @@ class StreamedView(View):
         return self.backend
 
     def spans(self) -> Iterator[Span]:
-        """The block's spans, as long as the backend likes them."""
-        return spans(self.block, span_size(self.runner.mode, self.block.device))
+        """The block's spans, as long as the backend likes them; a bucket is one."""
+        whole = isinstance(self.block, Bucket)
+        return spans(self.block, self.block.numel if whole else span_size(self.runner.mode, self.block.device))
 
     def write(self, draw: int) -> None:
-        """Put draw number `draw` into the model."""
+        """Put draw number `draw` into the model, unless it is there."""
         recipe = self.recipe(draw)
+        if draw == 0 and self._take_first_draw():
+            return
         with self.block.rewritten() as out:
             for span in self.spans():
                 source = self.source(span, recipe, draw)
                 self.runner.draw(recipe, span.cut(self.state), source, span.cut(out), self.block.dtype)
 
+    def _take_first_draw(self) -> bool:
+        """Whether the last step has left this draw in the model; it counts once, for λ_out may have the same key."""
+        blocks = self.block.blocks if isinstance(self.block, Bucket) else [self.block]
+        held = all(block.drawn == self.key for block in blocks)
+        for block in blocks:
+            block.drawn = None
+        return held
+
     def record(self, draw: int, measured: Measured, position: slice) -> None:
-        """Keep the block's gradient, or add its natural gradient to the total."""
+        """Keep the block's gradient."""
         (grad,) = measured.grads[position]
-        if grad is None:
+        if grad is not None:
+            self.grad, self.loss, self.collected = [grad], [measured.loss], True
+
+    def collect(self, draw: int) -> None:
+        """Add the natural gradient of the draw just recorded to the total, and drop the gradient."""
+        if not self.grad or self.grad[0] is None:
             return
-        self.collected = True
-        if self.total is None:
-            self.grad, self.loss = [grad], [measured.loss]
-            return
-        recipe = self.recipe(draw)
+        recipe, grad = self.recipe(draw), self.grad[0]
         for span in self.spans():
-            evidence = Evidence(self.source(span, recipe, draw), span.cut(grad), measured.loss)
-            like = torch.empty(span.shape, dtype=self.block.dtype, device=self.block.device)
-            self.runner.collect(recipe, span.cut(self.state), evidence, span.cut(self.total), self.weight, like)
+            evidence = Evidence(self.source(span, recipe, draw), span.cut(grad), self.loss[0])
+            self.runner.collect(
+                recipe, span.cut(self.state), evidence, span.cut(self.total), self.weight, self.like(span)
+            )
+        self.grad, self.loss = [], []
 
     def used(self) -> bool:
         """Whether any evaluation depended on the block."""
@@ -175,8 +135,7 @@ class StreamedView(View):
             return span.cut(self.total)
         source = None if shared else self.source(span, recipe, 0)
         if not self.grad:
-            zero = torch.zeros(span.shape, dtype=self.block.dtype, device=self.block.device)
-            return Evidence(source, zero, torch.zeros((), device=self.block.device))
+            return Evidence(source, torch.zeros_like(self.like(span)), torch.zeros((), device=self.block.device))
         assert self.grad[0] is not None
         return Evidence(source, span.cut(self.grad[0]), self.loss[0])
 
@@ -199,16 +158,83 @@ def streamed_view(
         total = empty_site(block, state)
     view = StreamedView(block, estimator or block.group["curvature"], state, torch.empty(0), None)
     view.key, view.mode, view.draws, view.backend = key, mode, count, backend
-    view.total, view.weight = total, share / count
+    view.total, view.weight, view.bucket = total, share / count, backend.buckets.get(block)
     return view
 
 
 def empty_site(block: Block, state: Any) -> Any:
     """A site of zeros for the whole block."""
-    first = next(spans(block, most=1)).cut(state)
+    first = next(spans(block, TILE, most=1)).cut(state)
     example = block.family.kl_gradient(first, first)
     batch = block.shape[: len(block.shape) - block.family.event_dim]
     return fields.map_fields(lambda value: value.new_zeros(*batch, *value.shape[1:]), example)
+
+
+def together(views: Sequence[View]) -> list[View]:
+    """The same views with those of a whole bucket merged into one; others pass."""
+    found: list[View] = []
+    waiting: dict[Bucket, list[StreamedView]] = {}
+    for view in views:
+        bucket = view.bucket if isinstance(view, StreamedView) else None
+        if bucket is None:
+            found.append(view)
+            continue
+        assert isinstance(view, StreamedView)
+        members = waiting.setdefault(bucket, [])
+        members.append(view)
+    for bucket, members in waiting.items():
+        merged = merge(bucket, members)
+        found.extend(members if merged is None else [merged])
+    return found
+
+
+def collect(views: Sequence[View], draw: int) -> None:
+    """Add the draw just recorded to the totals of those views that have one."""
+    for view in together(views):
+        if isinstance(view, StreamedView) and view.total is not None:
+            view.collect(draw)
+    for view in views:
+        if isinstance(view, StreamedView) and view.total is not None:
+            view.grad, view.loss = [], []
+
+
+def merge(bucket: Bucket, members: Sequence[StreamedView]) -> StreamedView | None:
+    """One view of the bucket, or None where some member is missing, unused, or still to be laid beside the others."""
+    totals = [view.total is not None for view in members]
+    grads = [view.grad[0] for view in members if view.grad and view.grad[0] is not None]
+    whole = [view.block for view in members] == bucket.blocks and len(set(totals)) == 1
+    if not whole or len(grads) not in (0, len(members)):
+        return None
+    first = members[0]
+    state, _ = bucket.bound([view.state for view in members])
+    total = None
+    if totals[0]:
+        total, parts = bucket.bound([view.total for view in members])
+        for view, part in zip(members, parts, strict=True):
+            view.total = part
+    grad: list[Tensor | None] = [bucket.beside(grads)] if grads else []
+    merged = replace(first, block=bucket, state=state, total=total, grad=grad, bucket=None)
+    return merged
+
+
+def bind(bucket: Bucket, states: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The members' records as one of flat tensors, of which theirs become views; None where they differ in age."""
+    ages = {(state["step"], len(state["momentum"]), state["outer"] is None) for state in states}
+    if len(ages) != 1:
+        return None
+    flat: dict[str, Any] = {"step": states[0]["step"], "outer": None}
+    for role in ("posterior", "momentum"):
+        flat[role], own = bucket.bound([state[role] for state in states])
+        for state, value in zip(states, own, strict=True):
+            state[role] = value
+    if states[0]["outer"] is not None:
+        outers = [state["outer"] for state in states]
+        posterior, own_posterior = bucket.bound([outer.posterior for outer in outers])
+        site, own_site = bucket.bound([outer.site for outer in outers])
+        flat["outer"] = Outer(posterior, site)
+        for state, *parts in zip(states, own_posterior, own_site, strict=True):
+            state["outer"] = Outer(*parts)
+    return flat
 
 
 def sample_into(block: Block, state: Any, backend: Backend, key: NoiseKey) -> None:
@@ -219,7 +245,7 @@ def sample_into(block: Block, state: Any, backend: Backend, key: NoiseKey) -> No
 def write_point(block: Block, state: Any) -> None:
     """Put the point of q into the model."""
     with block.rewritten() as out:
-        for span in spans(block):
+        for span in spans(block, span_size("eager", block.device)):
             span.cut(out).copy_(block.family.point(span.cut(state)))
 
 
@@ -240,7 +266,7 @@ def update_outer(block: Block, state: dict[str, Any], total: Any) -> Outer:
     family, group, old = block.family, block.group, state["outer"]
     rho = family.per_block(*groups.pair(group["rho"]))
     posterior = fields.map_fields(torch.clone, state["posterior"]) if old is None else old.posterior
-    for span in spans(block):
+    for span in spans(block, span_size("eager", block.device)):
         present, mean = span.cut(state["posterior"]), span.cut(total)
         before = None if old is None else Outer(span.cut(old.posterior), span.cut(old.site))
         averaged = correction.update_outer(
@@ -263,44 +289,46 @@ class StreamedStep:
     ) -> None:
         prepare(inner.block, state)
         self.block, self.state, self.inner, self.outer, self.alpha = inner.block, state, inner, outer, alpha
-        self.prior = _spread(groups.prior_of(self.block), state["posterior"], self.block)
         self.age = state["step"] + 1 if state["momentum"] else 1
 
     def gradient_square(self) -> Tensor:
         """‖corrected gradient‖² of the momentum block."""
         numbers, values = self._numbers(1.0), []
         for span, recipe, inside, outside, outer in self._measured():
-            like = torch.empty(span.shape, dtype=self.block.dtype, device=self.block.device)
-            state = span.cut(self.state["posterior"])
-            values.append(self.inner.runner.square(recipe, state, outer, inside, outside, numbers, like).cpu())
+            arguments = (recipe, span.cut(self.state["posterior"]), outer, inside, outside, numbers)
+            values.append(self.inner.runner.square(*arguments, self.inner.like(span)).cpu())
         return torch.stack(values).sum()
 
-    def prepare(self, factor: float) -> None:
-        """Nothing can fail before the step."""
-        self.factor = factor
+    def prepare(self, factor: float, following: NoiseKey | None = None) -> None:
+        """Nothing can fail before the step. `following`: the key of the draw to leave in the model, if any."""
+        self.factor, self.following = factor, following
 
     def commit(self) -> None:
-        """Step every span in place and write the point into the model."""
+        """Step every span in place and write the point, or the next draw, into the model."""
         block, state, numbers = self.block, self.state, self._numbers(self.factor)
+        prior = spread(groups.prior_of(block), state["posterior"], block)
+        real = block.real if isinstance(block, Bucket) else None
+        following = None if self.following is None else replace(self.inner, key=self.following)
         unsound = []
         with block.rewritten() as out:
             for span, recipe, inside, outside, outer in self._measured():
                 posterior, momentum = span.cut(state["posterior"]), span.cut(state["momentum"])
-                arguments = (recipe, posterior, momentum, span.cut(self.prior), outer, inside, outside, numbers)
-                unsound.append(self.inner.runner.advance(*arguments, span.cut(out), block.dtype).cpu())
-        block.at_point = True
+                arguments = (recipe, posterior, momentum, span.cut(prior), outer, inside, outside, numbers)
+                after = None if following is None else following.source(span, recipe, 0)
+                unsound.append(self.inner.runner.advance(*arguments, span.cut(out), block.dtype, real, after).cpu())
         state["step"] = self.age if state["momentum"] else 0
+        block.at_point, block.drawn = following is None, self.following
         self.unsound = int(torch.stack(unsound).sum())
 
     def meter(self, meter: VarianceMeter, number: int) -> None:
         """Show the meter some of the weights."""
         if self.outer is None or not meter.samples(number):
             return
-        span = next(spans(self.block, most=METER_WEIGHTS))
+        span = next(spans(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
         ((_, recipe, inside, outside, q_out),) = self._measured(span)
         assert q_out is not None
         if isinstance(inside, Evidence):
-            like = torch.empty(span.shape, dtype=self.block.dtype, device=self.block.device)
+            like = self.inner.like(span)
             outside = outside._replace(noise=inside.noise if outside.noise is None else outside.noise)
             outside = site(recipe, q_out.posterior, outside, like)
             inside = site(recipe, span.cut(self.state["posterior"]), inside, like)
@@ -324,15 +352,44 @@ class StreamedStep:
         return Numbers(groups.rates(group, self.block), alpha, unbias, factor)
 
 
-def _spread(prior: Any, posterior: Any, block: Block) -> Any:
-    """The prior with every field either of one weight's shape or of the whole block's."""
+def commit(steps: Sequence[Any]) -> None:
+    """Commit all steps, those of a whole bucket in one."""
+    waiting: dict[Bucket, list[StreamedStep]] = {}
+    for step in steps:
+        bucket = step.inner.bucket if isinstance(step, StreamedStep) else None
+        if bucket is None:
+            step.commit()
+        else:
+            waiting.setdefault(bucket, []).append(step)
+    for bucket, members in waiting.items():
+        merged = merge_steps(bucket, members)
+        if merged is None:
+            for step in members:
+                step.commit()
+            continue
+        merged.commit()
+        for step in members:
+            step.state["step"] = merged.state["step"]
+            step.block.at_point, step.block.drawn = merged.block.at_point, merged.block.drawn
+        members[0].unsound = merged.unsound
 
-    def spread(value: Tensor, own: Tensor) -> Tensor:
-        batch = len(block.shape) - block.family.event_dim
-        constant = value.ndim <= own.ndim - batch
-        return value if constant or value.shape == own.shape else value.expand_as(own).contiguous()
 
-    return fields.map_fields(spread, prior, posterior)
+def merge_steps(bucket: Bucket, steps: Sequence[StreamedStep]) -> StreamedStep | None:
+    """One step of the whole bucket, or None where the members' steps differ."""
+    outers = [step.outer for step in steps if step.outer is not None]
+    if len(outers) not in (0, len(steps)) or len({(step.alpha, step.factor, step.following) for step in steps}) != 1:
+        return None
+    inner = merge(bucket, [step.inner for step in steps])
+    outer = merge(bucket, outers) if outers else None
+    if inner is None or (outers and outer is None):
+        return None
+    state = bind(bucket, [step.state for step in steps])
+    if state is None:
+        return None
+    inner.state = state["posterior"]
+    merged = StreamedStep(state, inner, outer, steps[0].alpha)
+    merged.prepare(steps[0].factor, steps[0].following)
+    return merged
 
 
 def unsound_error(steps: Sequence[Any]) -> NonFiniteError | None:

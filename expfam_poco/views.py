@@ -25,7 +25,8 @@ from .measurement import (
 )
 from .noise import NoiseKey
 from .per_example import PerExample
-from .streaming import StreamedView, can_stream, empty_site, streamed_view, update_outer
+from .spans import can_stream
+from .streaming import StreamedView, empty_site, streamed_view, update_outer
 
 
 class NoisePlan(NamedTuple):
@@ -39,11 +40,15 @@ class NoisePlan(NamedTuple):
     seed: int
     streamed: Backend | None = None
 
+    def inner_key(self, step: int) -> NoiseKey:
+        """Where the noise of an inner step is."""
+        return NoiseKey(self.seed, INNER, step)
+
     def at_inner(self, block: Block, state: Any, step: int, closure: Closure) -> View:
         """A block at λ_in: fresh noise at every step."""
         if self._streams(block, closure):
-            return self._streamed(block, state, NoiseKey(self.seed, INNER, step))
-        noise = draw_noise(block, self.mode, self._count(closure), NoiseKey(self.seed, INNER, step))
+            return self._streamed(block, state, self.inner_key(step))
+        noise = draw_noise(block, self.mode, self._count(closure), self.inner_key(step))
         estimator = block.group["curvature"]
         probes = draw_probes(block, estimator, len(noise), NoiseKey(self.seed, PROBE_INNER, step))
         return View(block, estimator, state, noise, probes)

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 
-from expfam_poco.noise import NoiseKey, key_words, noise, philox, quantile, reflect, traced, words
+from expfam_poco.noise import NoiseKey, address_of, noise, philox, quantile, reflect, traced, words
 
 module = importlib.import_module("expfam_poco.noise")  # a package may re-export the function under this name
 
@@ -359,14 +359,14 @@ def test_traced_noise_is_the_same_noise(kind, dtype):
     tolerance = 2 * torch.finfo(dtype).eps
     for size, offset in ((1, 0), (255, 256), (1000, 2**34 - 1024)):
         key = KEY.at(offset=offset, draw=5)
-        made = traced(kind, size, key_words(key), dtype)
+        made = traced(kind, size, address_of(key), dtype)
         assert made.dtype == dtype
         torch.testing.assert_close(made, noise(kind, (size,), 1, key, dtype=dtype)[0], rtol=tolerance, atol=tolerance)
 
 
 def test_traced_noise_begins_with_a_tile():
     with pytest.raises(ValueError, match=r"offset=100.*multiple of 256"):
-        key_words(KEY.at(offset=100))
+        address_of(KEY.at(offset=100))
 
 
 # ---- reflection and quantiles -----------------------------------------------------------------------------
