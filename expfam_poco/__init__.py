@@ -10,6 +10,7 @@ Example:
 
 from . import blr, checks, correction, estimators, family, noise
 from .alpha_svrg import AlphaSVRG
+from .batched import BatchedDraws, PerExample
 from .checkpoint import CheckpointError
 from .checks import LawError, check_family
 from .correction import BurnIn
@@ -19,7 +20,6 @@ from .evaluation import NonFiniteError
 from .family import ExponentialFamily
 from .optimizer import PosteriorCorrected
 from .optimizers import IVON, SVRG, VON, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
-from .per_example import PerExample
 from .posterior import Objective, predict
 from .registry import families_available, get_family, register, resolve_family
 
@@ -48,6 +48,7 @@ __all__ = [
     "Draws",
     # around training
     "BurnIn",
+    "BatchedDraws",
     "PerExample",
     "megabatches",
     "predict",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batched import Batched
 from .blocks import Block
 from .evaluation import Closure, capture_random, replay_random
 from .measurement import View, dense_hessian, measure_draw
-from .per_example import PerExample
 
 KINDS = ("curvature", "stored", "products")
 LARGEST_STORED = 10_000
@@ -65,8 +65,10 @@ class Anchor:
         """Add a chunk that counts `share` of the mega-batch."""
         if self.kind == "curvature":
             return
-        if isinstance(closure, PerExample):
-            raise ValueError(f"anchor={self.kind!r}: it needs closures, not PerExample; use anchor='curvature'.")
+        if isinstance(closure, Batched):
+            raise ValueError(
+                f"anchor={self.kind!r}: it needs closures, not {type(closure).__name__}; use anchor='curvature'."
+            )
         if self.kind == "products":
             self._pending.append((closure, [view.again() for view in views], share))
             return

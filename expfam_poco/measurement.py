@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .batched import Batched
 from .blocks import Block
 from .estimators import Draws, Estimator
 from .evaluation import Closure, Measured, Request, evaluate
 from .noise import NoiseKey, noise
-from .per_example import PerExample
 
 # Streams of the counter-based generator: noises of different purposes never share a counter.
 INNER, OUTER, MEGA, FIXED, SAMPLE, PROBE_INNER, PROBE_OUTER, PROBE_MEGA, ELBO = range(9)
@@ -145,31 +145,38 @@ def measure_draw(
     return measured.loss, products
 
 
-def measure_per_example(closure: PerExample, views: Sequence[View]) -> Tensor:
-    """Evaluate every example at its own draw, in one batched pass; records K = number of examples draws."""
-    for view in views:
-        if view.estimator.needs != "gradient" or view.estimator.independent_draws:
+def measure_batched(closure: Batched, *sides: Sequence[View]) -> Tensor:
+    """Evaluate all draws of all views in one batched pass, inside and outside alike; the first side's mean loss."""
+    for view in sides[0]:
+        if view.estimator.needs not in ("gradient", "loss") or (not closure.pairs and view.estimator.needs == "loss"):
             raise ValueError(
-                f"closure: per-example noise needs an estimator that uses gradients alone, not "
-                f"{type(view.estimator).__name__}; choose curvature='reparam'."
+                f"closure: {type(closure).__name__} measures gradients alone, which does not do for "
+                f"{type(view.estimator).__name__}; choose curvature='reparam', or use an ordinary closure."
             )
     stacks: dict[Parameter, Tensor] = {}
-    thetas = []
-    for view in views:
-        theta = view.points()
-        thetas.append(theta)
-        parts = [view.block.split(row) for row in theta]
-        for position, p in enumerate(view.block.params):
+    for members in zip(*sides, strict=True):
+        theta = torch.cat([view.points() for view in members])
+        for view, rows in zip(members, theta.split([view.count for view in members]), strict=True):
+            view.theta.extend(rows)
+        parts = [members[0].block.split(row) for row in theta]
+        for position, p in enumerate(members[0].block.params):
             stacks[p] = torch.stack([row[position] for row in parts])
     losses, grads = closure.evaluate(stacks)
-    for view, theta in zip(views, thetas, strict=True):
-        view.theta.extend(theta)
-        view.loss.extend(losses)
-        for row in range(len(losses)):
-            grad = view.block.gather([None if g is None else g[row] for g in map(grads.__getitem__, view.block.params)])
-            view.grad.append(grad)
-            view.curvature.append(_curvature_of_gradient(view, grad))
-    return losses.mean()
+    for members in zip(*sides, strict=True):
+        start = 0
+        for view in members:
+            found = {p: None if g is None else g[start : start + view.count] for p, g in grads.items()}
+            _record_batched(view, losses[start : start + view.count], found)
+            start += view.count
+    return losses[: sides[0][0].count].mean()
+
+
+def _record_batched(view: View, losses: Tensor, grads: Mapping[Parameter, Tensor | None]) -> None:
+    view.loss.extend(losses)
+    for row in range(len(losses)):
+        grad = view.block.gather([None if g is None else g[row] for g in map(grads.__getitem__, view.block.params)])
+        view.grad.append(grad)
+        view.curvature.append(_curvature_of_gradient(view, grad))
 
 
 def dense_hessian(closure: Closure, views: Sequence[View], draw: int) -> Tensor:

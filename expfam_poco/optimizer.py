@@ -15,15 +15,15 @@ from torch import Tensor
 
 from . import anchors, blr, checkpoint, correction, fields, groups, posterior, streaming
 from .backend import Backend
+from .batched import Batched
 from .blocks import Block, make_blocks
 from .estimators import Estimator
 from .evaluation import Closure, NonFiniteError, capture_random, replay_random
 from .family import ExponentialFamily
 from .inspection import Inspection
-from .measurement import NOISE_MODES, View, measure_draw, measure_per_example
+from .measurement import NOISE_MODES, View, measure_batched, measure_draw
 from .meter import VarianceMeter
 from .noise import NoiseKey
-from .per_example import PerExample
 from .spans import can_stream
 from .steps import WholeStep
 from .streaming import StreamedStep, StreamedView
@@ -228,7 +228,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
 
         Args:
-            closure: returns the mean loss of the mini-batch (see `evaluation`), or a `PerExample`.
+            closure: returns the mean loss of the mini-batch (see `evaluation`), or is `Batched`.
 
         Returns:
             the mini-batch loss at the sampled weights, averaged over draws.
@@ -298,12 +298,13 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Call the closure for every draw, θ_in first; returns the loss and the anchor's H̄(m_in − m_out)."""
         params = [p for view in inner for p in view.block.params]
-        if isinstance(closure, PerExample):
+        if isinstance(closure, Batched):
             random = capture_random(params)
-            loss = measure_per_example(closure, inner)
-            if outer is not None:
-                with replay_random(random):
-                    measure_per_example(closure, outer)
+            if outer is None or closure.pairs:
+                return measure_batched(closure, inner, *([] if outer is None else [outer])), None
+            loss = measure_batched(closure, inner)
+            with replay_random(random):
+                measure_batched(closure, outer)
             return loss, None
         shift = self._anchor.shift(inner, outer)
         losses, terms = [], []
@@ -382,8 +383,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         return torch.stack(losses).sum()
 
     def _evaluate_chunk(self, closure: Closure, views: Sequence[View]) -> Tensor:
-        if isinstance(closure, PerExample):
-            return measure_per_example(closure, views)
+        if isinstance(closure, Batched):
+            return measure_batched(closure, views)
         draws = range(views[0].count)
         return torch.stack([self._measure(closure, views, draw)[0] for draw in draws]).mean()
 

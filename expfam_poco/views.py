@@ -8,6 +8,7 @@ import torch
 
 from . import correction, fields, groups
 from .backend import Backend
+from .batched import Batched
 from .blocks import Block
 from .correction import Outer
 from .evaluation import Closure
@@ -24,7 +25,6 @@ from .measurement import (
     draw_probes,
 )
 from .noise import NoiseKey
-from .per_example import PerExample
 from .spans import can_stream
 from .streaming import StreamedView, empty_site, streamed_view, update_outer
 
@@ -100,18 +100,18 @@ class NoisePlan(NamedTuple):
         )
 
     def _streams(self, block: Block, closure: Closure) -> bool:
-        return self.streamed is not None and not isinstance(closure, PerExample) and can_stream(block)
+        return self.streamed is not None and not isinstance(closure, Batched) and can_stream(block)
 
     def _streamed(self, block: Block, state: Any, key: NoiseKey, **collecting: Any) -> StreamedView:
         assert self.streamed is not None
         return streamed_view(block, state, self.streamed, self.mode, self.mc_samples, key, **collecting)
 
     def _count(self, closure: Closure) -> int:
-        if not isinstance(closure, PerExample):
+        if not isinstance(closure, Batched) or closure.draws == 1:
             return self.mc_samples
         if self.mode == "fixed":
             raise ValueError(
                 "noise='fixed': with PerExample every example would keep the draw of its place in the batch; use "
                 "noise='shared'."
             )
-        return self.mc_samples * len(closure)
+        return self.mc_samples * closure.draws

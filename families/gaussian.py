@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco import fields
 from expfam_poco.derive import leave_one_out
 from expfam_poco.estimators import Draws
 from expfam_poco.family import ExponentialFamily, Theta
+
+from .factors import cholesky
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -281,9 +284,9 @@ class DiagonalGaussian(_CurvedGaussian):
 class FullGaussian(_CurvedGaussian):
     """N(m, S⁻¹) with a dense precision over all parameters of a group at once (VON's family).
 
-    Samples and solves use the Cholesky factor of S. The "second_order" retraction keeps S positive definite for
-    every direction: S + D + ½ D S⁻¹ D = ½ S + ½ (S + D) S⁻¹ (S + D). "plain" may leave the domain, which
-    `in_domain` reports and the optimizer refuses.
+    Samples and solves use the Cholesky factor of S, which is computed once for every S (`factors`). The
+    "second_order" retraction keeps S positive definite for every direction: S + D + ½ D S⁻¹ D
+    = ½ S + ½ (S + D) S⁻¹ (S + D). "plain" may leave the domain, which `in_domain` reports and the optimizer refuses.
 
     Example:
         >>> import torch
@@ -303,13 +306,13 @@ class FullGaussian(_CurvedGaussian):
         return (precision @ vector.unsqueeze(-1)).squeeze(-1)
 
     def _solve(self, precision: Tensor, vector: Tensor) -> Tensor:
-        return torch.cholesky_solve(vector.unsqueeze(-1), _cholesky(precision)).squeeze(-1)
+        return torch.cholesky_solve(vector.unsqueeze(-1), cholesky(precision)).squeeze(-1)
 
     def _whiten(self, precision: Tensor, noise: Tensor) -> Tensor:
-        return self._apply(_cholesky(precision), noise)
+        return self._apply(cholesky(precision), noise)
 
     def _colour(self, precision: Tensor, noise: Tensor) -> Tensor:
-        upper = _cholesky(precision).mT
+        upper = cholesky(precision).mT
         return torch.linalg.solve_triangular(upper, noise.unsqueeze(-1), upper=True).squeeze(-1)
 
     def _outer(self, first: Tensor, second: Tensor) -> Tensor:
@@ -317,15 +320,15 @@ class FullGaussian(_CurvedGaussian):
         return 0.5 * (product + product.mT)
 
     def _sandwich(self, curvature: Tensor, precision: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(_cholesky(precision), curvature, upper=False)
+        half = torch.linalg.solve_triangular(cholesky(precision), curvature, upper=False)
         product = half.mT @ half  # symmetric, but not bit for bit
         return 0.5 * (product + product.mT)
 
     def _log_det(self, precision: Tensor) -> Tensor:
-        return 2.0 * _cholesky(precision).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return 2.0 * cholesky(precision).diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def _covariance(self, precision: Tensor) -> Tensor:
-        return torch.cholesky_inverse(_cholesky(precision))
+        return torch.cholesky_inverse(cholesky(precision))
 
     def retract(
         self,
@@ -340,6 +343,14 @@ class FullGaussian(_CurvedGaussian):
         symmetric = 0.5 * (direction.curvature + direction.curvature.mT)
         direction = GaussianSite(direction.gradient, symmetric)
         return super().retract(state, direction, rates, variant=variant, clip_radius=clip_radius)
+
+    def in_domain(self, state: Any) -> Tensor:
+        """Everything is finite, and S symmetric with a Cholesky factor."""
+        precision = state.precision
+        symmetric = (precision == precision.mT).all()
+        if not bool(symmetric):
+            symmetric = constraints.symmetric.check(precision).all()
+        return symmetric & fields.all_finite((state.mean, cholesky(precision)))
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> GaussianState:
         """Mean θ, precision `precision` times the identity (1 if None), or the given matrix."""
@@ -479,9 +490,3 @@ class IsotropicGaussian(ExponentialFamily):
 
         deviation = torch.full_like(state.mean, 1.0 / math.sqrt(self.precision))
         return dist.Normal(state.mean, deviation).to_event(state.mean.ndim)
-
-
-def _cholesky(precision: Tensor) -> Tensor:
-    """L with S = L Lᵀ; NaN where S is not positive definite, so that the caller sees it in its result."""
-    factor, info = torch.linalg.cholesky_ex(precision)
-    return torch.where((info == 0)[..., None, None], factor, torch.nan)

@@ -90,7 +90,7 @@ def test_per_example_noise_leaves_unused_parameters_alone_and_refuses_what_it_ca
     with pytest.raises(ValueError, match="pass the model that the optimizer was made for"):
         stranger.step(batch)
     exact = ivon(model, curvature="exact")
-    with pytest.raises(ValueError, match="per-example noise needs an estimator that uses gradients alone"):
+    with pytest.raises(ValueError, match="PerExample measures gradients alone"):
         exact.step(batch)
     with pytest.raises(ValueError, match="targets: 2 of them for 6 inputs"):
         poco.PerExample(model, nn.functional.mse_loss, task.x[0], task.y[0][:2])
