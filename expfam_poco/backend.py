@@ -11,7 +11,9 @@ All give the same numbers up to rounding, since all look up the same noise.
 
 from __future__ import annotations
 
+import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor
 from . import kernels
 from .blocks import Block
 from .kernels import Evidence, Recipe
-from .noise import Address, NoiseKey, address_of, tiled, traced
+from .noise import TILE, Address, NoiseKey, address_of, tiled, traced
 from .spans import Bucket, buckets
 
 BACKENDS = ("auto", "eager", "mixed", "compiled")
@@ -31,6 +33,8 @@ LARGE = 2**20
 # accelerator wants few, large launches.
 SPANS = {"eager": 2**18, "mixed": 2**18, "compiled": 2**20}
 SPAN_ELSEWHERE = 2**24
+# Compiled kernels of the whole process, by what they are compiled for: a second optimizer finds those of the first.
+_COMPILED: dict[tuple[Hashable, ...], Callable[..., Any]] = {}
 SHORTEST = 16  # compilers treat a length of 1 as a case of its own
 
 
@@ -54,12 +58,10 @@ class Backend:
         self.fallback: str | None = None
         self.buckets: dict[Block, Bucket] = {}
         self._assigned: list[Block] = []
-        self._cache: dict[Hashable, Callable[..., Any]] = {}
-        self._known: set[Hashable] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Compiled kernels cannot be copied; a copy compiles its own."""
-        return {**self.__dict__, "_cache": {}, "_known": set(), "buckets": {}, "_assigned": []}
+        """A copy lays its own blocks into buckets."""
+        return {**self.__dict__, "buckets": {}, "_assigned": []}
 
     def streams(self, weights: int) -> bool:
         """Whether a model of so many leafwise weights is stepped span by span."""
@@ -105,8 +107,8 @@ class Backend:
     ) -> Tensor:
         """Step a span in place, its point into `out`; returns how many weights were unsound and kept their values.
 
-        `real` says which weights count, where not all do. With `following`, the noise of the next draw, `out` becomes
-        that draw in place of the point.
+        `real` says which weights of a bucket are not gaps, and makes the count one for each tile. With `following`,
+        the noise of the next draw, `out` becomes that draw in place of the point.
         """
         arguments = (state, momentum, prior, outer, inside, outside, numbers.packed(), real, following)
         count: Tensor = self._run("advance", _advance, recipe, out, dtype, *arguments)
@@ -144,46 +146,60 @@ class Backend:
         if self.mode != "compiled" or out.numel() < SHORTEST:
             return kernel(recipe, dtype, out, *arguments)
         kinds = tuple(argument is None or type(argument).__name__ for argument in arguments)
-        return self._compiled((name, recipe, out.dtype, dtype, out.ndim, kinds), kernel, recipe, dtype)(out, *arguments)
+        known = (recipe, _identity(recipe.family), _identity(recipe.estimator))
+        return self._compiled((name, *known, out.dtype, dtype, out.ndim, kinds), kernel, recipe, dtype)(out, *arguments)
 
-    def _compiled(self, key: Hashable, kernel: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
+    def _compiled(self, key: tuple[Hashable, ...], kernel: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
         """The compiled kernel of this key; its first call, which compiles, is timed, and its failure survived."""
-        if key in self._cache:
-            return self._cache[key]
-
-        def call(*arguments: Any) -> Any:
-            return kernel(*constants, *arguments)
-
-        # A code object of its own, for Dynamo counts recompilations by code object.
-        name = f"{kernel.__name__}{len(self._cache)}"
-        closed = FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
-        compiled = torch.compile(closed, dynamic=True, fullgraph=True)
+        compiled = _COMPILED.get(key) or _compile(kernel, constants)
 
         def run(*arguments: Any) -> Any:
-            begun = time.perf_counter()
             try:
-                result = compiled(*arguments)
+                return compiled(*arguments) if key in _COMPILED else self._first(key, compiled, *arguments)
             except Exception as error:  # of Dynamo, of Inductor or of the compiler it calls: nothing has been run
                 return self._without(error, key, kernel, *constants, *arguments)
-            if key not in self._known:
-                self._known.add(key)
-                self.compile_seconds += time.perf_counter() - begun
-            return result
 
-        self._cache[key] = run
         return run
 
-    def _without(self, error: Exception, key: Hashable, kernel: Callable[..., Any], *arguments: Any) -> Any:
+    def _first(self, key: tuple[Hashable, ...], compiled: Callable[..., Any], *arguments: Any) -> Any:
+        """The call that compiles, timed; what the compiler warns of is about itself."""
+        begun = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = compiled(*arguments)
+        _COMPILED[key] = compiled
+        self.compile_seconds += time.perf_counter() - begun
+        return result
+
+    def _without(self, error: Exception, key: tuple[Hashable, ...], kernel: Callable[..., Any], *arguments: Any) -> Any:
         """Do it eagerly: for good where compiling has failed, this time only where it has worked before."""
-        if key not in self._known:
+        if key not in _COMPILED:
             if self.name != "auto":
-                reason = str(error).strip().splitlines()[0]
+                cause = getattr(error, "inner_exception", error)
+                reason = next((line for line in str(cause).splitlines() if line.strip()), "no reason given").strip()
                 raise RuntimeError(
-                    f"backend={self.name!r}: torch.compile failed ({type(error).__name__}: {reason}); use "
+                    f"backend={self.name!r}: torch.compile failed ({type(cause).__name__}: {reason}); use "
                     "backend='auto', or 'eager', which need no compiler."
                 ) from error
-            self.fallback = "mixed" if self.fallback is None and key[0] != "noise" else "eager"  # type: ignore[index]
+            self.fallback = "mixed" if self.fallback is None and key[0] != "noise" else "eager"
         return kernel(*arguments)
+
+
+def _compile(kernel: Callable[..., Any], constants: tuple[Any, ...]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return kernel(*constants, *arguments)
+
+    # A code object of its own, for Dynamo counts recompilations by code object.
+    name = f"{kernel.__name__}{len(_COMPILED)}"
+    own = FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True)
+    return compiled
+
+
+def _identity(thing: Any) -> Hashable:
+    """The object's id where it holds more than the fields by which it is compared, else None."""
+    known = {entry.name for entry in dataclasses.fields(thing)}
+    return None if vars(thing).keys() <= known else id(thing)
 
 
 def _draw(recipe: Recipe, dtype: torch.dtype, out: Tensor, state: Any, source: Tensor | Address) -> None:
@@ -221,7 +237,7 @@ def _advance(
         out.copy_(kernels.draw(recipe, state, following, _like(out, dtype)))
     if sound is None:
         return torch.zeros((), dtype=torch.int64)
-    return (~sound if real is None else real & ~sound).sum()
+    return (~sound).sum() if real is None else (real & ~sound).view(-1, 4 * TILE).sum(1)
 
 
 def _square(

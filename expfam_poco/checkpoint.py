@@ -15,6 +15,7 @@ from .correction import Outer
 from .estimators import Estimator
 from .family import ExponentialFamily
 from .groups import HYPERPARAMETERS, check_group
+from .noise import NoiseKey
 from .registry import name_of
 
 FORMAT = 1
@@ -66,18 +67,21 @@ def describe(thing: ExponentialFamily | Estimator) -> dict[str, Any]:
 
 
 def encode_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One block's state: NamedTuples become dictionaries."""
+    """One block's state: NamedTuples become dictionaries of copies, which later steps in place do not reach."""
     outer = state["outer"]
     return {
         "step": state["step"],
         "refresh": state["refresh"],
         "in_mega": state["in_mega"],
-        "posterior": fields.to_plain(state["posterior"]),
-        "momentum": list(state["momentum"]),
-        "outer": None
-        if outer is None
-        else {"posterior": fields.to_plain(outer.posterior), "site": fields.to_plain(outer.site)},
+        "drawn": None if state["drawn"] is None else dataclasses.asdict(state["drawn"]),
+        "posterior": _plain(state["posterior"]),
+        "momentum": [value.clone() for value in state["momentum"]],
+        "outer": None if outer is None else {"posterior": _plain(outer.posterior), "site": _plain(outer.site)},
     }
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    return fields.to_plain(fields.map_fields(torch.clone, values))
 
 
 def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +93,7 @@ def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
             "step": int(plain["step"]),
             "refresh": int(plain["refresh"]),
             "in_mega": _boolean(plain["in_mega"]),
+            "drawn": None if plain["drawn"] is None else NoiseKey(**plain["drawn"]),
             "posterior": _tuple(family.State, plain["posterior"], block),
             "momentum": tuple(value.to(block.device, copy=True) for value in plain["momentum"]),
             "outer": None

@@ -187,11 +187,18 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             state = self.state[block.params[0]]
             if not state:
                 state["posterior"] = groups.initial_posterior(block)
-                state.update(momentum=(), outer=None, step=0, refresh=0, in_mega=False)
-            elif block.weights_changed():
+                state.update(momentum=(), outer=None, step=0, refresh=0, in_mega=False, drawn=None)
+            elif block.weights_changed() and not self._still_drawn(block, state):
                 state["posterior"] = block.reconcile(state["posterior"])
             block.note_weights()
         return active
+
+    def _still_drawn(self, block: Block, state: dict[str, Any]) -> bool:
+        """Whether the model still holds the draw that one_pass has left there (it came with a copy or checkpoint)."""
+        key, block.drawn = block.drawn, None
+        if key is None or not can_stream(block):
+            return False
+        return streaming.holds_draw(block, state["posterior"], key, self.noise, self.backend)
 
     def _trainable(self) -> list[Block]:
         """The active blocks, at least one, with hyperparameters in their ranges."""
@@ -419,6 +426,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run continues from, bit for bit, in plain types (`torch.load(weights_only=True)`)."""
+        for block in self._blocks:
+            self.state.get(block.params[0], {})["drawn"] = block.drawn
         plain = super().state_dict()
         plain["state"] = {key: checkpoint.encode_state(value) for key, value in plain["state"].items()}
         plain["param_groups"] = [checkpoint.encode_group(group) for group in plain["param_groups"]]
@@ -450,6 +459,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             if block.name in states:
                 self.state[block.params[0]] = states[block.name]
                 block.forget_weights()
+                block.drawn = self._state(block)["drawn"]
         self._anchor.reset()
         header = state_dict["poco"]
         self.seed = header["seed"]

@@ -123,6 +123,11 @@ class Bucket(Block):
         """The dtype of the posteriors."""
         return self._dtype
 
+    def per_member(self, counts: Tensor) -> list[int]:
+        """A count for each tile, added up for each member."""
+        parts = counts.split([-(-size // TILE) for size in self._sizes])
+        return [int(part.sum()) for part in parts]
+
     def views(self, flat: Tensor) -> list[Tensor]:
         """The members' parts of flat storage, in their shapes."""
         parts = zip(self._starts, self._sizes, self.blocks, strict=True)

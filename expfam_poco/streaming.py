@@ -242,6 +242,19 @@ def sample_into(block: Block, state: Any, backend: Backend, key: NoiseKey) -> No
     streamed_view(block, state, backend, "shared", 1, key, estimator=Reparameterised()).write(0)
 
 
+def holds_draw(block: Block, state: Any, key: NoiseKey, mode: str, backend: Backend) -> bool:
+    """Whether the model holds the first draw of this key, up to rounding."""
+    (p,) = block.params
+    view = streamed_view(block, state, backend, mode, 1, key)
+    recipe, present = view.recipe(), p.detach()
+    for span in view.spans():
+        drawn = torch.empty(span.shape, dtype=p.dtype, device=p.device)
+        backend.draw(recipe, span.cut(state), view.source(span, recipe, 0), drawn, block.dtype)
+        if not torch.allclose(drawn, span.cut(present), rtol=1e-4, atol=1e-6):
+            return False
+    return True
+
+
 def write_point(block: Block, state: Any) -> None:
     """Put the point of q into the model."""
     with block.rewritten() as out:
@@ -318,6 +331,7 @@ class StreamedStep:
                 unsound.append(self.inner.runner.advance(*arguments, span.cut(out), block.dtype, real, after).cpu())
         state["step"] = self.age if state["momentum"] else 0
         block.at_point, block.drawn = following is None, self.following
+        self.unsound_tiles = unsound[0]
         self.unsound = int(torch.stack(unsound).sum())
 
     def meter(self, meter: VarianceMeter, number: int) -> None:
@@ -371,7 +385,9 @@ def commit(steps: Sequence[Any]) -> None:
         for step in members:
             step.state["step"] = merged.state["step"]
             step.block.at_point, step.block.drawn = merged.block.at_point, merged.block.drawn
-        members[0].unsound = merged.unsound
+        counts = bucket.per_member(merged.unsound_tiles) if merged.unsound else [0] * len(members)
+        for step, count in zip(members, counts, strict=True):
+            step.unsound = count
 
 
 def merge_steps(bucket: Bucket, steps: Sequence[StreamedStep]) -> StreamedStep | None:

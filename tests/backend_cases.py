@@ -42,7 +42,7 @@ class Wells(Task):
 
         def loss() -> Tensor:
             used = {name: p for name, p in params.items() if name not in self.skip}
-            wells = [0.5 * (p - middles[name]).square().sum() + 0.05 * p.pow(3).sum() for name, p in used.items()]
+            wells = [0.5 * (p - middles[name]).square().sum() + 0.1 * p.cos().sum() for name, p in used.items()]
             return torch.stack(wells).sum() + 0.05 * torch.stack([p.mean() for p in used.values()]).sum().square()
 
         return loss
