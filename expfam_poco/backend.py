@@ -28,7 +28,7 @@ from .noise import TILE, Address, NoiseKey, address_of, tiled, traced
 from .spans import Bucket, buckets
 
 BACKENDS = ("auto", "eager", "mixed", "compiled")
-LARGE = 2**20
+LARGE = 2**18
 # Entries of a span. On a CPU its temporaries should fit the caches; compiled kernels have few, and calls cost more; an
 # accelerator wants few, large launches.
 SPANS = {"eager": 2**18, "mixed": 2**18, "compiled": 2**20}
