@@ -7,7 +7,8 @@
 The parts are "cycle", "memory", "growth", "batched" and "full". A *cycle* is all that an optimizer does around the
 forward and backward pass: perturb, restore, collect, update (the closure here hands over gradients that are there
 already). Methods take turns in one process; times are medians. Tables go to the terminal, numbers to
-`results/speed-<part>.json` and growth also to `results/speed-growth.png`, in the folder of this file or `--out`.
+`results/speed-<part>.json` and growth also to `results/speed-growth.png`, in the folder of this file or `--out`. Without
+`--light` and `--out` the tables in `RESULTS.md` are replaced.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -394,6 +396,55 @@ class Known(poco.estimators.SquaredGradient):
         return hessian
 
 
+def markdown(part: str, content: dict[str, Any]) -> str:
+    """A part's table in Markdown, from its JSON."""
+    rows: list[list[str]] = {"cycle": cycle_rows, "growth": growth_rows}.get(part, plain_rows)(content[part])
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, f"| --- |{' ---: |' * (len(rows[0]) - 1)}", *body])
+
+
+def cycle_rows(content: dict[str, Any]) -> list[list[str]]:
+    """Nanoseconds a weight and ratios, for every number of tensors."""
+    rows = [["tensors", "method", "ns/weight", "× AdamW fused", "× AdamW foreach", "ivon-opt is slower by"]]
+    for count, times in content["seconds"].items():
+        for name, value in times.items():
+            ratios = [value / times[f"AdamW {kind}"] for kind in ("fused", "foreach")]
+            nanoseconds = value / content["weights"] * 1e9
+            numbers = [f"{nanoseconds:.2f}", *(f"{r:.2f}" for r in ratios), f"{times['ivon-opt'] / value:.1f}"]
+            rows.append([count, name, *numbers])
+    return rows
+
+
+def growth_rows(content: dict[str, Any]) -> list[list[str]]:
+    """Milliseconds at every point of every curve."""
+    rows = [["axis", "optimizer", "milliseconds at each value"]]
+    for axis, curves in content.items():
+        for name, points in curves.items():
+            shown = ", ".join(f"{int(at):,}: {value * 1e3:.1f}" for at, value in points.items())
+            rows.append([axis, name, shown])
+    return rows
+
+
+def plain_rows(content: dict[str, Any]) -> list[list[str]]:
+    """One row for every entry, whose columns are what it holds."""
+    entries = content.get("bytes", content)
+    rows: list[list[str]] = []
+    for name, entry in entries.items():
+        values = entry if isinstance(entry, dict) else {"ordinary / batched": entry}
+        rows = rows or [["", *values]]
+        rows.append([name, *(f"{value:.4g}" for value in values.values())])
+    return rows
+
+
+def write_table(part: str, content: dict[str, Any]) -> None:
+    """Replace the table of a part in RESULTS.md."""
+    path = HERE.parent / "RESULTS.md"
+    pattern = re.compile(rf"(<!-- table speed-{part} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = path.read_text(encoding="utf-8")
+    found = pattern.sub(lambda match: f"{match[1]}\n{markdown(part, content)}\n{match[2]}", text)
+    path.write_text(found, encoding="utf-8")
+
+
 def machine(device: str) -> dict[str, str]:
     """What the numbers were measured on."""
     found = {"torch": torch.__version__, "python": platform.python_version(), "cores": str(os.cpu_count())}
@@ -423,6 +474,8 @@ def main() -> None:
         }
         result = {"machine": machine(options.device), part: runs[part]()}
         (options.out / f"speed-{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+        if options.out == HERE and not options.light and options.device == "cpu":
+            write_table(part, result)
 
 
 if __name__ == "__main__":

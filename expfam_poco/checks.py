@@ -49,6 +49,11 @@ LAWS: tuple[Law, ...] = (
     Law("chart", learning_laws.chart, "check retract, reanchor, kl_gradient and the sites"),
     Law("conjugate", learning_laws.conjugate, "check retract with equal rates and variant 'plain'"),
     Law("zero_variance", learning_laws.zero_variance, "natural_gradient must be a function of state and draws alone"),
+    Law(
+        "spans",
+        learning_laws.spans,
+        "large tensors are stepped in parts: let no weight depend on others, or declare joint or event_dim",
+    ),
     Law("dtypes", learning_laws.dtypes, "make new tensors with the dtype of the inputs, and avoid cancellation"),
     Law("devices", learning_laws.devices, "make new tensors on the device of the inputs"),
 )

@@ -415,6 +415,35 @@ def _agreement(s: Specimen, other: Specimen, inputs: dict[str, Any], values: dic
         )
 
 
+_PER_DRAW = frozenset({"theta", "noise", "statistics", "log_base_measure", "sample", "log_prob", "score"})
+
+
+def spans(s: Specimen) -> Findings:
+    """A family that is not joint acts on every weight by itself: on some of the weights it does what it does on all."""
+    dims, weights = len(s.batch), s.batch.numel()
+    if s.family.joint or weights < 2 or s.reference is not None:
+        return
+
+    def rows(name: str, value: Any) -> Any:
+        """The second half of the weights, side by side."""
+        if isinstance(value, tuple):
+            return fields.map_fields(lambda part: rows(name, part), value)
+        lead = int(name in _PER_DRAW)
+        if value.shape[lead : lead + dims] != s.batch:
+            return value  # a constant of the family
+        return value.flatten(lead, lead + dims - 1).narrow(lead, weights // 2, weights - weights // 2)
+
+    inputs = _inputs(s, len(s.states) - 3)  # a member whose weights differ in all their parameters
+    whole, part = outputs(s, inputs), outputs(s, {name: rows(name, value) for name, value in inputs.items()})
+    estimator = available(s.family)[s.family.default_estimator]
+    for name, value in whole.items():
+        if name == "natural_gradient" and (estimator.needs != "gradient" or estimator.independent_draws):
+            continue  # losses alone are of all weights together
+        expected = rows(name, value)
+        sizes = [64.0 * s.eps * size_of(v) for v in (value if isinstance(value, tuple) else (value,))]
+        yield s.near(f"{name} of half the weights against half of {name}", part[name], expected, sizes)
+
+
 def dtypes(s: Specimen) -> Findings:
     """Every output keeps its inputs' dtype, and float32 agrees with float64 up to rounding."""
     if s.reference is None or s.device == s.reference.device:

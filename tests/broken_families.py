@@ -372,7 +372,15 @@ class NoPrecision(Exponential):
         return super().centred_at(theta * precision.sqrt(), precision)
 
 
+class StepsTogether(DiagonalGaussian):
+    """Right to first order and always in the domain, but the least precision of a tensor bends the steps of all."""
+
+    def _sandwich(self, curvature, precision):
+        return curvature * (curvature / precision.min())
+
+
 BROKEN = [
+    (StepsTogether, "spans"),
     (ScaledPartition, "gradient_of_log_partition"),
     (MissingTerm, "gradient_of_log_partition"),
     (MissingConstant, "log_prob"),

@@ -3,6 +3,7 @@
 One thread, because compiled kernels wait for threads that other tests have taken the core from.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -56,3 +57,15 @@ def test_importing_costs_little_beside_torch() -> None:
     runs = [subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT) for _ in range(3)]
     torch_alone, added = (min(values) for values in zip(*(map(float, r.stdout.split()) for r in runs), strict=True))
     assert added <= 0.3 * torch_alone
+
+
+def test_results_show_what_was_measured() -> None:
+    """Every stored part has its table in RESULTS.md."""
+    spec = importlib.util.spec_from_file_location("benchmarks_speed", ROOT / "benchmarks" / "speed.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    for part in ("cycle", "memory", "growth", "batched", "full"):
+        content = json.loads((ROOT / "benchmarks" / "results" / f"speed-{part}.json").read_text(encoding="utf-8"))
+        assert f"<!-- table speed-{part} -->\n\n{module.markdown(part, content)}\n<!-- end -->" in text, part
