@@ -12,11 +12,12 @@ All give the same numbers up to rounding, since all look up the same noise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .kernels import Evidence, Recipe
 from .noise import TILE, Address, NoiseKey, address_of, tiled, traced
 from .spans import Bucket, buckets
 
+Call = TypeVar("Call", bound=Callable[..., Any])
 BACKENDS = ("auto", "eager", "mixed", "compiled")
 LARGE = 2**18
 # Entries of a span. On a CPU its temporaries should fit the caches; compiled kernels have few, and calls cost more; an
@@ -36,6 +38,17 @@ SPAN_ELSEWHERE = 2**24
 # Compiled kernels of the whole process, by what they are compiled for: a second optimizer finds those of the first.
 _COMPILED: dict[tuple[Hashable, ...], Callable[..., Any]] = {}
 SHORTEST = 16  # compilers treat a length of 1 as a case of its own
+
+
+def plainly(function: Call) -> Call:
+    """Run without gradients and outside of inference mode, whatever surrounds it: kernels are compiled for one case."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*arguments, **named)
+
+    return run  # type: ignore[return-value]
 
 
 def span_size(mode: str, device: torch.device) -> int:
@@ -85,9 +98,11 @@ class Backend:
         """Write θ into `out`."""
         self._run("draw", _draw, recipe, out, dtype, state, source)
 
-    def collect(self, recipe: Recipe, state: Any, evidence: Evidence, total: Any, weight: float, like: Tensor) -> None:
+    def collect(
+        self, recipe: Recipe, state: Any, evidence: Evidence, total: Any, weight: float, ess: float, like: Tensor
+    ) -> None:
         """total ← total + weight · natural gradient, in place."""
-        packed = torch.tensor(weight, dtype=torch.float64)
+        packed = torch.tensor([weight, ess], dtype=torch.float64)
         self._run("collect", _collect, recipe, like, like.dtype, state, evidence, total, packed)
 
     def advance(
@@ -207,9 +222,10 @@ def _draw(recipe: Recipe, dtype: torch.dtype, out: Tensor, state: Any, source: T
 
 
 def _collect(
-    recipe: Recipe, dtype: torch.dtype, like: Tensor, state: Any, evidence: Evidence, total: Any, weight: Tensor
+    recipe: Recipe, dtype: torch.dtype, like: Tensor, state: Any, evidence: Evidence, total: Any, numbers: Tensor
 ) -> None:
-    for value, new in zip(total, kernels.site(recipe, state, evidence, like), strict=True):
+    weight, ess = numbers.unbind()
+    for value, new in zip(total, kernels.site(recipe, state, evidence, like, ess), strict=True):
         value.add_(new * weight)
 
 

@@ -117,9 +117,9 @@ def update(
     site: Any,
     *,
     rates: Any,
-    ess: float,
+    ess: float | Tensor,
     anchor: Any = None,
-    momentum: float = 0.0,
+    momentum: float | Tensor = 0.0,
     debias: bool = True,
     step: int = 1,
     unbias: float | Tensor | None = None,
@@ -157,14 +157,14 @@ def update(
         tensor([-1.,  1.])
     """
     memory: tuple[Tensor, ...] = ()
-    if momentum > 0.0:
+    if isinstance(momentum, Tensor) or momentum > 0.0:
         begun = blr_state.momentum or tuple(torch.zeros_like(getattr(site, name)) for name in family.momentum_block)
         memory = tuple(
             momentum * old + (1.0 - momentum) * getattr(site, name)
             for name, old in zip(family.momentum_block, begun, strict=True)
         )
         if unbias is None:
-            unbias = unbias_of(momentum, step, debias)
+            unbias = unbias_of(float(momentum), step, debias)
         averages = {name: value / unbias for name, value in zip(family.momentum_block, memory, strict=True)}
         site = site._replace(**averages)
     if anchor is not None:

@@ -95,7 +95,7 @@ def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
             "in_mega": _boolean(plain["in_mega"]),
             "drawn": None if plain["drawn"] is None else NoiseKey(**plain["drawn"]),
             "posterior": _tuple(family.State, plain["posterior"], block),
-            "momentum": tuple(value.to(block.device, copy=True) for value in plain["momentum"]),
+            "momentum": tuple(value.to(block.device, copy=True).contiguous() for value in plain["momentum"]),
             "outer": None
             if outer is None
             else Outer(_tuple(family.State, outer["posterior"], block), _tuple(family.Site, outer["site"], block)),
@@ -266,4 +266,4 @@ def _boolean(value: Any) -> bool:
 
 
 def _tuple(kind: type[Any], plain: Mapping[str, Tensor], block: Block) -> Any:
-    return kind(**{name: torch.as_tensor(v).to(block.device, copy=True) for name, v in plain.items()})
+    return kind(**{name: torch.as_tensor(v).to(block.device, copy=True).contiguous() for name, v in plain.items()})

@@ -21,7 +21,10 @@ ROWS_AT_ONCE = 256
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient was NaN or infinite; the weights and the posterior are as they were.
+    """A loss or a gradient was NaN or infinite; the weights and the posterior are as they were, unless `stepped`.
+
+    `stepped` is true after a step in place (of a large model) that was taken but for some weights whose new numbers
+    would not have been finite.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -35,6 +38,7 @@ class NonFiniteError(FloatingPointError):
     """
 
     loss: Tensor = torch.tensor(float("nan"))
+    stepped: bool = False
 
 
 class Measured(NamedTuple):
@@ -87,7 +91,7 @@ def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) ->
         grads = _differentiate(loss, params, create_graph=request.second_order)
     products = [hessian_product(grads, params, vectors) for vectors in request.vectors]
     hessians = {key: _hessian_block(grads, params, *asked) for key, asked in request.hessian.items()}
-    detached = [None if grad is None else grad.detach() for grad in grads]
+    detached = [None if grad is None else _dense(grad.detach()) for grad in grads]
     _require_finite(detached)
     _require_finite_curvature([*(part for product in products for part in product), *hessians.values()])
     return Measured(value, detached, products, hessians)
@@ -196,6 +200,11 @@ def _require_finite(grads: Sequence[Tensor | None]) -> None:
                 f"closure: the gradient of parameter {position} has a NaN or infinite entry; lower lr or check the "
                 "batch. The weights and the posterior are as before the step."
             )
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Sparse gradients (of embeddings) as what they stand for: rows without one move by the prior."""
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def _by_device(values: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -166,8 +166,17 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}: it must be {remedy}.")
 
 
-def check_shell(noise: str, modes: Sequence[str], mc_samples: int, max_grad_norm: float | None, nonfinite: str) -> None:
+def check_shell(
+    noise: str,
+    modes: Sequence[str],
+    mc_samples: int,
+    max_grad_norm: float | None,
+    nonfinite: str,
+    one_pass: bool,
+) -> None:
     """The ranges of what holds for all groups."""
+    if not isinstance(one_pass, bool):
+        raise ValueError(f"one_pass={one_pass!r}: give True or False.")
     if nonfinite not in ("raise", "skip"):
         raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")
     if noise not in modes:

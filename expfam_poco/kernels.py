@@ -35,8 +35,7 @@ class Recipe:
     Args:
         family: a leafwise exponential family.
         estimator: of the natural gradient.
-        ess: N.
-        momentum: β₁.
+        momentum: whether there is any.
         clip_radius: ξ.
         retraction: its variant.
         anchor_weight: of the anchor term.
@@ -45,8 +44,7 @@ class Recipe:
 
     family: ExponentialFamily
     estimator: Estimator
-    ess: float
-    momentum: float
+    momentum: bool
     clip_radius: float
     retraction: str
     anchor_weight: float
@@ -70,23 +68,25 @@ class Evidence(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What may change at every step: step sizes and α as Sites of numbers, 1 − β₁ᵗ, and the norm clipping's factor."""
+    """What may change at every step: step sizes and α as Sites of numbers, N, β₁, 1 − β₁ᵗ, the clipping's factor."""
 
     rates: Any
     alpha: Any
+    ess: Any
+    momentum: Any
     unbias: Any
     factor: Any
 
     def packed(self) -> Tensor:
         """As one float64 tensor, so that a compiled kernel does not take them for constants."""
-        return torch.tensor([*self.rates, *self.alpha, self.unbias, self.factor], dtype=torch.float64)
+        return torch.tensor([*self.rates, *self.alpha, *self[2:]], dtype=torch.float64)
 
 
 def unpacked(recipe: Recipe, packed: Tensor) -> Numbers:
     """The inverse of `Numbers.packed`."""
     values, site = packed.unbind(), recipe.family.Site
     count = len(site._fields)
-    return Numbers(site(*values[:count]), site(*values[count : 2 * count]), values[-2], values[-1])
+    return Numbers(site(*values[:count]), site(*values[count : 2 * count]), *values[2 * count :])
 
 
 def draw(recipe: Recipe, state: Any, source: Tensor | Address, like: Tensor) -> Tensor:
@@ -95,14 +95,14 @@ def draw(recipe: Recipe, state: Any, source: Tensor | Address, like: Tensor) -> 
     return recipe.estimator.points(recipe.family, state, noise.unsqueeze(0))[0]
 
 
-def site(recipe: Recipe, state: Any, evidence: Evidence, like: Tensor) -> Any:
+def site(recipe: Recipe, state: Any, evidence: Evidence, like: Tensor, ess: Any) -> Any:
     """The natural gradient that one draw estimates."""
     family, estimator = recipe.family, recipe.estimator
     assert evidence.noise is not None
     noise = recipe.noise_of(evidence.noise, like).unsqueeze(0)
     grad, curvature = evidence.grad.to(like.dtype), None
     if family.curvature != "none":
-        curvature = estimator.curvature_of_gradient(grad, recipe.ess, False)
+        curvature = estimator.curvature_of_gradient(grad, ess, False)
     curvature = None if curvature is None else curvature.unsqueeze(0)
     theta = estimator.points(family, state, noise)
     draws = Draws(noise, theta, evidence.loss.to(like.dtype).reshape(1), grad.unsqueeze(0), curvature)
@@ -116,15 +116,15 @@ def corrected(
 
     `inside` and `outside` are the `Evidence` of one draw, or sites averaged by `collect`.
     """
+    _, alpha, ess, *_ = unpacked(recipe, numbers)
     if outer is not None and isinstance(outside, Evidence):
         if outside.noise is None:
             outside = outside._replace(noise=inside.noise)
-        outside = site(recipe, outer.posterior, outside, like)
+        outside = site(recipe, outer.posterior, outside, like, ess)
     if isinstance(inside, Evidence):
-        inside = site(recipe, state, inside, like)
+        inside = site(recipe, state, inside, like, ess)
     if outer is None:
         return correction.Corrected(inside, None)
-    alpha = unpacked(recipe, numbers).alpha
     return correction.correct(
         recipe.family, inside, outside, state, outer, alpha=alpha, anchor_weight=recipe.anchor_weight
     )
@@ -143,7 +143,7 @@ def advance(
 ) -> tuple[blr.BLRState, Tensor | None]:
     """One step on a span, and for every weight whether its new numbers are sound (None: all are)."""
     family = recipe.family
-    rates, _, unbias, factor = unpacked(recipe, numbers)
+    rates, _, ess, beta, unbias, factor = unpacked(recipe, numbers)
     natural_gradient, anchor = corrected(recipe, state, outer, inside, outside, numbers, like)
     moved = blr.update(
         family,
@@ -151,9 +151,9 @@ def advance(
         prior,
         clipped(family, natural_gradient, factor),
         rates=rates,
-        ess=recipe.ess,
+        ess=ess,
         anchor=anchor,
-        momentum=recipe.momentum,
+        momentum=beta if recipe.momentum else 0.0,
         unbias=unbias,
         clip_radius=recipe.clip_radius,
         retraction=recipe.retraction,

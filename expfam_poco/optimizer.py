@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import anchors, blr, checkpoint, correction, fields, groups, posterior, streaming
-from .backend import Backend
+from .backend import Backend, plainly
 from .batched import Batched
 from .blocks import Block, make_blocks
 from .estimators import Estimator
@@ -116,7 +116,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         seed: int | None = None,
         lr_scale: float | str = 1.0,
     ) -> None:
-        groups.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite)
+        groups.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite, one_pass)
         self.noise = noise
         self.mc_samples = mc_samples
         self.max_grad_norm = max_grad_norm
@@ -178,27 +178,24 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             raise
         self._blocks.extend(blocks)
 
+    @plainly
     def _active(self) -> list[Block]:
         """The blocks that take part now, with their state made or brought up to date."""
         for block in self._blocks:
             block.check_members()
         active = [block for block in self._blocks if block.active]
+        for block in self._blocks:
+            if block.drawn is not None and not block.active:
+                self._write_point(block)
         for block in active:
             state = self.state[block.params[0]]
             if not state:
                 state["posterior"] = groups.initial_posterior(block)
                 state.update(momentum=(), outer=None, step=0, refresh=0, in_mega=False, drawn=None)
-            elif block.weights_changed() and not self._still_drawn(block, state):
+            elif block.weights_changed() and not streaming.still_drawn(block, state, self.noise, self.backend):
                 state["posterior"] = block.reconcile(state["posterior"])
             block.note_weights()
         return active
-
-    def _still_drawn(self, block: Block, state: dict[str, Any]) -> bool:
-        """Whether the model still holds the draw that one_pass has left there (it came with a copy or checkpoint)."""
-        key, block.drawn = block.drawn, None
-        if key is None or not can_stream(block):
-            return False
-        return streaming.holds_draw(block, state["posterior"], key, self.noise, self.backend)
 
     def _trainable(self) -> list[Block]:
         """The active blocks, at least one, with hyperparameters in their ranges."""
@@ -242,7 +239,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
 
         Raises:
             TypeError: without a closure: the loss must be evaluated at weights drawn here.
-            NonFiniteError: if a loss or gradient is NaN or infinite (with nonfinite="raise").
+            NonFiniteError: if a loss or gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or
+                after a step in place in which some weights had to keep their values (`docs/speed.md`).
         """
         if closure is None or not callable(closure):
             raise TypeError(
@@ -250,16 +248,17 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
                 "returns the mini-batch's mean loss."
             )
         blocks = self._trainable()
-        number = self._clock["step"] + 1
+        number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
             with self._weights_restored(blocks):
                 loss, steps = self._corrected_sites(closure, blocks, number)
                 self._advance(steps, number)
         except NonFiniteError as error:
+            if error.stepped:  # all weights but some have moved
+                self._clock["step"] = number
             if self.nonfinite == "raise":
                 raise
             self._clock["skipped"] += 1
-            loss = error.loss
         self._clock["step"] = number
         return loss
 

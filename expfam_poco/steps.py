@@ -94,4 +94,4 @@ class WholeStep:
         """Make the new posterior the block's."""
         momentum = self.moved.momentum
         self.state.update(posterior=self.moved.posterior, momentum=momentum, step=self.age if momentum else 0)
-        self.block.at_point = False
+        self.block.at_point, self.block.drawn = False, None

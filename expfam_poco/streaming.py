@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import blr, correction, fields, groups
-from .backend import Backend, span_size
+from .backend import Backend, plainly, span_size
 from .blocks import Block
 from .correction import Outer
 from .estimators import Estimator, Reparameterised
@@ -23,7 +23,7 @@ from .kernels import Evidence, Numbers, Recipe, site
 from .measurement import View
 from .meter import VarianceMeter
 from .noise import Address, NoiseKey
-from .spans import TILE, Bucket, Span, spans, spread
+from .spans import TILE, Bucket, Span, can_stream, spans, spread
 
 METER_WEIGHTS = 2**14  # of each block; the meter's ratios need no more
 
@@ -56,8 +56,7 @@ class StreamedView(View):
         return Recipe(
             self.block.family,
             self.estimator,
-            float(group["ess"]),
-            float(group["momentum"]),
+            float(group["momentum"]) > 0.0,
             float(group["clip_radius"]),
             group["retraction"],
             groups.anchor_weight(group),
@@ -86,6 +85,7 @@ class StreamedView(View):
         whole = isinstance(self.block, Bucket)
         return spans(self.block, self.block.numel if whole else span_size(self.runner.mode, self.block.device))
 
+    @plainly
     def write(self, draw: int) -> None:
         """Put draw number `draw` into the model, unless it is there."""
         recipe = self.recipe(draw)
@@ -117,9 +117,8 @@ class StreamedView(View):
         recipe, grad = self.recipe(draw), self.grad[0]
         for span in self.spans():
             evidence = Evidence(self.source(span, recipe, draw), span.cut(grad), self.loss[0])
-            self.runner.collect(
-                recipe, span.cut(self.state), evidence, span.cut(self.total), self.weight, self.like(span)
-            )
+            arguments = (recipe, span.cut(self.state), evidence, span.cut(self.total), self.weight)
+            self.runner.collect(*arguments, float(self.block.group["ess"]), self.like(span))
         self.grad, self.loss = [], []
 
     def used(self) -> bool:
@@ -162,6 +161,7 @@ def streamed_view(
     return view
 
 
+@plainly
 def empty_site(block: Block, state: Any) -> Any:
     """A site of zeros for the whole block."""
     first = next(spans(block, TILE, most=1)).cut(state)
@@ -188,6 +188,7 @@ def together(views: Sequence[View]) -> list[View]:
     return found
 
 
+@plainly
 def collect(views: Sequence[View], draw: int) -> None:
     """Add the draw just recorded to the totals of those views that have one."""
     for view in together(views):
@@ -200,6 +201,8 @@ def collect(views: Sequence[View], draw: int) -> None:
 
 def merge(bucket: Bucket, members: Sequence[StreamedView]) -> StreamedView | None:
     """One view of the bucket, or None where some member is missing, unused, or still to be laid beside the others."""
+    if bucket.group["prior"] is not None:
+        return None  # each member has its own
     totals = [view.total is not None for view in members]
     grads = [view.grad[0] for view in members if view.grad and view.grad[0] is not None]
     whole = [view.block for view in members] == bucket.blocks and len(set(totals)) == 1
@@ -237,13 +240,19 @@ def bind(bucket: Bucket, states: Sequence[dict[str, Any]]) -> dict[str, Any] | N
     return flat
 
 
+@plainly
 def sample_into(block: Block, state: Any, backend: Backend, key: NoiseKey) -> None:
     """Put a sample of q into the model."""
     streamed_view(block, state, backend, "shared", 1, key, estimator=Reparameterised()).write(0)
 
 
-def holds_draw(block: Block, state: Any, key: NoiseKey, mode: str, backend: Backend) -> bool:
-    """Whether the model holds the first draw of this key, up to rounding."""
+@plainly
+def still_drawn(block: Block, record: dict[str, Any], mode: str, backend: Backend) -> bool:
+    """Whether the model holds, up to rounding, the draw that `one_pass` left there (it may come from a checkpoint)."""
+    key, block.drawn = block.drawn, None
+    if key is None or not can_stream(block):
+        return False
+    state = record["posterior"]
     (p,) = block.params
     view = streamed_view(block, state, backend, mode, 1, key)
     recipe, present = view.recipe(), p.detach()
@@ -255,6 +264,7 @@ def holds_draw(block: Block, state: Any, key: NoiseKey, mode: str, backend: Back
     return True
 
 
+@plainly
 def write_point(block: Block, state: Any) -> None:
     """Put the point of q into the model."""
     with block.rewritten() as out:
@@ -274,10 +284,13 @@ def prepare(block: Block, state: dict[str, Any]) -> None:
         state["momentum"] = tuple(getattr(zero, name) for name in block.family.momentum_block)
 
 
+@plainly
 def update_outer(block: Block, state: dict[str, Any], total: Any) -> Outer:
     """q_out ← the present posterior, ḡ_out ← ρ ḡ_out + (1−ρ) total; `total` is used up."""
     family, group, old = block.family, block.group, state["outer"]
     rho = family.per_block(*groups.pair(group["rho"]))
+    if old is not None:
+        old = Outer(*(fields.map_fields(Tensor.contiguous, part) for part in old))
     posterior = fields.map_fields(torch.clone, state["posterior"]) if old is None else old.posterior
     for span in spans(block, span_size("eager", block.device)):
         present, mean = span.cut(state["posterior"]), span.cut(total)
@@ -304,6 +317,7 @@ class StreamedStep:
         self.block, self.state, self.inner, self.outer, self.alpha = inner.block, state, inner, outer, alpha
         self.age = state["step"] + 1 if state["momentum"] else 1
 
+    @plainly
     def gradient_square(self) -> Tensor:
         """‖corrected gradient‖² of the momentum block."""
         numbers, values = self._numbers(1.0), []
@@ -334,6 +348,7 @@ class StreamedStep:
         self.unsound_tiles = unsound[0]
         self.unsound = int(torch.stack(unsound).sum())
 
+    @plainly
     def meter(self, meter: VarianceMeter, number: int) -> None:
         """Show the meter some of the weights."""
         if self.outer is None or not meter.samples(number):
@@ -344,8 +359,9 @@ class StreamedStep:
         if isinstance(inside, Evidence):
             like = self.inner.like(span)
             outside = outside._replace(noise=inside.noise if outside.noise is None else outside.noise)
-            outside = site(recipe, q_out.posterior, outside, like)
-            inside = site(recipe, span.cut(self.state["posterior"]), inside, like)
+            ess = self.block.group["ess"]
+            outside = site(recipe, q_out.posterior, outside, like, ess)
+            inside = site(recipe, span.cut(self.state["posterior"]), inside, like, ess)
         meter.add(number, self.block, inside, outside, q_out, self.alpha)
 
     def _measured(self, only: Span | None = None) -> Iterator[tuple[Span, Recipe, Any, Any, Outer | None]]:
@@ -363,9 +379,11 @@ class StreamedStep:
         group = self.block.group
         unbias = blr.unbias_of(float(group["momentum"]), self.age, group["debias"])
         alpha = self.block.family.per_block(*self.alpha)
-        return Numbers(groups.rates(group, self.block), alpha, unbias, factor)
+        rates = groups.rates(group, self.block)
+        return Numbers(rates, alpha, float(group["ess"]), float(group["momentum"]), unbias, factor)
 
 
+@plainly
 def commit(steps: Sequence[Any]) -> None:
     """Commit all steps, those of a whole bucket in one."""
     waiting: dict[Bucket, list[StreamedStep]] = {}
@@ -413,9 +431,11 @@ def unsound_error(steps: Sequence[Any]) -> NonFiniteError | None:
     for step in steps:
         count = getattr(step, "unsound", 0)
         if count:
-            return NonFiniteError(
+            error = NonFiniteError(
                 f"lr={step.block.group['lr']}: the step would have made {count} of {step.block.numel} weights of "
                 f"{step.block.name!r} infinite or NaN; these kept their values, all others were stepped. Lower lr or "
                 "precision_lr, or clip (clip_radius, max_grad_norm)."
             )
+            error.stepped = True
+            return error
     return None

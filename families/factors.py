@@ -18,13 +18,15 @@ _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def cholesky(matrix: Tensor) -> Tensor:
     """L with S = L Lᵀ, batch × d × d; NaN where S is not positive definite, so that the caller sees it in its result.
 
+    The result is kept: change neither it nor, unnoticed by torch (through `.data` or NumPy), the matrix in place.
+
     Example:
         >>> import torch
         >>> from expfam_poco.families.factors import cholesky
         >>> cholesky(torch.tensor([[4.0]]))
         tensor([[2.]])
     """
-    if matrix.requires_grad or torch.compiler.is_compiling():
+    if matrix.requires_grad or matrix.is_inference() or torch.compiler.is_compiling():
         return _factorise(matrix)
     version = matrix._version
     known = _KNOWN.get(matrix)
