@@ -105,35 +105,13 @@ class Backend:
         packed = torch.tensor([weight, ess], dtype=torch.float64)
         self._run("collect", _collect, recipe, like, like.dtype, state, evidence, total, packed)
 
-    def advance(
-        self,
-        recipe: Recipe,
-        state: Any,
-        momentum: tuple[Tensor, ...],
-        prior: Any,
-        outer: Any,
-        inside: Any,
-        outside: Any,
-        numbers: kernels.Numbers,
-        out: Tensor,
-        dtype: torch.dtype,
-        real: Tensor | None = None,
-        following: Tensor | Address | None = None,
-    ) -> Tensor:
-        """Step a span in place, its point into `out`; returns how many weights were unsound and kept their values.
-
-        `real` says which weights of a bucket are not gaps, and makes the count one for each tile. With `following`,
-        the noise of the next draw, `out` becomes that draw in place of the point.
-        """
-        arguments = (state, momentum, prior, outer, inside, outside, numbers.packed(), real, following)
+    def advance(self, recipe: Recipe, out: Tensor, dtype: torch.dtype, *arguments: Any) -> Tensor:
+        """Step a span in place (`_advance`); returns how many weights were unsound and kept their values."""
         count: Tensor = self._run("advance", _advance, recipe, out, dtype, *arguments)
         return count
 
-    def square(
-        self, recipe: Recipe, state: Any, outer: Any, inside: Any, outside: Any, numbers: kernels.Numbers, like: Tensor
-    ) -> Tensor:
-        """‖corrected gradient‖² over the momentum block of a span."""
-        arguments = (state, outer, inside, outside, numbers.packed())
+    def square(self, recipe: Recipe, like: Tensor, *arguments: Any) -> Tensor:
+        """‖corrected gradient‖² over the momentum block of a span (`_square`)."""
         value: Tensor = self._run("square", _square, recipe, like, like.dtype, *arguments)
         return value
 
@@ -243,6 +221,11 @@ def _advance(
     real: Tensor | None,
     following: Tensor | Address | None,
 ) -> Tensor:
+    """Step a span in place, its point into `out`; the number of unsound weights.
+
+    `real` says which weights of a bucket are not gaps, and makes the number one for each tile. With `following`, the
+    noise of the next draw, `out` becomes that draw in place of the point.
+    """
     moved, sound = kernels.advance(recipe, state, momentum, prior, outer, inside, outside, numbers, _like(out, dtype))
     for old, new in zip((*state, *momentum), (*moved.posterior, *moved.momentum), strict=True):
         if old.ndim:  # a field without dimensions is the family's constant

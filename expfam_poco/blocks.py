@@ -50,6 +50,11 @@ class Block:
         return torch.Size([self.numel]) if self.family.joint else self.params[0].shape
 
     @property
+    def batch(self) -> torch.Size:
+        """The axes along which the weights stand."""
+        return self.shape[: len(self.shape) - self.family.event_dim]
+
+    @property
     def numel(self) -> int:
         """The number of entries."""
         return sum(p.numel() for p in self.params)
@@ -126,11 +131,9 @@ class Block:
         try:
             yield out
         finally:
-            if p.is_contiguous():
-                torch.autograd.graph.increment_version(p)
-            else:
+            if not p.is_contiguous():
                 p.data.copy_(out)
-                torch.autograd.graph.increment_version(p)
+            torch.autograd.graph.increment_version(p)
             self.note_weights()
 
     def note_weights(self) -> None:

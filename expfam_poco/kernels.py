@@ -109,6 +109,19 @@ def site(recipe: Recipe, state: Any, evidence: Evidence, like: Tensor, ess: Any)
     return estimator.natural_gradient(family, state, draws)
 
 
+def site_pair(
+    recipe: Recipe, state: Any, outer: Outer | None, inside: Any, outside: Any, like: Tensor, ess: Any
+) -> tuple[Any, Any]:
+    """The sites inside and outside (None without a q_out) from the `Evidence` of one draw; averaged sites pass."""
+    if outer is not None and isinstance(outside, Evidence):
+        if outside.noise is None:
+            outside = outside._replace(noise=inside.noise)
+        outside = site(recipe, outer.posterior, outside, like, ess)
+    if isinstance(inside, Evidence):
+        inside = site(recipe, state, inside, like, ess)
+    return inside, outside
+
+
 def corrected(
     recipe: Recipe, state: Any, outer: Outer | None, inside: Any, outside: Any, numbers: Any, like: Tensor
 ) -> correction.Corrected:
@@ -117,12 +130,7 @@ def corrected(
     `inside` and `outside` are the `Evidence` of one draw, or sites averaged by `collect`.
     """
     _, alpha, ess, *_ = unpacked(recipe, numbers)
-    if outer is not None and isinstance(outside, Evidence):
-        if outside.noise is None:
-            outside = outside._replace(noise=inside.noise)
-        outside = site(recipe, outer.posterior, outside, like, ess)
-    if isinstance(inside, Evidence):
-        inside = site(recipe, state, inside, like, ess)
+    inside, outside = site_pair(recipe, state, outer, inside, outside, like, ess)
     if outer is None:
         return correction.Corrected(inside, None)
     return correction.correct(

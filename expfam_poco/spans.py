@@ -24,12 +24,17 @@ SMALL = 2**17  # entries below which a block goes into a bucket
 BUCKET = 2**18  # entries of a bucket
 
 
+def padded(size: int) -> int:
+    """The number of entries of the tiles that hold so many."""
+    return -(-size // TILE) * TILE
+
+
 def can_stream(block: Block) -> bool:
     """Whether the block may be cut: a leafwise family with the library's noise, an estimator of gradients alone."""
     family, estimator = block.family, block.group["curvature"]
     return (
         not family.joint
-        and len(block.shape) > family.event_dim
+        and len(block.batch) > 0
         and type(family).noise is ExponentialFamily.noise
         and estimator.needs == "gradient"
         and not estimator.independent_draws
@@ -72,11 +77,10 @@ def spans(block: Block, size: int, most: int | None = None) -> Iterator[Span]:
         size: of a span, at most so many entries.
         most: only the first so many weights.
     """
-    dims = len(block.shape) - block.family.event_dim
-    batch, event = block.shape[:dims], block.shape[dims:]
+    batch, event = block.batch, block.shape[len(block.batch) :]
     weights = batch.numel() if most is None else min(batch.numel(), most)
     parts = -(-weights // max(TILE, size // max(1, event.numel())))
-    length = -(-weights // parts // TILE) * TILE
+    length = padded(-(-weights // parts))
     for start in range(0, weights, length):
         yield Span(start, min(start + length, weights), batch, event)
 
@@ -85,8 +89,7 @@ def spread(prior: Any, posterior: Any, block: Block) -> Any:
     """The prior with every field either of one weight's shape or of the whole block's."""
 
     def spread_field(value: Tensor, own: Tensor) -> Tensor:
-        batch = len(block.shape) - block.family.event_dim
-        constant = value.ndim <= own.ndim - batch
+        constant = value.ndim <= own.ndim - len(block.batch)
         return value if constant or value.shape == own.shape else value.expand_as(own).contiguous()
 
     return fields.map_fields(spread_field, prior, posterior)
@@ -99,10 +102,10 @@ class Bucket(Block):
         first = blocks[0]
         super().__init__([b.params[0] for b in blocks], first.group, first.index, first.name, first.group_number)
         self.blocks = list(blocks)
-        padded = [-(-b.numel // TILE) * TILE for b in blocks]
-        self._starts = [sum(padded[:i]) for i in range(len(padded))]
+        lengths = [padded(b.numel) for b in blocks]
+        self._starts = [sum(lengths[:i]) for i in range(len(lengths))]
         self._sizes = [b.numel for b in blocks]
-        self._shape = torch.Size([sum(padded)])
+        self._shape = torch.Size([sum(lengths)])
         self._dtype = first.dtype
         tiles = tiles_of([b.index for b in blocks], self._sizes)
         self.tiles = tiles.to(first.device)
@@ -125,7 +128,7 @@ class Bucket(Block):
 
     def per_member(self, counts: Tensor) -> list[int]:
         """A count for each tile, added up for each member."""
-        parts = counts.split([-(-size // TILE) for size in self._sizes])
+        parts = counts.split([padded(size) // TILE for size in self._sizes])
         return [int(part.sum()) for part in parts]
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -133,9 +136,9 @@ class Bucket(Block):
         parts = zip(self._starts, self._sizes, self.blocks, strict=True)
         return [flat[start : start + size].view(block.params[0].shape) for start, size, block in parts]
 
-    def beside(self, values: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    def beside(self, values: Sequence[Tensor]) -> Tensor:
         """A copy of the members' tensors in flat storage, the gaps zero."""
-        flat = torch.zeros(self._shape, dtype=dtype or values[0].dtype, device=values[0].device)
+        flat = torch.zeros(self._shape, dtype=values[0].dtype, device=values[0].device)
         torch._foreach_copy_(self.views(flat), list(values))
         return flat
 
@@ -210,7 +213,7 @@ def buckets(blocks: Sequence[Block]) -> dict[Block, Bucket]:
         if not fits or not can_stream(block) or not block.params[0].is_contiguous():
             continue
         alike = waiting.setdefault((block.group_number, block.params[0].dtype, block.device), [])
-        if sum(-(-b.numel // TILE) * TILE for b in alike) + block.numel > BUCKET:
+        if sum(padded(b.numel) for b in alike) + block.numel > BUCKET:
             close(alike)
         alike.append(block)
     for alike in waiting.values():

@@ -34,7 +34,7 @@ class WholeStep:
         alpha: tuple[float, float],
         anchor: Any = None,
     ) -> None:
-        self.block, self.state, self.alpha = inner.block, state, alpha
+        self.block, self.state, self.inner, self.alpha = inner.block, state, inner, alpha
         site = inner.natural_gradient()
         self._pair: tuple[Any, Any] | None = None
         self.corrected = Corrected(site, None)

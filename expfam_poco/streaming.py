@@ -6,7 +6,7 @@ cannot be undone, weights whose step would not be finite keep their values, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .blocks import Block
 from .correction import Outer
 from .estimators import Estimator, Reparameterised
 from .evaluation import Measured, NonFiniteError
-from .kernels import Evidence, Numbers, Recipe, site
+from .kernels import Evidence, Numbers, Recipe, site_pair
 from .measurement import View
 from .meter import VarianceMeter
 from .noise import Address, NoiseKey
@@ -166,37 +166,38 @@ def empty_site(block: Block, state: Any) -> Any:
     """A site of zeros for the whole block."""
     first = next(spans(block, TILE, most=1)).cut(state)
     example = block.family.kl_gradient(first, first)
-    batch = block.shape[: len(block.shape) - block.family.event_dim]
-    return fields.map_fields(lambda value: value.new_zeros(*batch, *value.shape[1:]), example)
+    return fields.map_fields(lambda value: value.new_zeros(*block.batch, *value.shape[1:]), example)
 
 
 def together(views: Sequence[View]) -> list[View]:
     """The same views with those of a whole bucket merged into one; others pass."""
-    found: list[View] = []
-    waiting: dict[Bucket, list[StreamedView]] = {}
-    for view in views:
-        bucket = view.bucket if isinstance(view, StreamedView) else None
-        if bucket is None:
-            found.append(view)
-            continue
-        assert isinstance(view, StreamedView)
-        members = waiting.setdefault(bucket, [])
-        members.append(view)
+    found, waiting = by_bucket(views, lambda view: view)
     for bucket, members in waiting.items():
         merged = merge(bucket, members)
         found.extend(members if merged is None else [merged])
     return found
 
 
+def by_bucket(items: Sequence[Any], view_of: Callable[[Any], View]) -> tuple[list[Any], dict[Bucket, list[Any]]]:
+    """The items whose view is in no bucket, and the others by bucket."""
+    alone: list[Any] = []
+    waiting: dict[Bucket, list[Any]] = {}
+    for item in items:
+        view = view_of(item)
+        bucket = view.bucket if isinstance(view, StreamedView) else None
+        (alone if bucket is None else waiting.setdefault(bucket, [])).append(item)
+    return alone, waiting
+
+
 @plainly
 def collect(views: Sequence[View], draw: int) -> None:
     """Add the draw just recorded to the totals of those views that have one."""
-    for view in together(views):
-        if isinstance(view, StreamedView) and view.total is not None:
-            view.collect(draw)
-    for view in views:
-        if isinstance(view, StreamedView) and view.total is not None:
-            view.grad, view.loss = [], []
+    collecting = [view for view in views if isinstance(view, StreamedView) and view.total is not None]
+    for view in together(collecting):
+        assert isinstance(view, StreamedView)
+        view.collect(draw)
+    for view in collecting:
+        view.grad, view.loss = [], []
 
 
 def merge(bucket: Bucket, members: Sequence[StreamedView]) -> StreamedView | None:
@@ -314,6 +315,7 @@ class StreamedStep:
         alpha: tuple[float, float],
     ) -> None:
         prepare(inner.block, state)
+        self.unsound = 0
         self.block, self.state, self.inner, self.outer, self.alpha = inner.block, state, inner, outer, alpha
         self.age = state["step"] + 1 if state["momentum"] else 1
 
@@ -322,8 +324,8 @@ class StreamedStep:
         """‖corrected gradient‖² of the momentum block."""
         numbers, values = self._numbers(1.0), []
         for span, recipe, inside, outside, outer in self._measured():
-            arguments = (recipe, span.cut(self.state["posterior"]), outer, inside, outside, numbers)
-            values.append(self.inner.runner.square(*arguments, self.inner.like(span)).cpu())
+            arguments = (span.cut(self.state["posterior"]), outer, inside, outside, numbers)
+            values.append(self.inner.runner.square(recipe, self.inner.like(span), *arguments).cpu())
         return torch.stack(values).sum()
 
     def prepare(self, factor: float, following: NoiseKey | None = None) -> None:
@@ -340,9 +342,9 @@ class StreamedStep:
         with block.rewritten() as out:
             for span, recipe, inside, outside, outer in self._measured():
                 posterior, momentum = span.cut(state["posterior"]), span.cut(state["momentum"])
-                arguments = (recipe, posterior, momentum, span.cut(prior), outer, inside, outside, numbers)
                 after = None if following is None else following.source(span, recipe, 0)
-                unsound.append(self.inner.runner.advance(*arguments, span.cut(out), block.dtype, real, after).cpu())
+                arguments = (posterior, momentum, span.cut(prior), outer, inside, outside, numbers, real, after)
+                unsound.append(self.inner.runner.advance(recipe, span.cut(out), block.dtype, *arguments).cpu())
         state["step"] = self.age if state["momentum"] else 0
         block.at_point, block.drawn = following is None, self.following
         self.unsound_tiles = unsound[0]
@@ -356,13 +358,9 @@ class StreamedStep:
         span = next(spans(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
         ((_, recipe, inside, outside, q_out),) = self._measured(span)
         assert q_out is not None
-        if isinstance(inside, Evidence):
-            like = self.inner.like(span)
-            outside = outside._replace(noise=inside.noise if outside.noise is None else outside.noise)
-            ess = self.block.group["ess"]
-            outside = site(recipe, q_out.posterior, outside, like, ess)
-            inside = site(recipe, span.cut(self.state["posterior"]), inside, like, ess)
-        meter.add(number, self.block, inside, outside, q_out, self.alpha)
+        state, like = span.cut(self.state["posterior"]), self.inner.like(span)
+        pair = site_pair(recipe, state, q_out, inside, outside, like, self.block.group["ess"])
+        meter.add(number, self.block, *pair, q_out, self.alpha)
 
     def _measured(self, only: Span | None = None) -> Iterator[tuple[Span, Recipe, Any, Any, Outer | None]]:
         """Span by span: the recipe, what was measured inside and outside, and q_out."""
@@ -375,24 +373,20 @@ class StreamedStep:
                 outside = self.outer.evidence(span, recipe, shared=self.outer.key == self.inner.key)
             yield span, recipe, inside, outside, span.cut(q_out)
 
-    def _numbers(self, factor: float) -> Numbers:
+    def _numbers(self, factor: float) -> Tensor:
         group = self.block.group
         unbias = blr.unbias_of(float(group["momentum"]), self.age, group["debias"])
         alpha = self.block.family.per_block(*self.alpha)
         rates = groups.rates(group, self.block)
-        return Numbers(rates, alpha, float(group["ess"]), float(group["momentum"]), unbias, factor)
+        return Numbers(rates, alpha, float(group["ess"]), float(group["momentum"]), unbias, factor).packed()
 
 
 @plainly
 def commit(steps: Sequence[Any]) -> None:
     """Commit all steps, those of a whole bucket in one."""
-    waiting: dict[Bucket, list[StreamedStep]] = {}
-    for step in steps:
-        bucket = step.inner.bucket if isinstance(step, StreamedStep) else None
-        if bucket is None:
-            step.commit()
-        else:
-            waiting.setdefault(bucket, []).append(step)
+    alone, waiting = by_bucket(steps, lambda step: step.inner)
+    for step in alone:
+        step.commit()
     for bucket, members in waiting.items():
         merged = merge_steps(bucket, members)
         if merged is None:
@@ -429,12 +423,11 @@ def merge_steps(bucket: Bucket, steps: Sequence[StreamedStep]) -> StreamedStep |
 def unsound_error(steps: Sequence[Any]) -> NonFiniteError | None:
     """The error after a step in which some weights had to keep their values."""
     for step in steps:
-        count = getattr(step, "unsound", 0)
-        if count:
+        if step.unsound:
             error = NonFiniteError(
-                f"lr={step.block.group['lr']}: the step would have made {count} of {step.block.numel} weights of "
-                f"{step.block.name!r} infinite or NaN; these kept their values, all others were stepped. Lower lr or "
-                "precision_lr, or clip (clip_radius, max_grad_norm)."
+                f"lr={step.block.group['lr']}: the step would have made {step.unsound} of {step.block.numel} weights "
+                f"of {step.block.name!r} infinite or NaN; these kept their values, all others were stepped. Lower lr "
+                "or precision_lr, or clip (clip_radius, max_grad_norm)."
             )
             error.stepped = True
             return error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from reference import (
+    FAMILIES,
     BinaryLogistic,
     binary_problem,
     directions,
@@ -20,12 +21,6 @@ from torch import Tensor
 
 import expfam_poco as poco
 from expfam_poco import fields
-
-FAMILIES = poco.families_available()
-
-
-WITH_CURVATURE = [name for name in FAMILIES if poco.resolve_family(name).curvature != "none"]
-
 
 POSITIVE_DEFINITE = [[1.3, 0.4], [0.4, 0.7]]
 
@@ -72,8 +67,8 @@ def expectation(family: Any, nat: Any, loss: Callable[[Tensor], Tensor]) -> floa
     return float(points.weights @ torch.func.vmap(loss)(points.theta))
 
 
-def differences(family: Any, state: Any, loss: Callable[[Tensor], Tensor]) -> list[float]:
-    """dE_q[ℓ]/dμ along the unit perturbations of every field of μ."""
+def slopes_in_mean(family: Any, state: Any, value_at: Callable[[Any], float]) -> list[float]:
+    """The derivatives of a function of λ along the unit perturbations of every field of μ."""
     mean = family.to_mean(family.to_nat(state))
     slopes = []
     for k, (value, dims) in enumerate(zip(mean, family.statistic_dims, strict=True)):
@@ -81,10 +76,15 @@ def differences(family: Any, state: Any, loss: Callable[[Tensor], Tensor]) -> li
 
             def along(h: float, k: int = k, unit: np.ndarray = unit) -> float:
                 moved = family.Mean(*(part + h * tensor(unit) if j == k else part for j, part in enumerate(mean)))
-                return expectation(family, family.to_natural(moved), loss)
+                return value_at(family.to_natural(moved))
 
             slopes.append(slope_at_zero(along))
     return slopes
+
+
+def differences(family: Any, state: Any, loss: Callable[[Tensor], Tensor]) -> list[float]:
+    """dE_q[ℓ]/dμ along the unit perturbations of every field of μ."""
+    return slopes_in_mean(family, state, lambda nat: expectation(family, nat, loss))
 
 
 def along_directions(family: Any, gradient: Any) -> list[float]:

@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
+import expfam_poco as poco
 from expfam_poco import fields
 from expfam_poco.estimators import Draws
+
+FAMILIES = poco.families_available()
+WITH_CURVATURE = [name for name in FAMILIES if poco.resolve_family(name).curvature != "none"]
 
 # ---- problems -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from expectations import (
     DISCRETE,
-    FAMILIES,
     a_state,
     differences,
     expected_site,
@@ -22,6 +21,7 @@ from expectations import (
     within_five_standard_errors,
 )
 from reference import (
+    FAMILIES,
     binary_problem,
     directions,
     site_of,

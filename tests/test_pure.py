@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import binary_problem, plan, site_of, tensor
+from reference import FAMILIES, WITH_CURVATURE, binary_problem, plan, site_of, tensor
 from torch import Tensor
 
 import expfam_poco as poco
 from expfam_poco import blr, correction, fields
 from expfam_poco.noise import NoiseKey
 
-FAMILIES = poco.families_available()
 LEAFWISE = [name for name in FAMILIES if not poco.resolve_family(name).joint]
 GAUSSIAN = [name for name in FAMILIES if poco.resolve_family(name).noise_kind == "normal"]
-WITH_CURVATURE = [name for name in FAMILIES if poco.resolve_family(name).curvature != "none"]
 N, D = 8, 3
 PROBLEM = binary_problem(n=N, d=D, seed=6)
 

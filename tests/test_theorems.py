@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy import ndarray
 from reference import (
+    WITH_CURVATURE,
     Plan,
     Prior,
     Rule,
@@ -38,8 +39,6 @@ from torch import Tensor
 import expfam_poco as poco
 from expfam_poco import blr, correction, fields
 
-FAMILIES = poco.families_available()
-WITH_CURVATURE = [name for name in FAMILIES if poco.resolve_family(name).curvature != "none"]
 EXACT = poco.estimators.Exact()
 
 
