@@ -22,6 +22,7 @@ from .optimizer import PosteriorCorrected
 from .optimizers import IVON, SVRG, VON, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
 from .posterior import Objective, predict
 from .registry import families_available, get_family, register, resolve_family
+from .saving import load, save
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,9 @@ __all__ = [
     "megabatches",
     "predict",
     "Objective",
+    # checkpoint files
+    "save",
+    "load",
     # errors
     "CheckpointError",
     "LawError",
