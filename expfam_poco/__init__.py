@@ -13,6 +13,7 @@ from .alpha_svrg import AlphaSVRG
 from .batched import BatchedDraws, PerExample
 from .checkpoint import CheckpointError
 from .checks import LawError, check_family
+from .conversion import load_ivon_opt
 from .correction import BurnIn
 from .data import megabatches
 from .estimators import Draws, Estimator
@@ -57,6 +58,7 @@ __all__ = [
     # checkpoint files
     "save",
     "load",
+    "load_ivon_opt",
     # errors
     "CheckpointError",
     "LawError",

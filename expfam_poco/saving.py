@@ -7,12 +7,12 @@ import errno
 import os
 import re
 import secrets
-import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -120,6 +120,13 @@ def load(path: str | os.PathLike[str], /, *, map_location: Any = None, **objects
     # The optimizers of this package look at the whole state before they change anything: the last one needs no copy.
     order = sorted(objects, key=lambda name: isinstance(objects[name], (PosteriorCorrected, AlphaSVRG)))
     with _put_back_on_error() as undo:
+        try:
+            _set_random_states(saved["random"])
+        except Exception as error:
+            raise CheckpointError(
+                f"{os.fspath(path)!r}: the states of the random generators do not fit this version of torch "
+                f"({' '.join(str(error).split())}); nothing was loaded, use another file."
+            ) from error
         for number, name in enumerate(order, 1):
             target = objects[name]
             if number < len(order) or not isinstance(target, (PosteriorCorrected, AlphaSVRG)):
@@ -131,7 +138,7 @@ def load(path: str | os.PathLike[str], /, *, map_location: Any = None, **objects
                     f"{os.fspath(path)!r}: {type(target).__name__} refuses the state of {name!r} "
                     f"({' '.join(str(error).split())}); nothing was loaded, make {name} as it was when it was saved."
                 ) from error
-        _set_random_states(saved["random"])
+        _set_random_states(saved["random"])  # again, if taking up a state has drawn numbers
     values: dict[str, Any] = saved["values"]
     return values
 
@@ -168,8 +175,10 @@ def _write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     _remove_stale(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file, _checksums():
+        with open(temporary, "x+b") as file:
             torch.save(dict(content), file)
+            size = file.tell()
+            file.write(_seal(file, size))  # behind the archive's end, where torch.load does not look
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -192,15 +201,13 @@ def _remove_stale(target: Path) -> None:
             Path(entry.path).unlink(missing_ok=True)
 
 
-@contextmanager
-def _checksums() -> Iterator[None]:
-    """`torch.save` writes the checksums by which `_read` notices damage, also where the user has turned them off."""
-    wanted = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(wanted)
+def _seal(file: BinaryIO, size: int) -> bytes:
+    """The checksum of the first `size` bytes, after which the file stands. `torch.load` compares none itself."""
+    file.seek(0)
+    checksum, left = 0, size
+    while left > 0 and (part := file.read(min(left, 1 << 22))):
+        checksum, left = zlib.crc32(part, checksum), left - len(part)
+    return f"\n{_MARK} crc32 {checksum:08x}\n".encode()
 
 
 # ---- reading -------------------------------------------------------------------------------------------------
@@ -213,10 +220,10 @@ def _read(path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
         )
     try:
         with open(path, "rb") as file:
-            with zipfile.ZipFile(file) as archive:  # torch.load itself does not look at the checksums
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            length = len(_seal(file, 0))
+            size = max(0, os.fstat(file.fileno()).st_size - length)
+            if _seal(file, size) != file.read(length):
+                raise ValueError("the checksum at its end is missing or wrong")
             file.seek(0)
             content = torch.load(file, map_location=map_location, weights_only=True)
     except (OSError, MemoryError):
@@ -233,7 +240,7 @@ def _read(path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    reason = f"{type(error).__name__}: {str(error).partition('. ')[0].strip()}"
     if "deserialize" in reason and "device" in reason:
         return f"its tensors are on a device that is missing here ({reason}); give map_location='cpu'."
     return f"it is damaged, or not a file of poco.save ({reason}); use another file."
