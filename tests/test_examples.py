@@ -40,6 +40,40 @@ def test_exponentiated_svrg_gets_closer_with_correction() -> None:
     assert corrected < plain
 
 
+def test_posteriors_are_better_calibrated_than_their_points(tmp_path: Path) -> None:
+    output = run("calibration.py", "--seeds", "1", "--steps", "300", "--plot", str(tmp_path / "reliability.png"))
+    number = r" +│ +([\d.]+)"
+    rows = re.findall(rf"│ (AdamW|IVON.*?){4 * number} +│", output)
+    held_out = {name: list(map(float, numbers)) for name, *numbers in rows}
+    assert len(held_out) == 7, "five predictions, two posteriors"
+    for name in ("IVON", "IVON-PoCoMo"):
+        assert held_out[f"{name}, 32 draws"][1] < held_out[f"{name}, its point"][1], "negative log-likelihood"
+        entropy, entropy_noisy, information, information_noisy = held_out[name]
+        assert entropy < entropy_noisy and information < information_noisy
+    assert (tmp_path / "reliability.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_pretrained_transformer_is_fine_tuned(full: bool) -> None:
+    # 30 steps of one layer; chance is 0.25 on 64 examples or more, standard error 0.054.
+    method = "AdamW + alpha-SVRG" if full else "IVON-PoCoMo"
+    options = ["--steps", "30", "--layers", "1", "--methods", method, *([] if full else ["--lora"])]
+    (row,) = re.findall(
+        r"^(?:IVON|AdamW).*?\s(\d+)\s+([\d.]+)\s+([\d.]+)$", run("finetune_transformer.py", *options), re.M
+    )
+    weights, before, after = map(float, row)
+    assert (weights > 1e7) == full
+    assert before < 0.45 < after
+
+
+@pytest.mark.parametrize("name", ["accelerate_loop.py", "lightning_module.py"])
+def test_loops_of_others_reach_what_adamw_does(name: str) -> None:
+    # Chance is 0.1; two passes bring both well above one half of 599 test digits.
+    ((corrected, plain),) = re.findall(r"IVON-PoCoMo reached ([\d.]+), AdamW ([\d.]+)", run(name, "--epochs", "2"))
+    assert float(corrected) > 0.6
+    assert float(plain) > 0.6
+
+
 def test_every_example_has_a_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     missing = [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in source]

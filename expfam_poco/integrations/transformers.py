@@ -7,7 +7,6 @@ afterwards finds no gradients to clip and an optimizer whose `step()` has been d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,7 +127,7 @@ class PoCoTrainer(Trainer):
         if self._mega is not None and self._mega.due(self.state.global_step):
             chunks = [self._closure(model, batch) for batch in self._mega.at(self.state.global_step)[0]]
             self.poco.refresh([chunk for chunk, _ in chunks], weights=[share for _, share in chunks])
-        return self.poco.step(closures[0] if len(closures) == 1 else _accumulated(closures, weights))
+        return self.poco.step(closures, weights=weights)
 
     def _closure(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Closure, float]:
         """The micro-batch's mean loss as a function, and how many items (examples, or tokens) it is the mean of."""
@@ -152,20 +151,6 @@ class PoCoTrainer(Trainer):
             if isinstance(optimizer, PosteriorCorrected):
                 logs |= {f"poco/{name}": float(value) for name, value in optimizer.diagnostics().items()}
         super().log(logs, *arguments, **named)
-
-
-def _accumulated(closures: Sequence[Closure], weights: Sequence[float]) -> Closure:
-    """The mean loss of all micro-batches; each one's graph is freed before the next is built."""
-
-    def closure() -> Tensor:
-        total = torch.zeros(())
-        for one, weight in zip(closures, weights, strict=True):
-            loss = one() * (weight / sum(weights))
-            loss.backward()
-            total = total.to(loss.device) + loss.detach()
-        return total
-
-    return closure
 
 
 class _SteppedInTrainingStep(torch.optim.Optimizer):
