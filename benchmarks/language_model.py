@@ -16,6 +16,7 @@ size, or three times as many steps. All begin with the same weights and, at equa
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 import torch  # noqa: E402
-from corpus import load  # noqa: E402
+from corpus import Corpus, load  # noqa: E402
 from language_model import Settings, Training, draw  # noqa: E402
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 
@@ -45,7 +46,8 @@ SEEDS, TUNING_SEED = (0, 1, 2), 1000
 NOISES = ("shared", "independent", "fixed", "antithetic")
 MEASURED, AFTER = 24, 10  # mini-batches of a measured variance, steps after the refresh
 MARKS = (0.4, 0.6, 0.8, 1.0)  # shares of the dearest budget at which losses are compared
-ADAMW, IVON = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (1.0, 2.0, 4.0, 8.0, 16.0)
+ADAMW, IVON = (1e-3, 2e-3, 4e-3, 8e-3), (0.15, 0.2, 0.3, 0.4)
+WIDENED = 3  # times that a grid is widened at the side where its best rate lies
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,15 @@ def begin(news: Any) -> None:
     torch.set_num_threads(1)
 
 
+@functools.cache
+def text(context: int) -> Corpus:
+    """The text, read once in a process."""
+    return load("stdlib", context)
+
+
 def curve_of(settings: Settings) -> dict[str, Any]:
     """Train; the curve of losses."""
-    training = Training(settings, load("stdlib", settings.context))
+    training = Training(settings, text(settings.context))
     for point in training.run():
         if point is not None:
             _tell(settings.validate_every, f"{settings.method} {settings.rate:g}: {point['loss']:.3f}")
@@ -115,7 +123,7 @@ def curve_of(settings: Settings) -> dict[str, Any]:
 
 def variance_of(settings: Settings) -> dict[str, Any]:
     """Train to the end of the burn-in, refresh, and measure variance ratios after 0, 1, … further steps."""
-    training = Training(settings, load("stdlib", settings.context))
+    training = Training(settings, text(settings.context))
     for point in training.run(settings.burn_in):
         if point is not None:
             _tell(settings.validate_every, f"{settings.noise}: {point['loss']:.3f}")
@@ -165,6 +173,8 @@ def run_all(kind: str, jobs: Sequence[tuple[str, Settings]], folder: Path, worke
     todo = [job for job in jobs if not _done(_path(kind, *job, folder), job[1])]
     steps = sum(settings.burn_in + AFTER if kind == "variance" else settings.steps for _, settings in todo)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    if not todo:
+        return [json.loads(_path(kind, *job, folder).read_text(encoding="utf-8")) for job in jobs]
     with ProcessPoolExecutor(workers, context, begin, (news,)) as pool, Progress(*columns) as progress:
         futures = [(label, settings, pool.submit(run, kind, label, settings, folder)) for label, settings in todo]
         line, waiting = progress.add_task("starting", total=steps), list(futures)
@@ -190,16 +200,30 @@ def run_all(kind: str, jobs: Sequence[tuple[str, Settings]], folder: Path, worke
 
 
 def tune(common: Settings, folder: Path, workers: int) -> dict[str, Any]:
-    """The final loss of every configuration at every rate, and the best rate."""
-    jobs = [(name, c.settings(common, rate, TUNING_SEED)) for name, c in CONFIGURATIONS.items() for rate in c.rates]
+    """The final loss of every configuration at every rate, and the best rate.
+
+    A grid whose best rate is its first or last is widened by half or twice that rate, up to `WIDENED` times.
+    """
     found: dict[str, dict[str, float]] = {name: {} for name in CONFIGURATIONS}
-    for content in run_all("curve", jobs, folder, workers):
-        found[content["label"]][f"{content['settings']['lr']:g}"] = content["curve"][-1]["loss"]
-    rows = [
-        {"name": name, "losses": losses, "lr": float(min(losses, key=losses.__getitem__))}
-        for name, losses in found.items()
-    ]
+    todo = [(name, rate) for name, c in CONFIGURATIONS.items() for rate in c.rates]
+    for _ in range(1 + WIDENED):
+        jobs = [(name, CONFIGURATIONS[name].settings(common, rate, TUNING_SEED)) for name, rate in todo]
+        for content in run_all("curve", jobs, folder, workers):
+            found[content["label"]][f"{content['settings']['lr']:g}"] = content["curve"][-1]["loss"]
+        todo = []
+        for name, losses in found.items():
+            best, rates = _best(losses), [float(rate) for rate in losses]
+            if best in (min(rates), max(rates)):
+                todo.append((name, best / 2 if best == min(rates) else best * 2))
+    rows = []
+    for name, losses in found.items():
+        in_order = {rate: losses[rate] for rate in sorted(losses, key=float)}
+        rows.append({"name": name, "losses": in_order, "lr": _best(losses)})
     return _content(common, rows, seeds=[TUNING_SEED])
+
+
+def _best(losses: Mapping[str, float]) -> float:
+    return float(min(losses, key=losses.__getitem__))
 
 
 def compare(common: Settings, rates: Mapping[str, float], folder: Path, workers: int) -> dict[str, Any]:
@@ -347,16 +371,16 @@ evaluation is counted. Two processes of one thread each on two CPU cores.
 
 def report(folder: Path, page: Path, picture: Path) -> None:
     """Tables into the page between their comments (added at its end when missing), and the picture."""
-    text = page.read_text(encoding="utf-8")
-    if "<!-- table language-model -->" not in text:
+    written = page.read_text(encoding="utf-8")
+    if "<!-- table language-model -->" not in written:
         blank = "".join(f"\n{words}\n\n<!-- table {name} -->\n<!-- end -->\n" for name, (_, _, words) in TABLES.items())
-        text += HEAD + blank
+        written += HEAD + blank
     for name, (experiment, table, _) in TABLES.items():
         content = table(stored(experiment, folder))
         pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda found, new=content: f"{found[1]}\n{new}\n{found[2]}", text)
+        written = pattern.sub(lambda found, new=content: f"{found[1]}\n{new}\n{found[2]}", written)
         print(f"## {name}\n\n{content}\n")
-    page.write_text(text, encoding="utf-8")
+    page.write_text(written, encoding="utf-8")
     curves = {}
     for row in stored("compare", folder)["rows"]:
         columns = [zip(*curve.values(), strict=True) for curve in row["curves"]]
@@ -378,7 +402,16 @@ def main() -> None:
     options = parser.parse_args()
     common = COMMON
     if options.quick:
-        quick = {"steps": 12, "batch": 2, "context": 16, "burn_in": 4, "every": 4, "mega": 4, "validate_every": 4}
+        quick = {
+            "preset": "nano",
+            "steps": 12,
+            "batch": 2,
+            "context": 16,
+            "burn_in": 4,
+            "every": 4,
+            "mega": 4,
+            "validate_every": 4,
+        }
         common = replace(COMMON, **quick, validation=8, warmup=2)
     for command in options.commands:
         if command == "report":

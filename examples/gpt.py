@@ -52,6 +52,7 @@ class Config:
 
 # "33m" and "125m" are the paper's shapes: 33 M weights with a vocabulary of 40,000, 124 M with GPT-2's 50,257.
 PRESETS = {
+    "nano": Config(layers=2, heads=2, width=64),
     "tiny": Config(layers=2, heads=4, width=128),
     "small": Config(layers=4, heads=4, width=192),
     "33m": Config(layers=4, heads=4, width=512),

@@ -3,7 +3,7 @@
     python examples/language_model.py                                   # 1.8 M weights, IVON-PoCoMo, 400 steps
     python examples/language_model.py --method adamw --output runs/adamw
     python examples/language_model.py --resume --output runs/adamw --steps 800
-    python examples/language_model.py --text topics --start runs/first/checkpoint.pt --lr 0.3 --output runs/second
+    python examples/language_model.py --text topics --start runs/first/checkpoint.pt --lr 0.05 --output runs/second
 
 A run leaves `curve.json`, `curve.csv`, `curve.png` (validation loss against steps, gradient evaluations and seconds)
 and `checkpoint.pt` in its output folder. `--start` is continual pretraining: weights, tokenizer and, within the IVON
@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,8 @@ import expfam_poco as poco
 
 METHODS = ("adamw", "alpha-svrg", "ivon", "ivon-poco", "ivon-pocomo")
 CORRECTED = ("alpha-svrg", "ivon-poco", "ivon-pocomo")
-RATES = {"adamw": 3e-3, "alpha-svrg": 3e-3, "ivon": 3.0, "ivon-poco": 3.0, "ivon-pocomo": 3.0}
+RATES = {"adamw": 3e-3, "alpha-svrg": 3e-3, "ivon": 0.3, "ivon-poco": 0.3, "ivon-pocomo": 0.3}
+COUNTERS = ("step", "tokens", "evaluated", "seconds", "losses", "curve")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,10 +64,10 @@ class Settings:
         rho1: ρ₁ of IVON-PoCoMo.
         rho2: ρ₂ of IVON-PoCoMo.
         noise: "shared", "independent", "fixed" or "antithetic" (two evaluations for one).
-        ess: κ.
+        ess: κ; the paper's 1e10 is for 10⁵ steps.
         hess_init: h₀.
-        beta2: β₂ of the IVON family.
-        clip_radius: ξ of the IVON family.
+        beta2: β₂ of the IVON family; 1/(1−β₂) must be well below `steps` (the paper's 0.99999 is for 10⁵ steps).
+        clip_radius: ξ of the IVON family; the paper has 1e-3.
         weight_decay: of AdamW (decoupled) or δ of the IVON family; None: 0.1 and 1e-6.
         dtype: "float32", or "bf16" for autocast.
         device: "cpu", "cuda", …
@@ -93,10 +93,10 @@ class Settings:
     rho1: float = 0.6
     rho2: float = 0.1
     noise: str = "shared"
-    ess: float = 1e10
+    ess: float = 1e8
     hess_init: float = 1e-3
-    beta2: float = 0.999
-    clip_radius: float = 1e-3
+    beta2: float = 0.99
+    clip_radius: float = 1e-2
     weight_decay: float | None = None
     dtype: str = "float32"
     device: str = "cpu"
@@ -221,6 +221,9 @@ class Training:
         """One step on one mini-batch."""
         began = time.perf_counter()
         self.model.train()
+        if "ivon" in self.settings.method:  # a posterior that was loaded may bring its q_out: not before the burn-in
+            for group in self.optimizer.param_groups:
+                group["alpha"] = self.settings.alpha if self._corrected() else 0.0
         (batch,) = self.batches(TRAINING, self.step, 1)
         loss = self.optimizer.step(self.closure(batch))
         self.scheduler.step()
@@ -301,55 +304,32 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write everything that the run continues from; an interruption leaves the old file."""
-        values = {name: getattr(self, name) for name in ("step", "tokens", "evaluated", "seconds", "losses", "curve")}
-        content = {
-            "settings": asdict(self.settings),
-            "tokenizer": self.corpus.tokenizer.saved(),
-            "values": values,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-        }
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        torch.save(content, part)
-        os.replace(part, path)
+        values = {name: getattr(self, name) for name in COUNTERS}
+        more = {"settings": asdict(self.settings), "tokenizer": self.corpus.tokenizer.saved()}
+        poco.save(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, **values, **more)
 
     def load(self, path: Path) -> None:
         """Continue a run from its checkpoint, bit for bit."""
-        content = read(path)
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
-        for name, value in content["values"].items():
-            setattr(self, name, value)
-        torch.set_rng_state(content["random"])
+        values = poco.load(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+        for name in COUNTERS:
+            setattr(self, name, values[name])
 
     def start_from(self, path: Path) -> None:
         """Continual pretraining: weights of another run, and its posterior where both are of the IVON family.
 
         Rates, ess and correction are this run's. AdamW starts its moments afresh, as in the paper.
         """
-        content = read(path)
-        self.model.load_state_dict(content["model"])
-        if "ivon" in self.settings.method and "ivon" in content["settings"]["method"]:
-            own = [dict(group) for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(content["optimizer"])
-            for group, values in zip(self.optimizer.param_groups, own, strict=True):
-                group.update({name: value for name, value in values.items() if name != "params"})
+        both = "ivon" in self.settings.method and "ivon" in poco.load(path)["settings"]["method"]
+        own = [dict(group) for group in self.optimizer.param_groups]
+        poco.load(path, model=self.model, **({"optimizer": self.optimizer} if both else {}))
+        torch.manual_seed(self.settings.seed)  # loading has put back the other run's generators
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update({name: value for name, value in values.items() if name != "params"})
 
 
 def _targets(batch: Tensor) -> int:
     return batch.shape[0] * (batch.shape[1] - 1)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint."""
-    if not path.is_file():
-        raise ValueError(f"checkpoint={str(path)!r}: there is no such file; train first, or give another.")
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return content
 
 
 # ---- files of a run --------------------------------------------------------------------------------------
@@ -421,7 +401,7 @@ def prepare(chosen: argparse.Namespace) -> Training:
     changes = {f.name: getattr(chosen, f.name) for f in fields(Settings) if getattr(chosen, f.name) is not None}
     checkpoint = chosen.output / "checkpoint.pt"
     source = checkpoint if chosen.resume else chosen.start
-    stored = None if source is None else read(source)
+    stored = None if source is None else poco.load(source)
     if stored is None:
         settings = Settings(**changes)
         return Training(settings, load(chosen.text, settings.context, chosen.tokenizer, chosen.vocabulary))
@@ -443,7 +423,7 @@ def main() -> None:
     chosen = options().parse_args()
     try:
         training = prepare(chosen)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, FileNotFoundError, poco.CheckpointError) as error:
         sys.exit(str(error))
     settings = training.settings
     print(
