@@ -4,7 +4,7 @@ A network of 16 → 64 → 10 learns the digits of scikit-learn, made coarse (4 
 apart), from 200 images. AdamW gives a point estimate. IVON and IVON-PoCoMo give posteriors, which predict by an average
 over 32 draws, and have a point (their mean) as well. Held-out accuracy, negative log-likelihood, expected calibration
 error (15 bins) and Brier score are medians over seeds. The settings of AdamW and of IVON (which IVON-PoCoMo takes over)
-are the best of a grid by the likelihood of 400 more images (--tune shows the search); IVON's `ess` stays near the number
+are the best of a grid by the likelihood of 400 more images (--tune shows the search); IVON's ess stays near the number
 of examples, for a posterior wide enough to see. Then the held-out images get noise: a good posterior is less sure of
 them, and its mutual information says that the weights, not the digits, are what it does not know.
 
