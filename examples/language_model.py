@@ -212,6 +212,7 @@ class Training:
         """q_out from fresh mini-batches."""
         began, s = time.perf_counter(), self.settings
         self.model.train()
+        self._set_alpha()
         chunks = self.batches(MEGA_BATCH, self.step * s.mega, s.mega)
         self.optimizer.refresh([self.closure(chunk) for chunk in chunks])
         self.evaluated += sum(map(_targets, chunks)) * self._draws()
@@ -221,9 +222,7 @@ class Training:
         """One step on one mini-batch."""
         began = time.perf_counter()
         self.model.train()
-        if "ivon" in self.settings.method:  # a posterior that was loaded may bring its q_out: not before the burn-in
-            for group in self.optimizer.param_groups:
-                group["alpha"] = self.settings.alpha if self._corrected() else 0.0
+        self._set_alpha()
         (batch,) = self.batches(TRAINING, self.step, 1)
         loss = self.optimizer.step(self.closure(batch))
         self.scheduler.step()
@@ -232,6 +231,12 @@ class Training:
         self.losses.append(loss.item())
         self.step += 1
         self.seconds += time.perf_counter() - began
+
+    def _set_alpha(self) -> None:
+        """No correction before the burn-in ends: a posterior that was loaded may bring its q_out."""
+        if "ivon" in self.settings.method:
+            for group in self.optimizer.param_groups:
+                group["alpha"] = self.settings.alpha if self._corrected() else 0.0
 
     def _corrected(self) -> bool:
         return self.settings.method in CORRECTED and self.step >= self.settings.burn_in

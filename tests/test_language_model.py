@@ -362,6 +362,9 @@ def test_the_comparison_runs_and_reports(
     benchmark.store("tune", tuned, results)
     benchmark.store("compare", benchmark.compare(common, rates, tmp_path / "runs", 1), results)
     benchmark.store("variance", benchmark.variance(common, rates, tmp_path / "runs", 1), results)
+    for row in benchmark.stored("variance", results)["rows"]:
+        # At θ_in = θ_out with one noise for both, a corrected estimate is (1 − α) of the plain one and a constant.
+        assert row["ratios"][0][0] == pytest.approx((1 - common.alpha) ** 2, rel=1e-2), row
     page, picture = tmp_path / "RESULTS.md", tmp_path / "picture.png"
     page.write_text("# Results\n")
     benchmark.report(results, page, picture)
