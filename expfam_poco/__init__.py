@@ -11,19 +11,22 @@ Example:
 from . import blr, checks, correction, estimators, family, noise
 from .alpha_svrg import AlphaSVRG
 from .batched import BatchedDraws, PerExample
+from .batchnorm import recalibrate_batchnorm
 from .checkpoint import CheckpointError
 from .checks import LawError, check_family
 from .conversion import load_ivon_opt
-from .correction import BurnIn
 from .data import megabatches
+from .errors import NonFiniteError
 from .estimators import Draws, Estimator
-from .evaluation import NonFiniteError
 from .family import ExponentialFamily
 from .optimizer import PosteriorCorrected
 from .optimizers import IVON, SVRG, VON, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
-from .posterior import Objective, predict
+from .posterior import Objective
+from .prediction import ClassPrediction, predict, predict_classes, predict_samples
 from .registry import families_available, get_family, register, resolve_family
 from .saving import load, save
+from .schedules import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha
+from .tracking import log_diagnostics
 
 __version__ = "0.1.0"
 
@@ -50,10 +53,18 @@ __all__ = [
     "Draws",
     # around training
     "BurnIn",
+    "LinearAlpha",
+    "CosineAlpha",
+    "AdaptiveAlpha",
+    "log_diagnostics",
     "BatchedDraws",
     "PerExample",
     "megabatches",
     "predict",
+    "predict_samples",
+    "predict_classes",
+    "ClassPrediction",
+    "recalibrate_batchnorm",
     "Objective",
     # checkpoint files
     "save",

@@ -12,9 +12,17 @@ from torch.nn import Parameter
 
 from . import correction
 from .checkpoint import CheckpointError
-from .evaluation import Closure, Request, capture_random, evaluate, replay_random
+from .effects import Buffers, capture_random, replay_random
+from .errors import NonFiniteError
+from .evaluation import Closure, Measured, Request, check_chunks, evaluate, parts_of
 from .family import Theta
-from .posterior import check_chunks
+from .groups import check_max_grad_norm, checked_alpha
+from .inspection import weight_norm
+from .meter import VarianceMeter, is_meter_state
+from .scaling import ScaledOverflow
+from .schedules import AdaptiveAlpha, Staleness, alpha_from, describe_alpha
+
+CLOCK = ("steps", "refreshes", "refreshed", "skipped")
 
 
 class AlphaSVRG(torch.optim.Optimizer):
@@ -27,7 +35,10 @@ class AlphaSVRG(torch.optim.Optimizer):
 
     Args:
         base_optimizer: any torch optimizer whose step needs only gradients.
-        alpha: α in [0, 1] or a schedule step → α; no effect before `refresh`.
+        alpha: α in [0, 1], a schedule step → α (`schedules`), or "adaptive" (the α of least variance, measured for
+            every tensor); no effect before `refresh`.
+        max_grad_norm: clip the *corrected* gradient of all parameters together to this norm.
+        stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -39,18 +50,29 @@ class AlphaSVRG(torch.optim.Optimizer):
         >>> loss = opt.step(closure)
     """
 
-    def __init__(self, base_optimizer: torch.optim.Optimizer, *, alpha: correction.Alpha = 1.0) -> None:
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        alpha: correction.Alpha = 1.0,
+        max_grad_norm: float | None = None,
+        stale_after: int | None = 1000,
+    ) -> None:
         if not isinstance(base_optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"base_optimizer={type(base_optimizer).__name__}: give a torch.optim.Optimizer, made for the "
                 "model's parameters."
             )
-        if not callable(alpha):
-            correction.alpha_at(alpha, 1)
+        self.alpha = checked_alpha(alpha)
+        check_max_grad_norm(max_grad_norm)
         self.base = base_optimizer
-        self.alpha = alpha
-        self._steps = 0
+        self.max_grad_norm = max_grad_norm
+        self._clock = dict.fromkeys(CLOCK, 0)
         self._outer: dict[Parameter, tuple[Tensor, Tensor]] = {}
+        self._alphas: dict[int, float] = {}
+        self._buffers = Buffers()
+        self._meter = VarianceMeter()
+        self._stale = Staleness(stale_after)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.param_groups = base_optimizer.param_groups
         self.state = base_optimizer.state
@@ -65,49 +87,131 @@ class AlphaSVRG(torch.optim.Optimizer):
             self.base.add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+        scaler: Any = None,
+    ) -> Tensor:
         """Evaluate the closure here and, after a `refresh`, at the snapshot; correct; let the base step.
+
+        Args:
+            closure: returns the mean loss of the mini-batch; a list of closures accumulates micro-batches.
+            weights: the micro-batches' numbers of examples; None counts them equally.
+            scaler: a `torch.amp.GradScaler` for fp16; a step whose gradients overflow is skipped.
 
         Returns:
             the mini-batch loss at the current weights.
         """
-        if closure is None or not callable(closure):
-            raise TypeError(
-                "closure: step() evaluates the loss at two points; call step(closure) with a function that returns "
-                "the mini-batch's mean loss."
-            )
+        ((part, _),) = parts_of(closure, weights, scaler=scaler)
         params = self._params()
-        alpha, _ = correction.alpha_at(self.alpha, self._steps + 1)
-        random = capture_random(params)
-        inner = evaluate(closure, params, Request())
-        grads = list(inner.grads)
-        # Frozen, unfrozen or added since the snapshot: g_out belongs to another function, so the step is plain.
-        if alpha > 0.0 and set(params) == set(self._outer):
-            with replay_random(random), self._snapshot_weights(params):
-                outer = evaluate(closure, params, Request())
-            grads = [self._corrected(p, g, o, alpha) for p, g, o in zip(params, inner.grads, outer.grads, strict=True)]
+        number = self._clock["steps"] + 1
+        moved = None
+        try:
+            with self._buffers.recorded(params) as moved:
+                loss, grads = self._corrected_gradients(part, params, number)
+        except BaseException as error:
+            if moved is not None:
+                moved.restore()
+            if not isinstance(error, ScaledOverflow):
+                raise
+            self._clock.update(steps=number, skipped=self._clock["skipped"] + 1)
+            return NonFiniteError.loss
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
         self.base.step()
         for p in params:
             p.grad = None
-        self._steps += 1
-        return inner.loss
+        self._clock["steps"] = number
+        return loss
+
+    def _corrected_gradients(
+        self, part: Closure, params: Sequence[Parameter], number: int
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        alphas, measuring = self._alphas_at(params, number)
+        random = capture_random(params)
+        inner = evaluate(part, params, Request())
+        self._check_devices(params)
+        # Frozen, unfrozen or added since the snapshot: g_out belongs to another function, so the step is plain.
+        if not (any(alphas) or measuring) or set(params) != set(self._outer):
+            return inner.loss, list(inner.grads)
+        with replay_random(random), self._buffers.kept(params), self._snapshot_weights(params):
+            outer = evaluate(part, params, Request())
+        self._measure(params, inner, outer, alphas, number)
+        rows = zip(params, inner.grads, outer.grads, alphas, strict=True)
+        return inner.loss, [self._corrected(p, g, o, alpha) for p, g, o, alpha in rows]
+
+    def _check_devices(self, params: Sequence[Parameter]) -> None:
+        for i, p in enumerate(params):
+            if p in self._outer and self._outer[p][0].device != p.device:
+                raise RuntimeError(
+                    f"params: parameter {i} is on {p.device} but its snapshot on {self._outer[p][0].device}; move the "
+                    "model before refresh(), or call refresh() again."
+                )
+
+    def _alphas_at(self, params: Sequence[Parameter], number: int) -> tuple[list[float], bool]:
+        """α of every tensor, and whether pairs are to be measured though α may be 0."""
+        adaptive = self.alpha
+        if isinstance(adaptive, AdaptiveAlpha):
+            alphas = [self._meter.alpha(str(i), Theta._fields, adaptive)[0] for i in range(len(params))]
+            unknown = not any(self._meter.knows(str(i)) for i in range(len(params)))
+            measuring = unknown or number % adaptive.probe_every == 0
+        else:
+            alphas, measuring = [correction.alpha_at(adaptive, number)[0]] * len(params), False
+        self._alphas = dict(enumerate(alphas))
+        self._stale.check(any(alphas) or measuring, number - self._clock["refreshed"])
+        return alphas, measuring
+
+    def _measure(
+        self, params: Sequence[Parameter], inner: Measured, outer: Measured, alphas: Sequence[float], number: int
+    ) -> None:
+        """Show the meter the pairs."""
+        keep = self.alpha.keep if isinstance(self.alpha, AdaptiveAlpha) else None
+        if not self._meter.samples(number, keep is not None):
+            return
+        for i, (p, *pair) in enumerate(zip(params, inner.grads, outer.grads, strict=True)):
+            mean = Theta(self._outer[p][1])
+            sites = [Theta(torch.zeros_like(mean.theta) if g is None else g.to(mean.theta.dtype)) for g in pair]
+            terms = correction.variance_terms(sites[0], sites[1], correction.Outer(None, mean))
+            self._meter.add(str(i), terms, [alphas[i]], keep)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Plain numbers worth logging.
+
+        Steps, refreshes and skipped steps; α of the last step (the mean over tensors); "variance_ratio.theta" and
+        "optimal_alpha.theta", as `PosteriorCorrected.diagnostics` has them; the norm of the weights.
+        """
+        counts = {"steps": self._clock["steps"], "refreshes": self._clock["refreshes"]}
+        alphas = list(self._alphas.values()) or [0.0]
+        numbers = {"skipped_steps": self._clock["skipped"], "alpha": sum(alphas) / len(alphas)}
+        return {**counts, **numbers, **self._meter.read(), "weight_norm": weight_norm(self._params())}
 
     @torch.no_grad()
-    def refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Tensor:
-        """Take the snapshot: θ_out ← θ, g_out ← mean of the chunks' gradients there (weighted by `weights`)."""
-        closures, shares = check_chunks(closures, weights)
+    def refresh(
+        self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
+    ) -> Tensor:
+        """Take the snapshot: θ_out ← θ, g_out ← mean of the chunks' gradients there (weighted by `weights`).
+
+        With `scaler`, gradients are taken of the scaled loss; if they overflow, the snapshot stays as it was and the
+        error is raised. No buffers are moved.
+        """
+        chunks, shares = check_chunks(closures, weights)
         params = self._params()
         means = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
         losses = []
-        for closure, share in zip(closures, shares, strict=True):
-            measured = evaluate(closure, params, Request())
+        for chunk, share in zip(chunks, shares, strict=True):
+            ((part, _),) = parts_of(chunk, None, scaler=scaler)
+            with self._buffers.kept(params):
+                measured = evaluate(part, params, Request())
             losses.append(share * measured.loss)
             for mean, grad in zip(means, measured.grads, strict=True):
                 if grad is not None:
                     mean.add_(grad.to(mean.dtype), alpha=share)
         self._outer = {p: (p.detach().clone(), mean) for p, mean in zip(params, means, strict=True)}
+        self._clock.update(refreshes=self._clock["refreshes"] + 1, refreshed=self._clock["steps"])
         return torch.stack(losses).sum()
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +219,9 @@ class AlphaSVRG(torch.optim.Optimizer):
         numbered = list(enumerate(p for group in self.param_groups for p in group["params"]))
         outer = {i: list(self._outer[p]) for i, p in numbered if p in self._outer}
         shapes = [tuple(p.shape) for _, p in numbered]
-        return {**self.base.state_dict(), "alpha_svrg": {"outer": outer, "steps": self._steps, "shapes": shapes}}
+        own = {"outer": outer, "clock": dict(self._clock), "shapes": shapes}
+        own.update(alpha=describe_alpha(self.alpha), meter=self._meter.state())
+        return {**self.base.state_dict(), "alpha_svrg": own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -132,7 +238,9 @@ class AlphaSVRG(torch.optim.Optimizer):
             raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
         self.param_groups = self.base.param_groups
         self.state = self.base.state
-        self._steps = own["steps"]
+        self._clock = dict(own["clock"])
+        self.alpha = alpha_from(own["alpha"], self.alpha)
+        self._meter.load(own["meter"])
         self._outer = {
             params[i]: (
                 snapshot.to(params[i].device, copy=True),
@@ -148,8 +256,18 @@ class AlphaSVRG(torch.optim.Optimizer):
     def _checked(self, own: Any, params: Sequence[Parameter]) -> Mapping[str, Any]:
         if not isinstance(own, Mapping):
             raise CheckpointError("state_dict['alpha_svrg']: missing; this is not a checkpoint of AlphaSVRG.")
-        for name, kind in (("outer", Mapping), ("steps", int), ("shapes", list)):
-            if not isinstance(own.get(name), kind):
+        sound = {
+            **{name: isinstance(own.get(name), kind) for name, kind in (("outer", Mapping), ("shapes", list))},
+            "clock": isinstance(own.get("clock"), Mapping) and all(type(own["clock"].get(n)) is int for n in CLOCK),
+            "alpha": True,
+            "meter": is_meter_state(own.get("meter")),
+        }
+        try:
+            checked_alpha(alpha_from(own["alpha"], self.alpha))
+        except (KeyError, ValueError, TypeError, AttributeError):
+            sound["alpha"] = False
+        for name, ok in sound.items():
+            if not ok:
                 raise CheckpointError(f"state_dict['alpha_svrg'][{name!r}]: missing or damaged; use another file.")
         shapes = [tuple(p.shape) for p in params]
         if [tuple(shape) for shape in own["shapes"]] != shapes:

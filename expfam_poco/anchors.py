@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .batched import Batched
 from .blocks import Block
-from .evaluation import Closure, capture_random, replay_random
+from .effects import capture_random, replay_random
+from .evaluation import Closure
 from .measurement import View, dense_hessian, measure_draw
 
 KINDS = ("curvature", "stored", "products")
@@ -106,6 +107,13 @@ class Anchor:
         """(H_out − H_i)(m_in − m_out) of every view, from the mini-batch's products."""
         assert self._target is not None
         return [target - product for target, product in zip(self._target, products, strict=True)]
+
+    @staticmethod
+    def add_products(total: list[Tensor] | None, part: list[Tensor] | None, share: float) -> list[Tensor] | None:
+        """The products of one part of a step, added to those of the parts before it."""
+        if part is None or total is None:
+            return part if part is None or share == 1.0 else [share * product for product in part]
+        return [old + share * new for old, new in zip(total, part, strict=True)]
 
     def term(self, block: Block, product: Tensor, weight: float) -> Any:
         """The anchor as a site: its gradient is weight · product, nothing else."""

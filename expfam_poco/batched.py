@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import Parameter
 
+from .errors import NonFiniteError
+
 
 class Batched(ABC):
     """A closure that is evaluated at many draws of the weights at once, at the memory of as many copies of them.
@@ -165,8 +167,6 @@ class PerExample(Batched):
 
 
 def _require_finite(losses: Tensor, grads: Mapping[Parameter, Tensor | None]) -> None:
-    from .evaluation import NonFiniteError
-
     present = [losses, *(grad for grad in grads.values() if grad is not None)]
     if not all(bool(torch.isfinite(value).all()) for value in present):
         raise NonFiniteError(

@@ -15,11 +15,13 @@ from .correction import Outer
 from .estimators import Estimator
 from .family import ExponentialFamily
 from .groups import HYPERPARAMETERS, check_group
+from .meter import is_meter_state
 from .noise import NoiseKey
 from .registry import name_of
+from .schedules import alpha_from, describe_alpha
 
-FORMAT = 1
-CLOCK = ("step", "refresh", "chunk", "sample", "skipped")
+FORMAT = 2
+CLOCK = ("step", "refresh", "refreshed", "chunk", "sample", "skipped")
 _HEADER: dict[str, Any] = {
     "settings": Mapping,
     "seed": int,
@@ -49,8 +51,7 @@ def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in group.items() if key not in _OBJECTS}
     plain["family"] = describe(group["family"])
     plain["curvature"] = describe(group["curvature"])
-    alpha = group["alpha"]
-    plain["alpha"] = "schedule" if callable(alpha) else (list(alpha) if isinstance(alpha, tuple) else alpha)
+    plain["alpha"] = describe_alpha(group["alpha"])
     prior = group["prior"]
     if isinstance(prior, dict):
         plain["prior"] = {name: fields.to_plain(value) for name, value in prior.items()}
@@ -222,10 +223,9 @@ def decode_groups(own: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, An
 
 
 def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved hyperparameters; family, estimator and a schedule of α stay the optimizer's own."""
+    """The saved hyperparameters; family, estimator and a function of the user's own for α stay the optimizer's."""
     group = {key: value for key, value in saved.items() if key not in (*_OBJECTS, "params")}
-    alpha = saved["alpha"]
-    group["alpha"] = own["alpha"] if alpha == "schedule" else tuple(alpha) if isinstance(alpha, list) else alpha
+    group["alpha"] = alpha_from(saved["alpha"], own["alpha"])
     prior, state = saved["prior"], own["family"].State
     if prior and all(isinstance(value, Tensor) for value in prior.values()):
         group["prior"] = fields.from_plain(state, prior)
@@ -248,9 +248,8 @@ def check_header(header: Any, settings: Mapping[str, Any]) -> None:
     for name in CLOCK:
         if not isinstance(header["clock"].get(name), int) or header["clock"][name] < 0:
             raise CheckpointError(f"state_dict['poco']['clock'][{name!r}]: missing or damaged; use another file.")
-    for name, values in header["meter"].items():
-        if not isinstance(values, list) or [type(value) for value in values] != [float] * 4:
-            raise CheckpointError(f"state_dict['poco']['meter'][{name!r}]: damaged; use another file.")
+    if not is_meter_state(header["meter"]):
+        raise CheckpointError("state_dict['poco']['meter']: damaged; use another file.")
     for name, value in settings.items():
         if name not in header["settings"] or header["settings"][name] != value:
             raise CheckpointError(

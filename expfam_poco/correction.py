@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import fields
+from .schedules import AdaptiveAlpha
 
 if TYPE_CHECKING:
     from .family import ExponentialFamily
 
-Alpha = float | tuple[float, float] | Callable[[int], float | tuple[float, float]]
+Alpha = float | tuple[float, float] | Callable[[int], float | tuple[float, float]] | str | AdaptiveAlpha
 
 
 class Outer(NamedTuple):
@@ -50,25 +50,6 @@ class VarianceTerms(NamedTuple):
     plain: Tensor
     cross: Tensor
     outer: Tensor
-
-
-@dataclass(frozen=True)
-class BurnIn:
-    """The schedule α(t) = 0 for the first `steps` inner steps, `alpha` afterwards.
-
-    Example:
-        >>> import expfam_poco as poco
-        >>> schedule = poco.BurnIn(steps=100, alpha=0.7)
-        >>> schedule(100), schedule(101)
-        (0.0, 0.7)
-    """
-
-    steps: int
-    alpha: float = 1.0
-
-    def __call__(self, step: int) -> float:
-        """α at inner step `step`, counted from 1."""
-        return 0.0 if step <= self.steps else self.alpha
 
 
 def natural_correct(inner: Any, outer: Any, outer_mean: Any, alpha: float) -> Any:
@@ -186,7 +167,15 @@ def variance_ratio(plain: float, cross: float, outer: float, alpha: float) -> fl
     return (plain - 2.0 * alpha * cross + alpha * alpha * outer) / plain if plain > 0.0 else float("nan")
 
 
-def alpha_at(alpha: Alpha, step: int) -> tuple[float, float]:
+def optimal_alpha(plain: float, cross: float, outer: float, least_gain: float) -> float:
+    """α* = ⟨a,d⟩ / ⟨d,d⟩, clipped to [0, 1]; 0 where ‖a − α d‖² would be above (1 − least_gain) ‖a‖²."""
+    if not outer > 0.0 or not plain > 0.0:
+        return 0.0
+    alpha = min(max(cross / outer, 0.0), 1.0)
+    return alpha if variance_ratio(plain, cross, outer, alpha) <= 1.0 - least_gain else 0.0
+
+
+def alpha_at(alpha: Any, step: int) -> tuple[float, float]:
     """The pair (α of the gradient, α of the curvature) at inner step `step`, from a number, pair or schedule."""
     value = alpha(step) if callable(alpha) else alpha
     try:
@@ -196,7 +185,8 @@ def alpha_at(alpha: Alpha, step: int) -> tuple[float, float]:
         pair = (math.nan, math.nan)
     if not all(0.0 <= number <= 1.0 for number in pair):
         raise ValueError(
-            f"alpha={value!r}: give a number between 0 and 1, a pair of them (gradient, curvature), or a schedule."
+            f"alpha={value!r}: give a number between 0 and 1, a pair of them (gradient, curvature), a schedule, or "
+            "'adaptive'."
         )
     return pair
 

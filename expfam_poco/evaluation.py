@@ -1,14 +1,14 @@
 """Calling closures: gradients and curvatures of a mini-batch at given weights. No optimizer state, no update.
 
 A closure returns the mean loss of its batch at the current weights. It may call `backward()` itself, or return
-the loss with its graph; second derivatives need the latter.
+the loss with its graph; second derivatives need the latter. `Accumulated` closures stand for one batch in parts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,29 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .batched import Batched
+from .errors import NonFiniteError
+from .scaling import Scaling
+
 Closure = Callable[[], Any]
 ROWS_AT_ONCE = 256
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or a gradient was NaN or infinite; the weights and the posterior are as they were, unless `stepped`.
-
-    `stepped` is true after a step in place (of a large model) that was taken but for some weights whose new numbers
-    would not have been finite.
-
-    Example:
-        >>> import torch, expfam_poco as poco
-        >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> opt = poco.IVON([weight], lr=0.1, ess=8.0)
-        >>> try:
-        ...     opt.step(lambda: (weight / 0.0).sum())
-        ... except poco.NonFiniteError:
-        ...     print(weight.data)
-        tensor([0., 0.])
-    """
-
-    loss: Tensor = torch.tensor(float("nan"))
-    stepped: bool = False
 
 
 class Measured(NamedTuple):
@@ -68,6 +51,22 @@ class Request(NamedTuple):
         return len(self.vectors) > 0 or len(self.hessian) > 0
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """Closures of micro-batches that are evaluated, at the same weights, as one batch of their weighted mean loss.
+
+    `shares` sum to 1. With `scaling`, gradients are taken of the scaled loss and unscaled (fp16).
+    """
+
+    closures: Sequence[Closure]
+    shares: Sequence[float]
+    scaling: Scaling | None = None
+
+    def __call__(self) -> Any:
+        """Not a function: `evaluate` calls the parts one by one."""
+        raise TypeError("Accumulated closures are evaluated by the optimizer.")
+
+
 def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -> Measured:
     """Call the closure at the current weights and measure what was requested.
 
@@ -75,6 +74,70 @@ def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) ->
         TypeError: if the closure does not return a scalar loss, or has none to differentiate.
         NonFiniteError: if the loss or a gradient is NaN or infinite.
     """
+    if not isinstance(closure, Accumulated):
+        return _evaluate(closure, params, request)
+    total: Measured | None = None
+    for part, share in zip(closure.closures, closure.shares, strict=True):
+        if closure.scaling is None:
+            measured = _evaluate(part, params, request)
+        else:
+            measured = _evaluate_scaled(part, params, request, closure.scaling)
+        if len(closure.closures) == 1:
+            return measured
+        total = _accumulate(total, measured, share)
+    assert total is not None
+    return total
+
+
+def _accumulate(total: Measured | None, part: Measured, share: float) -> Measured:
+    """total + share · part, sums of gradients in float32 at least."""
+
+    def weighed(value: Tensor) -> Tensor:
+        return value.to(torch.promote_types(value.dtype, torch.float32)).mul(share)
+
+    def add(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if new is None:
+            return old
+        return weighed(new) if old is None else old.add_(new, alpha=share)
+
+    if total is None:
+        grads = [add(None, new) for new in part.grads]
+        products = [[weighed(new) for new in news] for news in part.products]
+        hessians = {key: weighed(value) for key, value in part.hessians.items()}
+        return Measured(share * part.loss, grads, products, hessians)
+    grads = [add(old, new) for old, new in zip(total.grads, part.grads, strict=True)]
+    products = [
+        [_present(add(old, new)) for old, new in zip(olds, news, strict=True)]
+        for olds, news in zip(total.products, part.products, strict=True)
+    ]
+    hessians = {key: _present(add(total.hessians.get(key), value)) for key, value in part.hessians.items()}
+    return Measured(total.loss + share * part.loss, grads, products, hessians)
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _evaluate_scaled(closure: Closure, params: Sequence[Parameter], request: Request, scaling: Scaling) -> Measured:
+    """Gradients by way of the scaled loss, in the range of fp16."""
+    if request.second_order:
+        raise TypeError(
+            "scaler: this curvature or anchor estimator differentiates twice, which loss scaling does not cover; use "
+            "curvature='reparam' or 'gradsq', or bfloat16 without a scaler."
+        )
+    loss, by_closure = _call(closure, params)
+    value = loss.detach()
+    if not request.gradient:
+        return Measured(_finite_loss(loss), [None] * len(params), [], {})
+    if all(grad is None for grad in by_closure):
+        by_closure = _differentiate(scaling.scale(loss), params, create_graph=False)
+    grads = scaling.unscale(params, [None if grad is None else _dense(grad) for grad in by_closure])
+    _require_finite(grads)
+    return Measured(_finite_loss(value), grads, [], {})
+
+
+def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -> Measured:
     loss, by_closure = _call(closure, params)
     called_backward = any(grad is not None for grad in by_closure)
     value = _finite_loss(loss)
@@ -222,32 +285,48 @@ def _require_finite_curvature(values: Sequence[Tensor]) -> None:
         )
 
 
-class RandomState(NamedTuple):
-    """The states of torch's global generators, on the CPU and on the CUDA devices that hold parameters."""
-
-    cpu: Tensor
-    cuda: dict[int, Tensor]
-
-
-def capture_random(params: Sequence[Parameter]) -> RandomState:
-    """The generators' states now, to show a second evaluation the same dropout masks."""
-    devices = {p.device.index or 0 for p in params if p.device.type == "cuda"}
-    return RandomState(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
-
-
-@contextmanager
-def replay_random(state: RandomState) -> Iterator[None]:
-    """Run a block with the generators as they were, and put them back to the present afterwards."""
-    now_cpu = torch.get_rng_state()
-    now_cuda = {device: torch.cuda.get_rng_state(device) for device in state.cuda}
-    _restore(state)
-    try:
-        yield
-    finally:
-        _restore(RandomState(now_cpu, now_cuda))
+def check_chunks(closures: Sequence[Closure], weights: Sequence[float] | None) -> tuple[list[Closure], list[float]]:
+    """The chunks of a batch as a list, and their shares of it (summing to 1)."""
+    if callable(closures):
+        closures = [closures]
+    closures = list(closures)
+    if len(closures) == 0 or not all(callable(closure) for closure in closures):
+        raise ValueError("closures: give a list of functions, one for each chunk, at least one.")
+    values = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
+    if len(values) != len(closures) or not all(0.0 < value < float("inf") for value in values):
+        raise ValueError(
+            f"weights={values}: give one positive number (of examples) for each of the {len(closures)} closures."
+        )
+    total = sum(values)
+    return closures, [value / total for value in values]
 
 
-def _restore(state: RandomState) -> None:
-    torch.set_rng_state(state.cpu)
-    for device, value in state.cuda.items():
-        torch.cuda.set_rng_state(value, device)
+def parts_of(
+    closure: Any, weights: Sequence[float] | None, *, fresh_noise: bool = False, scaler: Any = None
+) -> list[tuple[Closure, float]]:
+    """What one step evaluates, and the shares: one closure for all micro-batches, or several with noise of their own.
+
+    Raises:
+        TypeError: without a closure: the loss must be evaluated at weights chosen by the optimizer.
+    """
+    if closure is None or not (callable(closure) or isinstance(closure, list | tuple)):
+        raise TypeError(
+            f"closure={closure!r}: step() evaluates the loss itself; call step(closure) with a function that returns "
+            "the mini-batch's mean loss, or with a list of such functions."
+        )
+    if weights is not None and callable(closure):
+        raise ValueError("weights: they are for a list of closures; leave them out for one closure.")
+    closures, shares = check_chunks(closure, weights)
+    scaling = None if scaler is None else Scaling(scaler)
+    batched = [part for part in closures if isinstance(part, Batched)]
+    if batched and (len(closures) > 1 or scaling is not None):
+        raise TypeError(
+            f"closure: {type(batched[0]).__name__} can be neither accumulated nor scaled; give one with all examples, "
+            "or ordinary closures."
+        )
+    if fresh_noise:
+        pairs = zip(closures, shares, strict=True)
+        return [(c if scaling is None else Accumulated([c], [1.0], scaling), share) for c, share in pairs]
+    if len(closures) == 1 and scaling is None:
+        return [(closures[0], 1.0)]
+    return [(Accumulated(closures, shares, scaling), 1.0)]

@@ -13,6 +13,7 @@ from . import correction
 from .blocks import Block
 from .estimators import Estimator, resolve_estimator
 from .registry import resolve_family
+from .schedules import AdaptiveAlpha, resolve_alpha
 
 RETRACTIONS = ("second_order", "plain")
 SHELL_WIDE = ("noise", "mc_samples", "anchor", "max_grad_norm", "nonfinite", "seed", "rescale_lr")
@@ -134,8 +135,19 @@ def check_group(group: dict[str, Any]) -> None:
     for name in ("debias", "reanchor_average"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r}: give True or False.")
-    if not callable(group["alpha"]):
-        correction.alpha_at(group["alpha"], 1)
+    group["alpha"] = checked_alpha(group["alpha"])
+
+
+def checked_alpha(alpha: Any) -> Any:
+    """α, with "adaptive" resolved; a function is looked at when it is called.
+
+    Raises:
+        ValueError: for anything but a number or pair in [0, 1], a schedule, or "adaptive".
+    """
+    alpha = resolve_alpha(alpha)
+    if not callable(alpha) and not isinstance(alpha, AdaptiveAlpha):
+        correction.alpha_at(alpha, 1)
+    return alpha
 
 
 def _check_strength(group: Mapping[str, Any]) -> None:
@@ -183,6 +195,11 @@ def check_shell(
         raise ValueError(f"noise={noise!r}: choose one of {', '.join(modes)}.")
     if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
         raise ValueError(f"mc_samples={mc_samples!r}: give an integer, 1 or larger.")
+    check_max_grad_norm(max_grad_norm)
+
+
+def check_max_grad_norm(max_grad_norm: Any) -> None:
+    """Refuse what is no positive number nor None."""
     if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0.0):
         raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a positive number, or None for no clipping.")
 
@@ -210,6 +227,20 @@ def initial_posterior(block: Block) -> Any:
     if group["hess_init"] is not None:
         strength = group["ess"] * (group["hess_init"] + group["weight_decay"])
     return block.family.centred_at(block.read(), strength)
+
+
+def check_device(block: Block, posterior: Any) -> None:
+    """Refuse a block whose parameters have moved to another device than their posterior.
+
+    Raises:
+        RuntimeError: names the parameter and both devices.
+    """
+    where = posterior[0].device
+    if where != block.device:
+        raise RuntimeError(
+            f"params: {block.name!r} is on {block.device} but its posterior on {where}; move the model before the "
+            "first step, or call optimizer.load_state_dict(optimizer.state_dict()) after moving it."
+        )
 
 
 def prior_of(block: Block) -> Any:

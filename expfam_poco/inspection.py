@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import correction, fields, streaming
 from . import posterior as inference
-from .backend import Backend
-from .blocks import Block
-from .evaluation import Closure
+from .evaluation import Closure, check_chunks
 from .measurement import SAMPLE, draw_noise
-from .meter import VarianceMeter
 from .noise import NoiseKey
 from .posterior import Objective
+from .schedules import AdaptiveAlpha, Staleness
+from .shell import Shell
 from .spans import can_stream
+from .variance import PairedVariance
 
 
-class Inspection:
+class Inspection(Shell):
     """The questions that a `PosteriorCorrected` answers; mixed into it."""
-
-    seed: int
-    param_groups: list[dict[str, Any]]
-    _clock: dict[str, int]
-    _meter: VarianceMeter
-    _alphas: list[tuple[float, float]]
-    backend: Backend
-
-    def _active(self) -> list[Block]:
-        raise TypeError("Inspection is mixed into an optimizer, which knows its blocks.")
-
-    def _state(self, block: Block) -> dict[str, Any]:
-        raise TypeError("Inspection is mixed into an optimizer, which keeps the state.")
-
-    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
-        raise TypeError("Inspection is mixed into an optimizer, which restores the weights.")
-
-    def _streaming(self, blocks: Sequence[Block]) -> Backend | None:
-        raise TypeError("Inspection is mixed into an optimizer, which knows its backend.")
-
-    def _write_point(self, block: Block) -> None:
-        raise TypeError("Inspection is mixed into an optimizer, which restores the weights.")
 
     @contextmanager
     def sampled(self, seed: int | None = None, *, at_point: bool = False) -> Iterator[None]:
@@ -113,17 +93,71 @@ class Inspection:
         }
         for i, group in enumerate(self.param_groups):
             suffix = f".group{i}" if len(self.param_groups) > 1 else ""
-            used = self._alphas[i] if i < len(self._alphas) else correction.alpha_at(group["alpha"], 1)
+            used = self._mean_alpha(i, group)
             numbers[f"alpha{suffix}"] = used[0]
             if used[1] != used[0]:
                 numbers[f"alpha_curvature{suffix}"] = used[1]
         numbers.update(self._meter.read())
         numbers["compile_seconds"] = self.backend.compile_seconds
         present = {b.name: b.family.distribution(self._state(b)["posterior"]) for b in self._active()}
+        numbers["weight_norm"] = weight_norm(p for block in self._active() for p in block.params)
         deviation = inference.mean_stddev(present)
         if deviation is not None:
             numbers["mean_stddev"] = deviation
         return numbers
+
+    def _mean_alpha(self, number: int, group: dict[str, Any]) -> tuple[float, float]:
+        """α of the last step, the mean over a group's weights (adaptive ones differ from tensor to tensor)."""
+        blocks = [b for b in self._blocks if b.group_number == number and b.name in self._alphas]
+        weights = sum(b.numel for b in blocks)
+        if not blocks:
+            adaptive = isinstance(group["alpha"], AdaptiveAlpha)
+            return (0.0, 0.0) if adaptive else correction.alpha_at(group["alpha"], 1)
+        pairs = [self._alphas[b.name] for b in blocks]
+        if len(set(pairs)) == 1:
+            return pairs[0]
+        first, second = (sum(p[k] * b.numel for p, b in zip(pairs, blocks, strict=True)) / weights for k in (0, 1))
+        return first, second
+
+    @torch.no_grad()
+    def measure_variance(self, closures: Sequence[Closure]) -> dict[str, float]:
+        """The variances, at the present q_in and q_out, of plain and corrected estimates over mini-batches.
+
+        Nothing is changed: the pair is evaluated for every closure, with the noise of a step of its own.
+
+        Args:
+            closures: mini-batches, at least two (some twenty for a useful number).
+
+        Returns:
+            for every field of the sites ("gradient" and "curvature" of Gaussians): "variance.…" of the plain estimate,
+            "variance_ratio.…" corrected/plain, "anchored_variance_ratio.…" with the anchor term, "optimal_alpha.…"
+            (Cov/Var) and "optimal_variance_ratio.…" with it. Variances are summed over all weights.
+
+        Raises:
+            ValueError: with fewer than two closures, or without a q_out to correct with.
+        """
+        chunks, _ = check_chunks(closures, None)
+        blocks = self._trainable()
+        if len(chunks) < 2:
+            raise ValueError(f"closures: a variance needs two mini-batches or more, not {len(chunks)}.")
+        if not self._outer_is_of(blocks):
+            raise ValueError("closures: there is no q_out of the present parameters; call refresh(closures) first.")
+        collected, alphas, known = PairedVariance(), self._alphas, self._stale
+        self._stale = Staleness(None)
+        params = [p for block in blocks for p in block.params]
+        try:
+            with self._weights_restored(blocks), self._pairs.undone(params):
+                for number, closure in enumerate(chunks, self._clock["step"] + 1):
+                    collected.add(self._corrected_sites([(closure, 1.0)], blocks, number, always=True)[1])
+        finally:
+            self._alphas, self._stale = alphas, known
+        return collected.read()
+
+
+def weight_norm(params: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all weights together."""
+    norms = torch._foreach_norm([p.detach() for p in params if p.numel()])
+    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
 
 
 def _copied(state: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import fields
 from .batched import Batched
 from .blocks import Block
 from .estimators import Draws, Estimator
@@ -24,7 +25,11 @@ NOISE_MODES = ("shared", "independent", "fixed", "antithetic", "zero")
 
 @dataclass
 class View:
-    """A block seen at one posterior (inner or outer) with its draws: what is measured for it, and the record."""
+    """A block seen at one posterior (inner or outer) with its draws: what is measured for it, and the record.
+
+    `total` is the sum of earlier parts (chunks, micro-batches), to which this one is added with `weight`;
+    `used_before` says whether one of them depended on the block.
+    """
 
     block: Block
     estimator: Estimator
@@ -35,6 +40,9 @@ class View:
     grad: list[Tensor | None] = field(default_factory=list)
     curvature: list[Tensor | None] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
+    total: Any = None
+    weight: float = 1.0
+    used_before: bool = False
 
     @property
     def count(self) -> int:
@@ -74,7 +82,13 @@ class View:
 
     def used(self) -> bool:
         """Whether any evaluation depended on the block."""
-        return self.estimator.needs == "loss" or any(grad is not None for grad in self.grad)
+        return self.used_before or self.estimator.needs == "loss" or any(grad is not None for grad in self.grad)
+
+    def settled(self) -> Any:
+        """The total with this part."""
+        site = self.natural_gradient()
+        site = site if self.weight == 1.0 else fields.scale(site, self.weight)
+        return site if self.total is None else fields.add(self.total, site)
 
     def natural_gradient(self) -> Any:
         """The estimator's site from all recorded evaluations."""
@@ -107,7 +121,7 @@ def draw_probes(block: Block, estimator: Estimator, count: int, key: NoiseKey) -
     if estimator.needs != "hvp":
         return None
     probes: int = getattr(estimator, "probes", 1)
-    key = key.at(parameter=block.index)
+    key = key.at(parameter=block.index, draw=key.draw * probes)
     signs = noise("rademacher", tuple(block.shape), count * probes, key, dtype=block.dtype, device=block.device)
     return signs.reshape(count, probes, *block.shape)
 

@@ -2,69 +2,103 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .blocks import Block
-from .correction import Outer, variance_ratio, variance_terms
+import torch
+from torch import Tensor
+
+from .correction import VarianceTerms, optimal_alpha, variance_ratio
+from .schedules import AdaptiveAlpha
 
 # Prime, so that refreshes every 10 or 20 steps do not always show it the same step after them.
 EVERY = 7
 KEEP = 0.9
+SUMS = len(VarianceTerms._fields)
 
 
 class VarianceMeter:
-    """Moving averages, sampled every seventh step, of the sums in `correction.variance_terms` over all blocks."""
+    """Moving averages of the sums in `correction.variance_terms`, for every tensor and field of its sites.
+
+    Tensors with a fixed α are looked at every seventh step, those with an adaptive one at every step that measures a
+    pair.
+    """
 
     def __init__(self) -> None:
-        self.averages: dict[str, list[float]] = {}
-        self._step = -1
-        self._sums: dict[str, list[float]] = {}
+        # Per tensor and field: ⟨a,a⟩, ⟨a,d⟩, ⟨d,d⟩, and ‖a − α d‖² with the α that was used.
+        self._averages: dict[str, dict[str, list[float]]] = {}
+        self._squares: dict[str, float] = {}
+        self._square_step = 0
 
     @staticmethod
-    def samples(step: int) -> bool:
+    def samples(step: int, adaptive: bool = False) -> bool:
         """Whether this step is one of those that are sampled."""
-        return step % EVERY == 0
+        return adaptive or step % EVERY == 0
 
-    def add(
-        self, step: int, block: Block, site_in: Any, site_out: Any, outer: Outer, alpha: tuple[float, float]
-    ) -> None:
-        """Take in one block's pair of sites, at the steps that are sampled."""
-        if not self.samples(step):
-            return
-        if step != self._step:
-            self._flush()
-            self._step = step
-        terms = variance_terms(site_in, site_out, outer)
-        weights = block.family.per_block(*alpha)
-        for name, term, weight in zip(terms._fields, terms, weights, strict=True):
-            plain, cross, spread = (float(value) for value in term)
-            corrected = variance_ratio(plain, cross, spread, weight) * plain if plain > 0.0 else 0.0
-            sums = self._sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])
-            for i, value in enumerate((plain, cross, spread, corrected)):
-                sums[i] += value
+    def add(self, name: str, terms: Any, alphas: Iterable[float], keep: float | None = None) -> None:
+        """Take in one tensor's `VarianceTerms` of every field, and the α that was used for each."""
+        keep = KEEP if keep is None else keep
+        numbers = torch.stack([torch.stack([value.double().cpu() for value in term]) for term in terms]).tolist()
+        known = self._averages.setdefault(name, {})
+        for field, (plain, cross, outer), alpha in zip(terms._fields, numbers, alphas, strict=True):
+            corrected = variance_ratio(plain, cross, outer, alpha) * plain if plain > 0.0 else 0.0
+            new = [plain, cross, outer, corrected]
+            old = known.get(field, new)
+            known[field] = [keep * a + (1.0 - keep) * b for a, b in zip(old, new, strict=True)]
+
+    def add_square(self, step: int, name: str, square: Tensor | float) -> None:
+        """Take in ‖corrected gradient‖² of one tensor."""
+        if step != self._square_step:
+            self._squares, self._square_step = {}, step
+        self._squares[name] = float(square)
+
+    def alpha(self, name: str, momentum_block: Iterable[str], adaptive: AdaptiveAlpha) -> tuple[float, float]:
+        """α* of a tensor's gradient (the fields that momentum averages) and of its curvature; 0 before any look."""
+        first = set(momentum_block)
+        pair = []
+        for belongs in (lambda field: field in first, lambda field: field not in first):
+            sums = [values[:SUMS] for field, values in self._averages.get(name, {}).items() if belongs(field)]
+            plain, cross, outer = (sum(values) for values in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
+            pair.append(optimal_alpha(plain, cross, outer, adaptive.least_gain))
+        return pair[0], pair[1]
+
+    def knows(self, name: str) -> bool:
+        """Whether a pair of this tensor has been measured."""
+        return name in self._averages
 
     def read(self) -> dict[str, float]:
-        """For every field: the ratio corrected/plain and the α that would minimise it."""
-        self._flush()
+        """For every field, over all tensors: the ratio corrected/plain and the α that would minimise it; norms."""
+        totals: dict[str, list[float]] = {}
+        for fields in self._averages.values():
+            for field, values in fields.items():
+                old = totals.get(field, [0.0] * len(values))
+                totals[field] = [a + b for a, b in zip(old, values, strict=True)]
         numbers = {}
-        for name, (plain, cross, spread, corrected) in self.averages.items():
-            numbers[f"variance_ratio.{name}"] = corrected / plain if plain > 0.0 else float("nan")
-            numbers[f"optimal_alpha.{name}"] = cross / spread if spread > 0.0 else float("nan")
+        for field, (plain, cross, outer, corrected) in totals.items():
+            numbers[f"variance_ratio.{field}"] = corrected / plain if plain > 0.0 else float("nan")
+            numbers[f"optimal_alpha.{field}"] = cross / outer if outer > 0.0 else float("nan")
+        if self._squares:
+            numbers["gradient_norm"] = math.sqrt(sum(self._squares.values()))
         return numbers
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        self._flush()
-        return {name: list(values) for name, values in self.averages.items()}
+        averages = {name: {f: list(v) for f, v in fields.items()} for name, fields in self._averages.items()}
+        return {"averages": averages, "squares": dict(self._squares), "square_step": self._square_step}
 
-    def load(self, state: dict[str, list[float]]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.averages = {name: list(values) for name, values in state.items()}
-        self._sums = {}
+        self._averages = {name: {f: list(v) for f, v in fs.items()} for name, fs in state["averages"].items()}
+        self._squares, self._square_step = dict(state["squares"]), state["square_step"]
 
-    def _flush(self) -> None:
-        for name, sums in self._sums.items():
-            old = self.averages.get(name)
-            new = sums if old is None else [KEEP * a + (1.0 - KEEP) * b for a, b in zip(old, sums, strict=True)]
-            self.averages[name] = new
-        self._sums = {}
+
+def is_meter_state(state: Any) -> bool:
+    """Whether it has the form of `VarianceMeter.state()`."""
+    if not isinstance(state, Mapping) or not all(isinstance(state.get(n), Mapping) for n in ("averages", "squares")):
+        return False
+    if not all(isinstance(fields, Mapping) for fields in state["averages"].values()):
+        return False
+    rows = [row for fields in state["averages"].values() for row in fields.values()]
+    whole = all(isinstance(row, list) and [type(v) for v in row] == [float] * (SUMS + 1) for row in rows)
+    return whole and all(type(v) is float for v in state["squares"].values()) and type(state.get("square_step")) is int

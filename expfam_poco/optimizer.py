@@ -13,26 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import anchors, blr, checkpoint, correction, fields, groups, posterior, streaming
+from . import anchors, blr, checkpoint, correction, fields, groups, streaming
 from .backend import Backend, plainly
-from .batched import Batched
 from .blocks import Block, make_blocks
+from .errors import NonFiniteError
 from .estimators import Estimator
-from .evaluation import Closure, NonFiniteError, capture_random, replay_random
+from .evaluation import Closure, check_chunks, parts_of
 from .family import ExponentialFamily
 from .inspection import Inspection
-from .measurement import NOISE_MODES, View, measure_batched, measure_draw
+from .measurement import NOISE_MODES, View
 from .meter import VarianceMeter
 from .noise import NoiseKey
+from .pairs import Pairs
+from .resuming import Resuming
+from .scaling import ScaledOverflow
+from .schedules import AdaptiveAlpha, Staleness
 from .spans import can_stream
 from .steps import WholeStep
 from .streaming import StreamedStep, StreamedView
-from .views import NoisePlan
+from .views import NoisePlan, Part
 
 Step = WholeStep | StreamedStep
 
 
-class PosteriorCorrected(Inspection, torch.optim.Optimizer):
+class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
 
         ĝ = ∇̃L_B(λ_in) − α [∇̃L_B(λ_out) − ḡ_out],      λ ← λ − η (∇̃KL(q_λ ‖ p₀) + N ĝ)     (PC Eq. 13, 18)
@@ -47,7 +51,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         ess: N (κ), the number of examples that the mean loss stands for.
         weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
         prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
-        alpha: α in [0, 1], a pair for gradient and curvature, or a schedule step → α. No effect before `refresh`.
+        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`schedules`), or "adaptive" (the α
+            of least variance, measured for every tensor). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
         noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
             refresh, Alg. 3 and 5), "antithetic" (pairs ±ε), "zero" (the delta method).
@@ -68,6 +73,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         backend: how large models are stepped, "auto", "eager", "mixed" or "compiled"; see `backend`.
         one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
             weights of models that are stepped span by span; evaluate inside `with optimizer.sampled(at_point=True)`.
+        stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
             "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss.
@@ -113,6 +119,7 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         nonfinite: str = "raise",
         backend: str = "auto",
         one_pass: bool = False,
+        stale_after: int | None = 1000,
         seed: int | None = None,
         lr_scale: float | str = 1.0,
     ) -> None:
@@ -127,7 +134,9 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         self.one_pass = one_pass
         self._anchor = anchors.Anchor(anchor)
         self._meter = VarianceMeter()
-        self._alphas: list[tuple[float, float]] = []
+        self._pairs = Pairs(self._anchor)
+        self._stale = Staleness(stale_after)
+        self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(checkpoint.CLOCK, 0)
         self._blocks: list[Block] = []
         defaults = {
@@ -192,7 +201,10 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             if not state:
                 state["posterior"] = groups.initial_posterior(block)
                 state.update(momentum=(), outer=None, step=0, refresh=0, in_mega=False, drawn=None)
-            elif block.weights_changed() and not streaming.still_drawn(block, state, self.noise, self.backend):
+                block.note_weights()
+                continue
+            groups.check_device(block, state["posterior"])
+            if block.weights_changed() and not streaming.still_drawn(block, state, self.noise, self.backend):
                 state["posterior"] = block.reconcile(state["posterior"])
             block.note_weights()
         return active
@@ -228,11 +240,23 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
     # ---- one inner step ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+        fresh_noise: bool = False,
+        scaler: Any = None,
+    ) -> Tensor:
         """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
 
         Args:
-            closure: returns the mean loss of the mini-batch (see `evaluation`), or is `Batched`.
+            closure: returns the mean loss of the mini-batch (see `evaluation`), or is `Batched`; a list of closures
+                accumulates the gradients of micro-batches, as if they were one batch.
+            weights: the micro-batches' numbers of examples; None counts them equally.
+            fresh_noise: draw weights anew for every micro-batch, and average their natural gradients.
+            scaler: a `torch.amp.GradScaler` for fp16; a step whose gradients overflow is skipped, and the scaler told.
+                Closures return the unscaled loss. Call `scaler.update()` afterwards.
 
         Returns:
             the mini-batch loss at the sampled weights, averaged over draws.
@@ -242,45 +266,77 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
             NonFiniteError: if a loss or gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or
                 after a step in place in which some weights had to keep their values (`docs/speed.md`).
         """
-        if closure is None or not callable(closure):
-            raise TypeError(
-                "closure: step() evaluates the loss at sampled weights; call step(closure) with a function that "
-                "returns the mini-batch's mean loss."
-            )
+        parts = parts_of(closure, weights, fresh_noise=fresh_noise, scaler=scaler)
         blocks = self._trainable()
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
-            with self._weights_restored(blocks):
-                loss, steps = self._corrected_sites(closure, blocks, number)
+            with self._weights_restored(blocks), self._pairs.undone_on_error():
+                loss, steps = self._corrected_sites(parts, blocks, number)
                 self._advance(steps, number)
         except NonFiniteError as error:
             if error.stepped:  # all weights but some have moved
                 self._clock["step"] = number
-            if self.nonfinite == "raise":
+            if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
                 raise
             self._clock["skipped"] += 1
         self._clock["step"] = number
         return loss
 
-    def _corrected_sites(self, closure: Closure, blocks: Sequence[Block], number: int) -> tuple[Tensor, list[Step]]:
-        """Evaluate the pair of every draw, inner first, and correct."""
-        self._alphas = [correction.alpha_at(group["alpha"], number) for group in self.param_groups]
-        alphas = [self._alphas[block.group_number] for block in blocks]
-        plan = self._plan(blocks)
-        inner = [plan.at_inner(block, self._state(block)["posterior"], number, closure) for block in blocks]
-        outer = None
-        if any(max(alpha) > 0.0 for alpha in alphas) and self._outer_is_of(blocks):
-            refresh = self._clock["refresh"]
-            outer = [plan.at_outer(view, self._state(view.block)["outer"].posterior, number, refresh) for view in inner]
-        loss, products = self._evaluate_pairs(closure, inner, outer)
+    def _corrected_sites(
+        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
+    ) -> tuple[Tensor, list[Step]]:
+        """Evaluate the pair of every draw of every part, inner first, and correct; `always`: even where α is 0."""
+        alphas, probed = self._alphas_at(blocks, number, always)
+        correcting = (any(map(any, alphas)) or any(probed)) and self._outer_is_of(blocks)
+        plan, refresh = self._plan(blocks), self._clock["refresh"]
+        inner: Sequence[View] = []
+        outer: Sequence[View] | None = None
+        nothing: list[View | None] = [None] * len(blocks)
+        total, products = torch.zeros(()), None
+        for index, (closure, share) in enumerate(parts):
+            several = len(parts) > 1
+            places = [Part(index, share, before, several) for before in inner or nothing]
+            there = [Part(index, share, before, several) for before in outer or nothing]
+            inner = [
+                plan.at_inner(b, self._state(b)["posterior"], number, closure, place)
+                for b, place in zip(blocks, places, strict=True)
+            ]
+            if correcting:
+                outer = [
+                    plan.at_outer(v, self._state(v.block)["outer"].posterior, number, refresh, closure, place)
+                    for v, place in zip(inner, there, strict=True)
+                ]
+            loss, found = self._pairs.evaluate(closure, inner, outer)
+            total = total.to(loss) + share * loss
+            products = self._anchor.add_products(products, found, share)
         steps = []
         for i, view in enumerate(inner):
-            if outer is None or max(alphas[i]) == 0.0:
+            if outer is None or not (any(alphas[i]) or probed[i]):
                 if view.used():
                     steps.append(self._step_of(view, None, alphas[i], None))
             elif view.used() or outer[i].used() or self._state(view.block)["in_mega"]:
                 steps.append(self._step_of(view, outer[i], alphas[i], None if products is None else products[i]))
-        return loss, steps
+        return total, steps
+
+    def _alphas_at(
+        self, blocks: Sequence[Block], number: int, always: bool
+    ) -> tuple[list[tuple[float, float]], list[bool]]:
+        """Every block's α (gradient, curvature) at this step, and whether its pair is to be measured anyway."""
+        adaptive = [block for block in blocks if isinstance(block.group["alpha"], AdaptiveAlpha)]
+        unknown = not any(self._meter.knows(block.name) for block in adaptive)
+        alphas, probed = [], []
+        for block in blocks:
+            alpha, probe = block.group["alpha"], always
+            if isinstance(alpha, AdaptiveAlpha):
+                pair = self._meter.alpha(block.name, block.family.momentum_block, alpha)
+                probe = always or unknown or number % alpha.probe_every == 0
+            else:
+                pair = correction.alpha_at(alpha, number)
+            alphas.append(pair)
+            probed.append(probe)
+        self._alphas = {block.name: pair for block, pair in zip(blocks, alphas, strict=True)}
+        self._stale.check(any(map(any, alphas)) or any(probed), number - self._clock["refreshed"])
+        return alphas, probed
 
     def _step_of(self, inner: View, outer: View | None, alpha: tuple[float, float], product: Tensor | None) -> Step:
         """One block's step; `product` is H̄ (m_in − m_out), where the anchor term comes from products."""
@@ -299,32 +355,6 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         stamped = {b.index for b in self._blocks if self.state.get(b.params[0], {}).get("refresh") == latest}
         return latest > 0 and stamped == {block.index for block in blocks}
 
-    def _evaluate_pairs(
-        self, closure: Closure, inner: Sequence[View], outer: Sequence[View] | None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """Call the closure for every draw, θ_in first; returns the loss and the anchor's H̄(m_in − m_out)."""
-        params = [p for view in inner for p in view.block.params]
-        if isinstance(closure, Batched):
-            random = capture_random(params)
-            if outer is None or closure.pairs:
-                return measure_batched(closure, inner, *([] if outer is None else [outer])), None
-            loss = measure_batched(closure, inner)
-            with replay_random(random):
-                measure_batched(closure, outer)
-            return loss, None
-        shift = self._anchor.shift(inner, outer)
-        losses, terms = [], []
-        for draw in range(inner[0].count):
-            random = capture_random(params)
-            losses.append(self._measure(closure, inner, draw)[0])
-            if outer is not None:
-                with replay_random(random):
-                    products = self._measure(closure, outer, draw, shift)[1]
-                    if shift is not None:
-                        terms.append(self._anchor.difference(products))
-        mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
-        return torch.stack(losses).mean(), mean_terms
-
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
         factor = 1.0
@@ -334,7 +364,8 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         for step in steps:
             step.prepare(factor, following)
         for step in steps:
-            step.meter(self._meter, number)
+            alpha = step.block.group["alpha"]
+            step.meter(self._meter, number, alpha.keep if isinstance(alpha, AdaptiveAlpha) else None)
         streaming.commit(steps)
         error = streaming.unsound_error(steps)
         if error is not None:
@@ -343,65 +374,46 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
     # ---- q_out -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Tensor:
+    def refresh(
+        self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
+    ) -> Tensor:
         """Make q_out from a mega-batch: λ_out ← λ_in, ḡ_out ← ρ ḡ_out + (1−ρ) mean over chunks (Eq. 17, 26).
 
         Args:
             closures: one for each chunk of the mega-batch; each returns the mean loss of its chunk.
             weights: the chunks' numbers of examples; None counts chunks equally.
+            scaler: a `torch.amp.GradScaler` for fp16, told of overflows; call `scaler.update()` after the next step.
 
         Returns:
             the mega-batch's mean loss at the sampled weights.
 
         On any error, also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
-        closures, shares = posterior.check_chunks(closures, weights)
+        chunks, shares = check_chunks(closures, weights)
+        parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
         blocks = self._trainable()
         refresh = self._clock["refresh"] + 1
         plan = self._plan(blocks)
-        sums = [plan.empty_total(b, self._state(b)["posterior"], closures[0]) for b in blocks]
-        used = [False] * len(blocks)
+        views: list[View] = []
+        before: Sequence[View | None] = [None] * len(blocks)
         losses = []
         self._anchor.begin()
         with self._weights_restored(blocks):
-            for number, (closure, share) in enumerate(zip(closures, shares, strict=True)):
+            for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
                 chunk = self._clock["chunk"] + number + 1
                 views = [
-                    plan.at_mega(b, self._state(b)["posterior"], chunk, refresh, closure, total, share)
-                    for b, total in zip(blocks, sums, strict=True)
+                    plan.at_mega(b, self._state(b)["posterior"], chunk, refresh, part, Part(0, share, previous))
+                    for b, previous in zip(blocks, before, strict=True)
                 ]
-                loss = self._evaluate_chunk(closure, views)
-                self._anchor.collect(closure, views, share)
-                losses.append(share * loss)
-                for i, view in enumerate(views):
-                    used[i] |= view.used()
-                    if isinstance(view, StreamedView):
-                        sums[i] = view.total
-                        continue
-                    site = fields.scale(view.natural_gradient(), share)
-                    sums[i] = site if sums[i] is None else fields.add(sums[i], site)
-        for block, site, in_mega in zip(blocks, sums, used, strict=True):
-            state = self._state(block)
-            state.update(outer=plan.outer_of(block, state, site), refresh=refresh, in_mega=in_mega)
+                before = views
+                losses.append(share * self._pairs.evaluate_chunk(part, views, share))
+        for view in views:
+            state = self._state(view.block)
+            outer = plan.outer_of(view.block, state, view.settled())
+            state.update(outer=outer, refresh=refresh, in_mega=view.used())
         self._anchor.commit()
-        self._clock["refresh"] = refresh
-        self._clock["chunk"] += len(closures)
+        self._clock.update(refresh=refresh, refreshed=self._clock["step"], chunk=self._clock["chunk"] + len(parts))
         return torch.stack(losses).sum()
-
-    def _evaluate_chunk(self, closure: Closure, views: Sequence[View]) -> Tensor:
-        if isinstance(closure, Batched):
-            return measure_batched(closure, views)
-        draws = range(views[0].count)
-        return torch.stack([self._measure(closure, views, draw)[0] for draw in draws]).mean()
-
-    @staticmethod
-    def _measure(
-        closure: Closure, views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """One draw of all views, added to the totals of those that keep one."""
-        measured = measure_draw(closure, views, draw, product_with, together=streaming.together)
-        streaming.collect(views, draw)
-        return measured
 
     @torch.no_grad()
     def set_outer(self, state: Mapping[str, Any]) -> None:
@@ -415,65 +427,11 @@ class PosteriorCorrected(Inspection, torch.optim.Optimizer):
         blocks = self._active()
         self._anchor.check_set_outer()
         states = checkpoint.posteriors_of(state, blocks, self.param_groups)
-        self._clock["refresh"] += 1
+        self._clock.update(refresh=self._clock["refresh"] + 1, refreshed=self._clock["step"])
         for block in blocks:
             own = fields.map_fields(torch.clone, states[block.name])  # steps in place must not reach the caller's
             outer = correction.outer_from_posterior(block.family, own, groups.prior_of(block), block.group["ess"])
             self._state(block).update(outer=outer, refresh=self._clock["refresh"], in_mega=True)
-
-    # ---- checkpoints -------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a run continues from, bit for bit, in plain types (`torch.load(weights_only=True)`)."""
-        for block in self._blocks:
-            self.state.get(block.params[0], {})["drawn"] = block.drawn
-        plain = super().state_dict()
-        plain["state"] = {key: checkpoint.encode_state(value) for key, value in plain["state"].items()}
-        plain["param_groups"] = [checkpoint.encode_group(group) for group in plain["param_groups"]]
-        plain["poco"] = {
-            "format": checkpoint.FORMAT,
-            "settings": self._settings(),
-            "seed": self.seed,
-            "clock": dict(self._clock),
-            "meter": self._meter.state(),
-            "anchor_hessian": self._anchor.hessian,
-        }
-        return plain
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. The model's weights are the model's checkpoint's business.
-
-        Raises:
-            CheckpointError: if it belongs to another model, family, setting or version; nothing is changed.
-        """
-        checkpoint.check_header(state_dict.get("poco"), self._settings())
-        checkpoint.check_groups(self.param_groups, state_dict.get("param_groups"))
-        states = checkpoint.decode_states(self._blocks, self.param_groups, state_dict)
-        decoded = checkpoint.decode_groups(self.param_groups, state_dict["param_groups"])
-        for group, values in zip(self.param_groups, decoded, strict=True):
-            group.update(values)
-        self.state.clear()
-        for block in self._blocks:
-            if block.name in states:
-                self.state[block.params[0]] = states[block.name]
-                block.forget_weights()
-                block.drawn = self._state(block)["drawn"]
-        self._anchor.reset()
-        header = state_dict["poco"]
-        self.seed = header["seed"]
-        self._clock = dict(header["clock"])
-        self._meter.load(header["meter"])
-        self._anchor.hessian = header["anchor_hessian"]
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "noise": self.noise,
-            "mc_samples": self.mc_samples,
-            "anchor": self._anchor.kind,
-            "max_grad_norm": self.max_grad_norm,
-            "nonfinite": self.nonfinite,
-        }
 
     def _plan(self, blocks: Sequence[Block]) -> NoisePlan:
         """Where noise comes from in a step or refresh of these blocks."""

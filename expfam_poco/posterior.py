@@ -1,22 +1,22 @@
-"""What is done with a trained posterior: prediction by averaging, and the variational objective."""
+"""What is asked of a posterior beside draws: the variational objective and its parts, and what went wrong."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import fields, groups
-from .evaluation import Closure, NonFiniteError, Request, evaluate
+from .errors import NonFiniteError
+from .evaluation import Closure, Request, check_chunks, evaluate
 from .measurement import ELBO, draw_noise
 from .noise import NoiseKey
 
 if TYPE_CHECKING:
     from .blocks import Block
-    from .optimizer import PosteriorCorrected
 
 
 class Objective(NamedTuple):
@@ -35,55 +35,6 @@ class Objective(NamedTuple):
     standard_error: float
     expected_loss: float
     kl: float
-
-
-def predict(
-    model: nn.Module,
-    optimizer: PosteriorCorrected,
-    inputs: Any,
-    *,
-    samples: int = 16,
-    transform: Callable[[Tensor], Tensor] | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Posterior-averaged output E_q[transform(model(inputs))].
-
-    Args:
-        model: the trained module, put into evaluation mode for the call.
-        optimizer: the optimizer that holds its posterior.
-        inputs: the batch; a tuple is passed as several arguments.
-        samples: draws from q; 0 evaluates once at the posterior's point.
-        transform: applied to each output before averaging, e.g. `lambda z: z.softmax(-1)` for probabilities.
-        seed: the same seed gives the same draws.
-
-    Returns:
-        the average, of the shape of one (transformed) output.
-
-    Example:
-        >>> import torch, expfam_poco as poco
-        >>> model = torch.nn.Linear(2, 1)
-        >>> opt = poco.IVON(model.parameters(), lr=0.1, ess=100.0)
-        >>> poco.predict(model, opt, torch.randn(5, 2), samples=8).shape
-        torch.Size([5, 1])
-    """
-    if not isinstance(samples, int) or samples < 0:
-        raise ValueError(f"samples={samples!r}: give an integer, 0 or larger.")
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            total: Tensor | None = None
-            for number in range(max(samples, 1)):
-                with optimizer.sampled(None if samples == 0 else seed + number, at_point=samples == 0):
-                    output = model(*arguments)
-                output = output if transform is None else transform(output)
-                total = output if total is None else total + output
-            assert total is not None
-            return total / max(samples, 1)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def objective(
@@ -118,22 +69,6 @@ def objective(
     draws = torch.tensor(losses, dtype=torch.float64)
     mean, error = float(draws.mean()), float(draws.std() / samples**0.5)
     return Objective(-(ess * mean + kl), ess * error, mean, kl)
-
-
-def check_chunks(closures: Sequence[Closure], weights: Sequence[float] | None) -> tuple[list[Closure], list[float]]:
-    """The chunks of a mega-batch as a list, and their shares of it (summing to 1)."""
-    if callable(closures):
-        closures = [closures]
-    closures = list(closures)
-    if not closures or not all(callable(closure) for closure in closures):
-        raise ValueError("closures: give a list of functions, one for each chunk of the mega-batch, at least one.")
-    values = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
-    if len(values) != len(closures) or not all(0.0 < value < float("inf") for value in values):
-        raise ValueError(
-            f"weights={values}: give one positive number (of examples) for each of the {len(closures)} closures."
-        )
-    total = sum(values)
-    return closures, [value / total for value in values]
 
 
 def mean_stddev(distributions: Mapping[str, Any]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -35,13 +36,13 @@ class WholeStep:
         anchor: Any = None,
     ) -> None:
         self.block, self.state, self.inner, self.alpha = inner.block, state, inner, alpha
-        site = inner.natural_gradient()
+        self._site = site = inner.settled()
         self._pair: tuple[Any, Any] | None = None
         self.corrected = Corrected(site, None)
         if outer is None:
             return
         # A batch that does not use the block has gradient 0 and still moves by α times the mean.
-        self._pair = site, outer.natural_gradient()
+        self._pair = site, outer.settled()
         self.corrected = correction.correct(
             self.block.family,
             *self._pair,
@@ -85,10 +86,17 @@ class WholeStep:
         if not bool(family.in_domain(self.moved.posterior)):
             raise posterior.domain_error(self.block, self.moved.posterior)
 
-    def meter(self, meter: VarianceMeter, number: int) -> None:
-        """Show the meter the pair."""
-        if self._pair is not None:
-            meter.add(number, self.block, *self._pair, self.state["outer"], self.alpha)
+    def meter(self, meter: VarianceMeter, number: int, keep: float | None = None) -> None:
+        """Show the meter the pair; `keep` is of an adaptive α, which looks at every pair."""
+        if self._pair is not None and meter.samples(number, keep is not None):
+            terms = correction.variance_terms(*self._pair, self.state["outer"])
+            meter.add(self.block.name, terms, self.block.family.per_block(*self.alpha), keep)
+        if meter.samples(number):
+            meter.add_square(number, self.block.name, self.gradient_square())
+
+    def sites(self) -> Iterator[tuple[Any, Any, Corrected]]:
+        """The site inside, the one outside (None: a plain step), and the corrected one with its anchor term."""
+        yield *(self._pair or (self._site, None)), self.corrected
 
     def commit(self) -> None:
         """Make the new posterior the block's."""

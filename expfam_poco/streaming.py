@@ -17,9 +17,10 @@ from . import blr, correction, fields, groups
 from .backend import Backend, plainly, span_size
 from .blocks import Block
 from .correction import Outer
+from .errors import NonFiniteError
 from .estimators import Estimator, Reparameterised
-from .evaluation import Measured, NonFiniteError
-from .kernels import Evidence, Numbers, Recipe, site_pair
+from .evaluation import Measured
+from .kernels import Evidence, Numbers, Recipe, corrected, site_pair
 from .measurement import View
 from .meter import VarianceMeter
 from .noise import Address, NoiseKey
@@ -39,8 +40,6 @@ class StreamedView(View):
     mode: str = "shared"
     draws: int = 1
     backend: Backend | None = None
-    total: Any = None
-    weight: float = 1.0
     collected: bool = False
     bucket: Bucket | None = None
 
@@ -66,7 +65,9 @@ class StreamedView(View):
     def source(self, span: Span, recipe: Recipe, draw: int) -> Tensor | Address:
         """One draw's noise on a span, or its address."""
         number = draw // 2 if self.mode == "antithetic" else draw
-        key = self.key.at(parameter=self.block.index, draw=number, offset=span.start * span.event.numel())
+        key = self.key.at(
+            parameter=self.block.index, draw=self.key.draw + number, offset=span.start * span.event.numel()
+        )
         tiles = self.block.tiles if isinstance(self.block, Bucket) else None
         return self.runner.noise(recipe, key, self.like(span), tiles)
 
@@ -123,7 +124,11 @@ class StreamedView(View):
 
     def used(self) -> bool:
         """Whether any evaluation depended on the block."""
-        return self.collected
+        return self.used_before or self.collected
+
+    def settled(self) -> Any:
+        """The total, to which every draw has been added."""
+        return self.total
 
     def evidence(self, span: Span, recipe: Recipe, *, shared: bool = False) -> Any:
         """What was measured on a span: the total, or one draw's gradient (zero where the batch did not use it).
@@ -133,9 +138,8 @@ class StreamedView(View):
         if self.total is not None:
             return span.cut(self.total)
         source = None if shared else self.source(span, recipe, 0)
-        if not self.grad:
+        if not self.grad or self.grad[0] is None:
             return Evidence(source, torch.zeros_like(self.like(span)), torch.zeros((), device=self.block.device))
-        assert self.grad[0] is not None
         return Evidence(source, span.cut(self.grad[0]), self.loss[0])
 
 
@@ -351,16 +355,29 @@ class StreamedStep:
         self.unsound = int(torch.stack(unsound).sum())
 
     @plainly
-    def meter(self, meter: VarianceMeter, number: int) -> None:
-        """Show the meter some of the weights."""
-        if self.outer is None or not meter.samples(number):
+    def meter(self, meter: VarianceMeter, number: int, keep: float | None = None) -> None:
+        """Show the meter some of the weights; `keep` is of an adaptive α, which looks at every pair."""
+        if not meter.samples(number, keep is not None):
             return
         span = next(spans(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
         ((_, recipe, inside, outside, q_out),) = self._measured(span)
-        assert q_out is not None
         state, like = span.cut(self.state["posterior"]), self.inner.like(span)
         pair = site_pair(recipe, state, q_out, inside, outside, like, self.block.group["ess"])
-        meter.add(number, self.block, *pair, q_out, self.alpha)
+        if q_out is not None:
+            terms = correction.variance_terms(*pair, q_out)
+            meter.add(self.block.name, terms, self.block.family.per_block(*self.alpha), keep)
+        if meter.samples(number):
+            site = corrected(recipe, state, q_out, *pair, self._numbers(1.0), like).site
+            square = blr.square_of([getattr(site, name) for name in self.block.family.momentum_block])
+            meter.add_square(number, self.block.name, float(square) * self.block.numel / like.numel())
+
+    def sites(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Span by span: the site inside, the one outside, and the corrected one with its anchor term."""
+        numbers = self._numbers(1.0)
+        for span, recipe, inside, outside, q_out in self._measured():
+            state, like = span.cut(self.state["posterior"]), self.inner.like(span)
+            pair = site_pair(recipe, state, q_out, inside, outside, like, self.block.group["ess"])
+            yield *pair, corrected(recipe, state, q_out, *pair, numbers, like)
 
     def _measured(self, only: Span | None = None) -> Iterator[tuple[Span, Recipe, Any, Any, Outer | None]]:
         """Span by span: the recipe, what was measured inside and outside, and q_out."""

@@ -204,8 +204,8 @@ def test_no_block_moves_where_a_later_one_leaves_its_domain() -> None:
 # ---- closures that are none --------------------------------------------------------------------------------
 
 WRONG_CLOSURES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
-    "no closure": (lambda model: None, r"closure: step\(\) evaluates the loss at"),
-    "not callable": (lambda model: torch.zeros(()), r"closure: step\(\) evaluates the loss at"),
+    "no closure": (lambda model: None, r"closure=None: step\(\) evaluates the loss"),
+    "not callable": (lambda model: torch.zeros(()), r"closure=tensor.*step\(\) evaluates the loss"),
     "returns nothing": (lambda model: lambda: None, "closure: it returned None"),
     "returns a vector": (lambda model: lambda: model(torch.ones(2, 3, dtype=torch.float64)), "a tensor of shape"),
     "returns a tuple": (lambda model: lambda: (torch.zeros(()), 1), "closure: it returned"),

@@ -1,0 +1,110 @@
+"""One step's evaluations: every draw inside and outside, with paired random numbers and buffers that move once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import streaming
+from .anchors import Anchor
+from .batched import Batched
+from .effects import Buffers, Record, capture_random, replay_random
+from .evaluation import Closure
+from .measurement import View, measure_batched, measure_draw
+
+
+class Pairs:
+    """Evaluates closures at the draws of views; only a batch's first inner evaluation moves the model's buffers."""
+
+    def __init__(self, anchor: Anchor) -> None:
+        self._anchor = anchor
+        self._buffers = Buffers()
+        self._moved: list[Record] = []
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """If the block raises, the buffers that its evaluations have moved go back."""
+        self._moved = []
+        try:
+            yield
+        except BaseException:
+            for record in reversed(self._moved):
+                record.restore()
+            raise
+        finally:
+            self._moved = []
+
+    @contextmanager
+    def undone(self, params: Sequence[Parameter]) -> Iterator[None]:
+        """After the block, random numbers and buffers are what they were."""
+        with replay_random(capture_random(params)), self._buffers.kept(params):
+            yield
+
+    def evaluate(
+        self, closure: Closure, inner: Sequence[View], outer: Sequence[View] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Call the closure for every draw, θ_in first, both with the same random numbers.
+
+        Returns:
+            the mean loss at θ_in, and the anchor's H̄ (m_in − m_out) for every view, where it comes from products.
+        """
+        params = [p for view in inner for p in view.block.params]
+        if isinstance(closure, Batched):
+            return self._evaluate_batched(closure, params, inner, outer), None
+        shift = None
+        if outer is not None and self._anchor.kind != "curvature":
+            with self._buffers.kept(params):
+                shift = self._anchor.shift(inner, outer)
+        losses, terms = [], []
+        for draw in range(inner[0].count):
+            random = capture_random(params)
+            if draw == 0:
+                with self._buffers.recorded(params) as record:
+                    self._moved.append(record)
+                    losses.append(self._measure(closure, inner, draw)[0])
+            else:
+                with self._buffers.kept(params):
+                    losses.append(self._measure(closure, inner, draw)[0])
+            if outer is not None:
+                with replay_random(random), self._buffers.kept(params):
+                    products = self._measure(closure, outer, draw, shift)[1]
+                if shift is not None:
+                    terms.append(self._anchor.difference(products))
+        mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
+        return torch.stack(losses).mean(), mean_terms
+
+    def evaluate_chunk(self, closure: Closure, views: Sequence[View], share: float) -> Tensor:
+        """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
+        params = [p for view in views for p in view.block.params]
+        with self._buffers.kept(params):
+            if isinstance(closure, Batched):
+                loss = measure_batched(closure, views)
+            else:
+                loss = torch.stack([self._measure(closure, views, draw)[0] for draw in range(views[0].count)]).mean()
+            self._anchor.collect(closure, views, share)
+        return loss
+
+    @staticmethod
+    def _evaluate_batched(
+        closure: Batched, params: Sequence[Parameter], inner: Sequence[View], outer: Sequence[View] | None
+    ) -> Tensor:
+        random = capture_random(params)
+        if outer is None or closure.pairs:
+            return measure_batched(closure, inner, *([] if outer is None else [outer]))
+        loss = measure_batched(closure, inner)
+        with replay_random(random):
+            measure_batched(closure, outer)
+        return loss
+
+    @staticmethod
+    def _measure(
+        closure: Closure, views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One draw of all views, added to the totals of those that keep one."""
+        measured = measure_draw(closure, views, draw, product_with, together=streaming.together)
+        streaming.collect(views, draw)
+        return measured

@@ -1,0 +1,72 @@
+"""Loss scaling for fp16 through torch's GradScaler, whose own `step` refuses closures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from .errors import NonFiniteError
+
+
+class ScaledOverflow(NonFiniteError):
+    """A scaled gradient overflowed: the step is skipped, and the scaler will lower its scale."""
+
+
+class _Evaluation:
+    """What a GradScaler takes for an optimizer: the gradients of one evaluation, and a step that says it was taken."""
+
+    def __init__(self, params: Sequence[Parameter]) -> None:
+        self.param_groups = [{"params": list(params)}]
+
+    def step(self) -> bool:
+        return True
+
+
+class Scaling:
+    """One step's use of a scaler: every evaluation is unscaled, and checked, by the scaler itself.
+
+    Args:
+        scaler: a `torch.amp.GradScaler`; `scaler.update()` stays the training loop's business.
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        missing = [name for name in ("scale", "unscale_", "step", "update") if not hasattr(scaler, name)]
+        if missing:
+            raise TypeError(f"scaler={type(scaler).__name__}: it has no {missing[0]}(); give a torch.amp.GradScaler.")
+        self._scaler = scaler
+        # The scaler knows an evaluation by its id until update(): they must live as long.
+        self._evaluations: list[_Evaluation] = []
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the scale."""
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def unscale(self, params: Sequence[Parameter], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients divided by the scale; the scaler takes note of overflows.
+
+        Raises:
+            ScaledOverflow: if a gradient is infinite or NaN.
+        """
+        evaluation = _Evaluation(params)
+        self._evaluations.append(evaluation)
+        if all(grad is None for grad in grads):
+            return list(grads)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        try:
+            self._scaler.unscale_(evaluation)
+            sound = self._scaler.step(evaluation)
+            unscaled = [p.grad for p in params]
+        finally:
+            for p in params:
+                p.grad = None
+        if sound is None:
+            raise ScaledOverflow(
+                "scaler: a scaled gradient is infinite or NaN, so the step is skipped; call scaler.update(), which "
+                "lowers the scale."
+            )
+        return unscaled

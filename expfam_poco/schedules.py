@@ -1,0 +1,201 @@
+"""What α may be beside a number: schedules over inner steps, and the adaptive choice from measured variances."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Value = float | tuple[float, float]
+
+
+@dataclass(frozen=True)
+class BurnIn:
+    """α(t) = 0 for the first `steps` inner steps, afterwards `alpha`: a number, or a schedule that starts then.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> schedule = poco.BurnIn(steps=100, alpha=0.7)
+        >>> schedule(100), schedule(101)
+        (0.0, 0.7)
+        >>> poco.BurnIn(steps=100, alpha=poco.LinearAlpha(0.0, 1.0, steps=10))(105)
+        0.5
+    """
+
+    steps: int
+    alpha: float | Callable[[int], Value] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps, least=0)
+        if not callable(self.alpha):
+            _check_alpha("alpha", self.alpha)
+
+    def __call__(self, step: int) -> Value:
+        """α at inner step `step`, counted from 1."""
+        if step <= self.steps:
+            return 0.0
+        return self.alpha(step - self.steps) if callable(self.alpha) else self.alpha
+
+
+@dataclass(frozen=True)
+class LinearAlpha:
+    """α from `first` to `last` along a straight line over `steps` inner steps, `last` afterwards.
+
+        α(t) = first + (last − first) min(t / steps, 1)
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.LinearAlpha(0.8, 0.0, steps=100)(50)
+        0.4
+    """
+
+    first: float
+    last: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_ends(self)
+
+    def __call__(self, step: int) -> float:
+        """α at inner step `step`, counted from 1."""
+        return self.first + (self.last - self.first) * min(step / self.steps, 1.0)
+
+
+@dataclass(frozen=True)
+class CosineAlpha:
+    """α from `first` to `last` along half a cosine over `steps` inner steps, `last` afterwards.
+
+        α(t) = last + (first − last) (1 + cos(π min(t / steps, 1))) / 2
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> round(poco.CosineAlpha(0.8, 0.0, steps=100)(50), 6)
+        0.4
+    """
+
+    first: float
+    last: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_ends(self)
+
+    def __call__(self, step: int) -> float:
+        """α at inner step `step`, counted from 1."""
+        progress = min(step / self.steps, 1.0)
+        return self.last + (self.first - self.last) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class AdaptiveAlpha:
+    """For every tensor the α of least variance, as measured: α* = Cov(in, out) / Var(out), clipped to [0, 1].
+
+    Both are moving averages over the corrected steps (`keep` of the old value), taken about ḡ_out and summed over the
+    entries of the tensor; gradient and curvature have an α each. Where α* would lower the variance by less than
+    `least_gain`, or raise it, α is 0. While it is 0 everywhere, steps are plain and cost one evaluation, but every
+    `probe_every` steps the pair is measured, so that the correction can come back. `alpha="adaptive"` is
+    `AdaptiveAlpha()`.
+
+    Source: the optimal coefficient of a control variate, as in α-SVRG (Yin et al. 2025), estimated online.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> model = torch.nn.Linear(2, 1)
+        >>> x = torch.randn(8, 2)
+        >>> opt = poco.IVONPoCo(model.parameters(), lr=0.1, ess=100.0, alpha="adaptive")
+        >>> closure = lambda: (model(x) - 1.0).square().mean()
+        >>> _ = opt.refresh([closure])
+        >>> _ = [opt.step(closure) for _ in range(5)]
+        >>> 0.0 <= opt.diagnostics()["alpha"] <= 1.0
+        True
+    """
+
+    keep: float = 0.9
+    least_gain: float = 0.01
+    probe_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "least_gain"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}={value!r}: it must be a number in [0, 1).")
+        _check_steps(self.probe_every, least=1, name="probe_every")
+
+
+SCHEDULES: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (BurnIn, LinearAlpha, CosineAlpha, AdaptiveAlpha)}
+
+
+def resolve_alpha(alpha: Any) -> Any:
+    """`AdaptiveAlpha()` for "adaptive"; everything else as it is.
+
+    Raises:
+        ValueError: for other names.
+    """
+    if not isinstance(alpha, str):
+        return alpha
+    if alpha != "adaptive":
+        raise ValueError(f"alpha={alpha!r}: give a number between 0 and 1, a pair of them, a schedule or 'adaptive'.")
+    return AdaptiveAlpha()
+
+
+def describe_alpha(alpha: Any) -> Any:
+    """α in plain types, for a checkpoint; a function of the user's own is only said to be one."""
+    if type(alpha) in SCHEDULES.values():
+        settings = {f.name: describe_alpha(getattr(alpha, f.name)) for f in dataclasses.fields(alpha)}
+        return {"schedule": type(alpha).__name__, "settings": settings}
+    if callable(alpha):
+        return {"schedule": None, "settings": {}}
+    return list(alpha) if isinstance(alpha, tuple) else alpha
+
+
+def alpha_from(plain: Any, own: Any) -> Any:
+    """The inverse of `describe_alpha`; `own` stands where a function of the user's own was."""
+    if isinstance(plain, Mapping):
+        if plain["schedule"] is None:
+            return own
+        settings = {name: alpha_from(value, getattr(own, name, own)) for name, value in plain["settings"].items()}
+        return SCHEDULES[plain["schedule"]](**settings)
+    return tuple(plain) if isinstance(plain, list) else plain
+
+
+class Staleness:
+    """Warns, once, of a correction by a q_out that nobody has refreshed for long.
+
+    Args:
+        after: the number of steps that is too long; None: never.
+    """
+
+    def __init__(self, after: int | None) -> None:
+        if after is not None:
+            _check_steps(after, least=1, name="stale_after")
+        self._after = after
+
+    def check(self, correcting: bool, age: int) -> None:
+        """`age`: steps since the last refresh, or since the first step."""
+        if correcting and self._after is not None and age > self._after:
+            self._after = None
+            warnings.warn(
+                f"alpha: no refresh() for {age - 1} steps, while α > 0; without one nothing is corrected, and an old "
+                "q_out raises the variance. Call refresh(closures) now and then, give alpha=0, or set stale_after.",
+                stacklevel=2,
+            )
+
+
+def _check_ends(schedule: LinearAlpha | CosineAlpha) -> None:
+    _check_alpha("first", schedule.first)
+    _check_alpha("last", schedule.last)
+    _check_steps(schedule.steps, least=1)
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    values = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0.0 <= v <= 1.0 for v in values):
+        raise ValueError(f"{name}={value!r}: α is a number between 0 and 1.")
+
+
+def _check_steps(steps: Any, *, least: int, name: str = "steps") -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
+        raise ValueError(f"{name}={steps!r}: give an integer, {least} or larger.")
