@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
@@ -94,12 +95,17 @@ def name_of(family: ExponentialFamily) -> str:
     for name, cls in _registered.items():
         if cls is type(family):
             return name
-    module = type(family).__module__
+    return _installed_name(type(family))
+
+
+@cache
+def _installed_name(cls: type[ExponentialFamily]) -> str:
+    module = cls.__module__
     for point in entry_points(group=GROUP):
         # Only the family's own package is imported: another one may be slow, or broken.
-        if point.module.partition(".")[0] == module.partition(".")[0] and point.load() is type(family):
+        if point.module.partition(".")[0] == module.partition(".")[0] and point.load() is cls:
             return point.name
-    return f"{module}:{type(family).__qualname__}"
+    return f"{module}:{cls.__qualname__}"
 
 
 def _find(name: str) -> type[ExponentialFamily] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -42,7 +43,8 @@ class Scaling:
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the scale."""
-        scaled: Tensor = self._scaler.scale(loss)
+        with torch.enable_grad():
+            scaled: Tensor = self._scaler.scale(loss)
         return scaled
 
     def unscale(self, params: Sequence[Parameter], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
