@@ -86,8 +86,12 @@ class Record:
     def restore(self) -> None:
         """Make every buffer what it was."""
         for module, name, value, copy in self._saved:
-            module._buffers[name] = value
-            value.detach().copy_(copy)
+            if value.is_cuda or not torch.equal(value, copy):
+                value.detach().copy_(copy)
+            # One of another shape is a cache that has grown with the inputs, of which the module keeps count.
+            now = module._buffers.get(name)
+            if now is None or now.shape == value.shape:
+                module._buffers[name] = value
 
 
 class Buffers:

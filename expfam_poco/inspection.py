@@ -83,7 +83,7 @@ class Inspection(Shell):
 
         Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
-        every seventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
+        every eleventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
         has one.
         """
         numbers: dict[str, float] = {

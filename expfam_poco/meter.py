@@ -13,7 +13,7 @@ from .correction import VarianceTerms, optimal_alpha, variance_ratio
 from .schedules import AdaptiveAlpha
 
 # Prime, so that refreshes every 10 or 20 steps do not always show it the same step after them.
-EVERY = 7
+EVERY = 11
 KEEP = 0.9
 SUMS = len(VarianceTerms._fields)
 
@@ -21,7 +21,7 @@ SUMS = len(VarianceTerms._fields)
 class VarianceMeter:
     """Moving averages of the sums in `correction.variance_terms`, for every tensor and field of its sites.
 
-    Tensors with a fixed α are looked at every seventh step, those with an adaptive one at every step that measures a
+    Tensors with a fixed α are looked at every eleventh step, those with an adaptive one at every step that measures a
     pair.
     """
 

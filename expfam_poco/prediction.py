@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .effects import Record
 from .optimizer import PosteriorCorrected
 
 Transform = Callable[[Any], Tensor]
@@ -328,22 +329,7 @@ def left_as_found(model: nn.Module, seed: int | None = None) -> Iterator[Callabl
         a function that puts the buffers back at once.
     """
     modes = {module: module.training for module in model.modules()}
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-    def restore_buffers() -> None:
-        for module, name, buffer, value in kept:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-            # One of another shape is a cache that has grown with the inputs, of which the module keeps count.
-            now = module._buffers.get(name)
-            if now is None or now.shape == buffer.shape:
-                module._buffers[name] = buffer
-
+    buffers = Record([model])
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices):
         if seed is not None:
@@ -352,8 +338,8 @@ def left_as_found(model: nn.Module, seed: int | None = None) -> Iterator[Callabl
                 torch.cuda.default_generators[device].manual_seed(seed)
         try:
             model.eval()
-            yield restore_buffers
+            yield buffers.restore
         finally:
-            restore_buffers()
+            buffers.restore()
             for module, training in modes.items():
                 module.training = training

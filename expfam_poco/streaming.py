@@ -26,7 +26,7 @@ from .meter import VarianceMeter
 from .noise import Address, NoiseKey
 from .spans import TILE, Bucket, Span, can_stream, spans, spread
 
-METER_WEIGHTS = 2**14  # of each block; the meter's ratios need no more
+METER_WEIGHTS = 2**12  # of each block; the meter's ratios need no more
 
 
 @dataclass

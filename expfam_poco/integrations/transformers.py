@@ -147,9 +147,7 @@ class PoCoTrainer(Trainer):
         """The Trainer's logs with the optimizer's diagnostics in them."""
         if "loss" in logs:
             logs.pop("grad_norm", None)
-            optimizer = self.poco
-            if isinstance(optimizer, PosteriorCorrected):
-                logs |= {f"poco/{name}": float(value) for name, value in optimizer.diagnostics().items()}
+            logs |= {f"poco/{name}": float(value) for name, value in self.poco.diagnostics().items()}
         super().log(logs, *arguments, **named)
 
 
@@ -187,19 +185,11 @@ class _SteppedInTrainingStep(torch.optim.Optimizer):
 
 def _prepared_for_trainer(optimizer: PosteriorCorrected | AlphaSVRG, max_grad_norm: float) -> _SteppedInTrainingStep:
     """Hand the Trainer's clipping to the optimizer, which alone sees the corrected gradient."""
-    if isinstance(optimizer, PosteriorCorrected):
-        if optimizer.one_pass:
-            raise ValueError(
-                "optimizer: with one_pass=True the model holds a draw between steps, which the Trainer would save and "
-                "evaluate; make the optimizer with one_pass=False."
-            )
-        if optimizer.max_grad_norm is None and max_grad_norm > 0:
-            optimizer.max_grad_norm = max_grad_norm
-    elif max_grad_norm > 0:
-
-        def clip(base: torch.optim.Optimizer, *_: Any) -> None:
-            torch.nn.utils.clip_grad_norm_([p for group in base.param_groups for p in group["params"]], max_grad_norm)
-
-        # The gradients that the base steps with are the corrected ones.
-        optimizer.base.register_step_pre_hook(clip)
+    if isinstance(optimizer, PosteriorCorrected) and optimizer.one_pass:
+        raise ValueError(
+            "optimizer: with one_pass=True the model holds a draw between steps, which the Trainer would save and "
+            "evaluate; make the optimizer with one_pass=False."
+        )
+    if optimizer.max_grad_norm is None and max_grad_norm > 0:
+        optimizer.max_grad_norm = max_grad_norm
     return _SteppedInTrainingStep(optimizer)
