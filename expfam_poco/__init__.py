@@ -12,6 +12,7 @@ from . import blr, checks, correction, estimators, family, noise
 from .alpha_svrg import AlphaSVRG
 from .batched import BatchedDraws, PerExample
 from .batchnorm import recalibrate_batchnorm
+from .binary import binarize_groups, export_binary, load_binary, save_binary
 from .checkpoint import CheckpointError
 from .checks import LawError, check_family
 from .conversion import load_ivon_opt
@@ -20,7 +21,7 @@ from .errors import NonFiniteError
 from .estimators import Draws, Estimator
 from .family import ExponentialFamily
 from .optimizer import PosteriorCorrected
-from .optimizers import IVON, SVRG, VON, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
+from .optimizers import IVON, SVRG, VON, BayesBiNN, BayesBiNNPoCo, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
 from .posterior import Objective
 from .prediction import ClassPrediction, predict, predict_classes, predict_samples
 from .registry import families_available, get_family, register, resolve_family
@@ -41,6 +42,8 @@ __all__ = [
     "IVON",
     "IVONPoCo",
     "IVONPoCoMo",
+    "BayesBiNN",
+    "BayesBiNNPoCo",
     # families
     "ExponentialFamily",
     "register",
@@ -61,6 +64,10 @@ __all__ = [
     "PerExample",
     "megabatches",
     "predict",
+    "binarize_groups",
+    "export_binary",
+    "save_binary",
+    "load_binary",
     "predict_samples",
     "predict_classes",
     "ClassPrediction",

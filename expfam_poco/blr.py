@@ -125,6 +125,7 @@ def update(
     unbias: float | Tensor | None = None,
     clip_radius: float = math.inf,
     retraction: str = "second_order",
+    prior_in_momentum: bool = False,
 ) -> BLRState:
     """One step of the Bayesian learning rule in the family's chart.
 
@@ -146,6 +147,7 @@ def update(
         unbias: 1−βᵗ itself, in place of `debias` and `step`.
         clip_radius: ξ, the largest entry of the step before its rate.
         retraction: "second_order" or "plain"; ask `family.in_domain` after a plain one.
+        prior_in_momentum: average ∇̃KL/N + ĝ in place of ĝ, as BayesBiNN does.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -157,6 +159,10 @@ def update(
         tensor([-1.,  1.])
     """
     memory: tuple[Tensor, ...] = ()
+    kl = family.kl_gradient(blr_state.posterior, prior)
+    if prior_in_momentum:
+        site = fields.map_fields(lambda pull, g: g + pull / ess, kl, site)
+        kl = fields.scale(kl, 0.0)
     if isinstance(momentum, Tensor) or momentum > 0.0:
         begun = blr_state.momentum or tuple(torch.zeros_like(getattr(site, name)) for name in family.momentum_block)
         memory = tuple(
@@ -169,7 +175,7 @@ def update(
         site = site._replace(**averages)
     if anchor is not None:
         site = fields.add(site, anchor)
-    direction = fields.map_fields(lambda kl, g: kl + ess * g, family.kl_gradient(blr_state.posterior, prior), site)
+    direction = fields.map_fields(lambda pull, g: pull + ess * g, kl, site)
     posterior = family.retract(blr_state.posterior, direction, rates, variant=retraction, clip_radius=clip_radius)
     return BLRState(posterior, memory)
 

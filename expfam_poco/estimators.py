@@ -1,8 +1,9 @@
 r"""Estimators of natural gradients: where the loss is evaluated, what is measured, and what is made of it.
 
-An estimator declares what it `needs` beside the loss ("loss": nothing; "gradient"; "hvp": Hessian-vector
-products; "hessian": the Hessian block of each tensor, dense or its diagonal) and whether its natural gradient
-is `unbiased`. The optimizer shell measures and fills `Draws`; the family maps `Draws` to a `Site`.
+An estimator declares what it `needs` beside the loss ("loss": nothing; "gradient"; "hvp": Hessian-vector products;
+"hessian": the Hessian block of each tensor, dense or its diagonal; "variations": the loss at variations of each draw)
+and whether its natural gradient is `unbiased`. The optimizer shell measures and fills `Draws`; the family maps `Draws`
+to a `Site`.
 
 For Gaussians an estimator is an estimator of the curvature E_q[∇²ℓ]:
 
@@ -21,7 +22,7 @@ al. 2019 (leave-one-out).
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 class Draws(NamedTuple):
     """K measured evaluations for one tensor of shape P.
 
-    `noise` and `theta` are K × P, `loss` is K, `grad` is K × P or None, and `curvature` is K × P (diagonal) or
-    K × d × d (dense) or None.
+    `noise` and `theta` are K × P, `loss` is K, `grad` is K × P or None, `curvature` is K × P (diagonal) or
+    K × d × d (dense) or None, and `variations` K × M losses at each draw's M variations, or None.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -53,6 +54,7 @@ class Draws(NamedTuple):
     loss: Tensor
     grad: Tensor | None = None
     curvature: Tensor | None = None
+    variations: Tensor | None = None
 
     def require_grad(self) -> Tensor:
         """The measured gradients; an error where the estimator measured none."""
@@ -75,6 +77,7 @@ class Estimator(ABC):
     unbiased: ClassVar[bool] = True
     needs_noise: ClassVar[bool] = False
     independent_draws: ClassVar[bool] = False
+    antithetic: ClassVar[bool] = False
     anchor_weight: ClassVar[float] = 1.0
 
     def check(self, family: ExponentialFamily) -> None:
@@ -91,6 +94,10 @@ class Estimator(ABC):
     def curvature_of_product(self, probe: Tensor, product: Tensor, dense: bool) -> Tensor:
         """A curvature made of z and ∇²ℓ z; only asked of estimators that need "hvp"."""
         raise TypeError(f"{type(self).__name__} declares needs={self.needs!r} but makes nothing of products.")
+
+    def variations(self, family: ExponentialFamily, theta: Tensor) -> Iterator[Tensor]:
+        """Other weights (like P) whose losses are measured beside a draw's; only where it `needs` "variations"."""
+        raise TypeError(f"{type(self).__name__} declares needs={self.needs!r} but names no variations.")
 
     def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Any:
         """The natural gradient as a `Site` at `state`."""
@@ -222,6 +229,9 @@ class ScoreFunction(Estimator):
             )
         return family.score_natural_gradient(state, draws)
 
+
+# What estimators need that take no gradients.
+LOSSES_ALONE = ("loss", "variations")
 
 GENERAL: dict[str, Callable[[], Estimator]] = {
     "reparam": Reparameterised,

@@ -52,6 +52,7 @@ class ExponentialFamily(ABC):
     * `event_dim`: number of trailing axes that make one weight (0: every entry is one).
     * `statistic_dims`: number of trailing axes of one weight in each field of T (default: `event_dim`).
     * `joint`: the family sees the flat vector of all parameters of its group.
+    * `levels`: the values of a weight where they are finitely many, else None;
     * `support`: the constraint on θ; `domain`: constraints on fields of `State` (missing: real).
     * `noise_kind`: "normal", "logistic" or "uniform", the standardised noise that `sample` transforms.
     * `momentum_block`: the fields of `Site` that momentum averages (default: all).
@@ -84,6 +85,7 @@ class ExponentialFamily(ABC):
     joint: ClassVar[bool] = False
     support: ClassVar[constraints.Constraint] = constraints.real
     domain: ClassVar[Mapping[str, constraints.Constraint]] = {}
+    levels: ClassVar[tuple[float, ...] | None] = None
     noise_kind: ClassVar[str] = "normal"
     momentum_block: ClassVar[tuple[str, ...]] = ()
     curvature: ClassVar[str] = "none"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import correction
 from .blocks import Block
-from .estimators import Estimator, resolve_estimator
+from .estimators import LOSSES_ALONE, Estimator, resolve_estimator
 from .registry import resolve_family
 from .schedules import AdaptiveAlpha, resolve_alpha
 
@@ -79,6 +79,7 @@ HYPERPARAMETERS = (
     "retraction",
     "debias",
     "reanchor_average",
+    "prior_in_momentum",
 )
 
 
@@ -132,7 +133,7 @@ def check_group(group: dict[str, Any]) -> None:
             f"lr_scale={MEAN_LOSS!r}: it is for families of a fixed precision, not {type(group['family']).__name__}; "
             "give a number."
         )
-    for name in ("debias", "reanchor_average"):
+    for name in ("debias", "reanchor_average", "prior_in_momentum"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r}: give True or False.")
     group["alpha"] = checked_alpha(group["alpha"])
@@ -207,11 +208,16 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
 def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
     """Refuse noise modes under which an estimator measures nothing, or measures it wrongly."""
     estimator: Estimator = group["curvature"]
-    vanishing = estimator.needs_noise and (group["family"].curvature != "none" or estimator.needs == "loss")
+    losses = estimator.needs in LOSSES_ALONE
+    vanishing = estimator.needs_noise and (group["family"].curvature != "none" or losses)
     if noise == "zero" and vanishing:
         raise ValueError(
             f"noise='zero': {type(estimator).__name__} measures with the noise and would find nothing; choose "
             "another curvature (such as 'exact') or another noise."
+        )
+    if estimator.antithetic and noise != "antithetic":
+        raise ValueError(
+            f"noise={noise!r}: {type(estimator).__name__} compares pairs of draws ±ε; give noise='antithetic'."
         )
     if estimator.independent_draws and (mc_samples < 2 or noise == "antithetic"):
         raise ValueError(

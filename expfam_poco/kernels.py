@@ -40,6 +40,7 @@ class Recipe:
         retraction: its variant.
         anchor_weight: of the anchor term.
         noise: "random", "reflected" (the antithetic partner) or "zero".
+        prior_in_momentum: whether momentum averages the prior's pull, too.
     """
 
     family: ExponentialFamily
@@ -49,6 +50,7 @@ class Recipe:
     retraction: str
     anchor_weight: float
     noise: str = "random"
+    prior_in_momentum: bool = False
 
     def noise_of(self, source: Tensor | Address, like: Tensor) -> Tensor:
         """ε for the weights `like`: `source` is the noise itself, or the address to look it up."""
@@ -165,6 +167,7 @@ def advance(
         unbias=unbias,
         clip_radius=recipe.clip_radius,
         retraction=recipe.retraction,
+        prior_in_momentum=recipe.prior_in_momentum,
     )
     return moved, sound(family, moved, like)
 

@@ -104,7 +104,7 @@ def _biased(s: Specimen, name: str, estimator: Estimator, number: int, c: Any) -
 
 
 def _estimates(s: Specimen, estimator: Estimator, number: int, c: Any) -> list[Any]:
-    per_draw = estimator.needs in ("hvp", "hessian") or _makes_curvature(s, estimator)
+    per_draw = estimator.needs in ("hvp", "hessian", "variations") or _makes_curvature(s, estimator)
     count = FEW if per_draw else MANY
     whole = s.noise(GROUPS * count, SAMPLES, 300 + number)
     chunks = whole.split(count)
@@ -119,15 +119,25 @@ def _estimate(s: Specimen, estimator: Estimator, number: int, epsilon: Tensor, c
 
 def estimate(s: Specimen, estimator: Estimator, state: Any, epsilon: Tensor, c: Any, group: int = 0) -> Any:
     """What the estimator makes of ⟨c, T⟩ measured at its own points, as a site at `state`."""
+    if estimator.antithetic:
+        epsilon = torch.stack([epsilon, s.family.reflect(epsilon)], 1).flatten(0, 1)
     theta = estimator.points(s.family, state, epsilon).detach().requires_grad_(True)
-    loss = s.family.inner(c, s.family.statistics(theta)).reshape(len(theta), -1).sum(-1)
-    gradient, curvature = None, None
-    if estimator.needs != "loss":
+
+    def loss_of(points: Tensor) -> Tensor:
+        return s.family.inner(c, s.family.statistics(points)).reshape(len(points), -1).sum(-1)
+
+    loss = loss_of(theta)
+    gradient, curvature, variations = None, None, None
+    if estimator.needs == "variations":
+        variations = torch.stack(
+            [loss_of(torch.stack(list(estimator.variations(s.family, each)))) for each in theta.detach()]
+        )
+    elif estimator.needs != "loss":
         (gradient,) = torch.autograd.grad(loss.sum(), theta, create_graph=estimator.needs in ("hvp", "hessian"))
         curvature = _curvature(s, estimator, theta, gradient, group)
         gradient = gradient.detach()
     return estimator.natural_gradient(
-        s.family, state, Draws(epsilon, theta.detach(), loss.detach(), gradient, curvature)
+        s.family, state, Draws(epsilon, theta.detach(), loss.detach(), gradient, curvature, variations)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import Parameter
 from . import fields
 from .batched import Batched
 from .blocks import Block
-from .estimators import Draws, Estimator
+from .estimators import LOSSES_ALONE, Draws, Estimator
 from .evaluation import Closure, Measured, Request, evaluate
 from .noise import NoiseKey, noise
 
@@ -40,6 +41,7 @@ class View:
     grad: list[Tensor | None] = field(default_factory=list)
     curvature: list[Tensor | None] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
+    variations: list[Tensor] = field(default_factory=list)
     total: Any = None
     weight: float = 1.0
     used_before: bool = False
@@ -82,7 +84,7 @@ class View:
 
     def used(self) -> bool:
         """Whether any evaluation depended on the block."""
-        return self.used_before or self.estimator.needs == "loss" or any(grad is not None for grad in self.grad)
+        return self.used_before or self.estimator.needs in LOSSES_ALONE or any(grad is not None for grad in self.grad)
 
     def settled(self) -> Any:
         """The total with this part."""
@@ -95,8 +97,10 @@ class View:
         theta = torch.stack(self.theta)
         grads = [torch.zeros_like(theta[0]) if grad is None else grad for grad in self.grad]
         curvature = torch.stack([c for c in self.curvature if c is not None]) if self._has_curvature() else None
-        grad = None if self.estimator.needs == "loss" else torch.stack(grads)
-        draws = Draws(self.noise, theta, torch.stack(self.loss).to(theta.dtype), grad, curvature)
+        grad = None if self.estimator.needs in LOSSES_ALONE else torch.stack(grads)
+        loss = torch.stack(self.loss).to(theta.dtype)
+        variations = torch.stack(self.variations).to(theta.dtype) if self.variations else None
+        draws = Draws(self.noise, theta, loss, grad, curvature, variations)
         return self.estimator.natural_gradient(self.block.family, self.state, draws)
 
     def _has_curvature(self) -> bool:
@@ -159,6 +163,26 @@ def measure_draw(
     return measured.loss, products
 
 
+def measure_variations(
+    closure: Closure, views: Sequence[View], replayed: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Losses at the variations of the draw just measured, for the views that need them, one after the other.
+
+    `replayed` makes a context in which the model sees the random numbers that it saw at the draw.
+    """
+    params = [p for view in views for p in view.block.params]
+    for view in views:
+        if view.estimator.needs != "variations":
+            continue
+        theta, losses = view.theta[-1], []
+        for varied in view.estimator.variations(view.block.family, theta):
+            view.block.write(varied)
+            with replayed():
+                losses.append(evaluate(closure, params, Request(gradient=False)).loss)
+        view.block.write(theta)
+        view.variations.append(torch.stack(losses))
+
+
 def measure_batched(closure: Batched, *sides: Sequence[View]) -> Tensor:
     """Evaluate all draws of all views in one batched pass, inside and outside alike; the first side's mean loss."""
     for view in sides[0]:
@@ -214,7 +238,7 @@ def _request(views: Sequence[View], draw: int, product_with: Sequence[Tensor] | 
         for view, position in zip(views, _positions(views), strict=True)
         if view.measures_hessian
     }
-    gradient = any(view.estimator.needs != "loss" for view in views)
+    gradient = any(view.estimator.needs not in LOSSES_ALONE for view in views)
     return Request(gradient=gradient or bool(vectors), vectors=vectors, hessian=hessian)
 
 

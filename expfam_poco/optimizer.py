@@ -67,6 +67,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         clip_radius: ξ, limit of each entry of the preconditioned step before lr.
         hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
         reanchor_average: move the old mega-batch average to the new λ_out before averaging (False: Alg. 4).
+        prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
@@ -114,6 +115,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         clip_radius: float = math.inf,
         hess_init: float | None = None,
         reanchor_average: bool = True,
+        prior_in_momentum: bool = False,
         mc_samples: int = 1,
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
@@ -157,6 +159,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             "clip_radius": clip_radius,
             "hess_init": hess_init,
             "reanchor_average": reanchor_average,
+            "prior_in_momentum": prior_in_momentum,
         }
         super().__init__(params, defaults)
         groups.check_prior_names(self.param_groups, [block.name for block in self._blocks])

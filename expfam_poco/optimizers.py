@@ -9,12 +9,15 @@
 | `IVON`        | diagonal Gaussian   | Shen et al. 2024; Alg. 4 without red   | none                             |
 | `IVONPoCo`    | diagonal Gaussian   | PC Alg. 4 without momentum (IVON-PC)   | freshest mega-batch              |
 | `IVONPoCoMo`  | diagonal Gaussian   | PC Alg. 4 (IVON-PCM)                   | average of mega-batches, ρ₁, ρ₂  |
+| `BayesBiNN`   | Bernoulli           | Meng et al. 2020                       | none                             |
+| `BayesBiNNPoCo`| Bernoulli          | PC Eq. 13, 18                          | freshest mega-batch              |
 
 `AlphaSVRG`, over any torch optimizer, stands in `alpha_svrg`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -296,3 +299,86 @@ class IVON(IVONPoCo):
     def __init__(self, params: Any, lr: float, ess: float, *args: Any, **choices: Any) -> None:
         choices.setdefault("alpha", 0.0)
         super().__init__(params, lr, ess, *args, **choices)
+
+
+class BayesBiNNPoCo(PosteriorCorrected):
+    """BayesBiNN with posterior correction: weights in {−1, +1} with a Bernoulli posterior (PC Eq. 13, 18).
+
+        ĝ = ĝ_in − α (ĝ_out − ḡ_out),     m ← β m + (1−β) (N ĝ + λ − λ₀),     λ ← λ − η m/(1−βᵗ)
+
+    with ĝ the estimator's natural gradient of the mean loss; noise is shared between λ_in and λ_out.
+
+    Args:
+        params: parameters or groups; groups of other families (`binarize_groups`) are stepped beside the binary ones.
+        lr: η. The step of λ is η N times the gradient, so lr · ess is what a rate on the mean loss would be.
+        ess: N.
+        temperature: τ of the relaxed estimator: 1 to about 0.01, see `docs/binary-networks.md`.
+        beta1: β.
+        mc_samples: draws per evaluation.
+        strength: |λ| at the beginning; the published code has 10, which float32 does not bear at small τ.
+        initial: "sign" of the model's weights, or "value" (λ = strength · weight: from a trained float network).
+        stale_mean: divide by 1 − μ² of the λ before the last step, as the published code does.
+        curvature: another estimator's name (or object) in place of "relaxed".
+        alpha: α.
+        **choices: passed to `PosteriorCorrected`.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 5)
+        >>> y = x @ torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])
+        >>> weight = torch.nn.Parameter(torch.randn(5))
+        >>> opt = poco.BayesBiNNPoCo([weight], lr=1e-3, ess=64.0, seed=0)
+        >>> closure = lambda: (x @ weight - y).square().mean()
+        >>> for step in range(100):
+        ...     if step % 20 == 10:
+        ...         _ = opt.refresh([closure])
+        ...     loss = opt.step(closure)
+        >>> weight.data
+        tensor([ 1., -1.,  1.,  1., -1.])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        ess: float,
+        *,
+        temperature: float = 1.0,
+        beta1: float = 0.9,
+        mc_samples: int = 1,
+        strength: float = 1.0,
+        initial: str = "sign",
+        stale_mean: bool = False,
+        curvature: str | Estimator | None = None,
+        alpha: Alpha = 1.0,
+        **choices: Any,
+    ) -> None:
+        kind: Any = get_family("bernoulli")
+        kind = kind.stale_variant() if stale_mean else kind
+        family = kind(initial=initial, strength=strength)
+        if curvature in (None, "relaxed"):
+            curvature = dataclasses.replace(family.estimators["relaxed"], temperature=temperature)
+        elif temperature != 1.0:
+            raise ValueError(f"temperature={temperature}: only the relaxed estimator has one, not {curvature!r}.")
+        choices.setdefault("prior_in_momentum", True)
+        super().__init__(
+            params, family, lr, ess, momentum=beta1, mc_samples=mc_samples, curvature=curvature, alpha=alpha, **choices
+        )
+
+
+class BayesBiNN(BayesBiNNPoCo):
+    """BayesBiNN (Meng, Bachmann and Khan 2020): `BayesBiNNPoCo` with α = 0. Same arguments.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> weight = torch.nn.Parameter(torch.randn(3))
+        >>> opt = poco.BayesBiNN([weight], lr=0.1, ess=10.0)
+        >>> loss = opt.step(lambda: (weight - 1.0).square().mean())
+        >>> weight.abs()
+        tensor([1., 1., 1.], grad_fn=<AbsBackward0>)
+    """
+
+    def __init__(self, params: Any, lr: float, ess: float, **choices: Any) -> None:
+        choices.setdefault("alpha", 0.0)
+        super().__init__(params, lr, ess, **choices)

@@ -14,7 +14,7 @@ from .anchors import Anchor
 from .batched import Batched
 from .effects import Buffers, Record, capture_random, replay_random
 from .evaluation import Closure
-from .measurement import View, measure_batched, measure_draw
+from .measurement import View, measure_batched, measure_draw, measure_variations
 
 
 class Pairs:
@@ -100,11 +100,16 @@ class Pairs:
             measure_batched(closure, outer)
         return loss
 
-    @staticmethod
     def _measure(
-        closure: Closure, views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None = None
+        self, closure: Closure, views: Sequence[View], draw: int, product_with: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """One draw of all views, added to the totals of those that keep one."""
+        varying = any(view.estimator.needs == "variations" for view in views)
+        params = [p for view in views for p in view.block.params]
+        random = capture_random(params) if varying else None
         measured = measure_draw(closure, views, draw, product_with, together=streaming.together)
+        if random is not None:
+            with self._buffers.kept(params):
+                measure_variations(closure, views, lambda: replay_random(random))
         streaming.collect(views, draw)
         return measured

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, fields
 from .shell import Shell
 
 
@@ -56,6 +56,22 @@ class Resuming(Shell):
         self._clock = dict(header["clock"])
         self._meter.load(header["meter"])
         self._anchor.hessian = header["anchor_hessian"]
+
+    @torch.no_grad()
+    def next_task(self) -> None:
+        """Make the present posterior the prior: training goes on with another task's data (as in BayesBiNN §5).
+
+        λ₀ ← λ for every family; q stays where it is. Momentum and q_out, which belong to the old task, are forgotten.
+        `weight_decay` has no further part; ess·∇̃KL now pulls towards the old task's posterior.
+        """
+        for block in self._trainable():
+            own = self._state(block)
+            prior = block.group["prior"]
+            known = dict(prior) if isinstance(prior, dict) else {}
+            known[block.name] = fields.map_fields(torch.clone, own["posterior"])
+            block.group["prior"] = known
+            own.update(outer=None, refresh=0, in_mega=False, momentum=(), step=0)
+        self._anchor.reset()
 
     def _settings(self) -> dict[str, Any]:
         return {

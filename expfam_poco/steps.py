@@ -82,6 +82,7 @@ class WholeStep:
             step=self.age,
             clip_radius=group["clip_radius"],
             retraction=group["retraction"],
+            prior_in_momentum=group["prior_in_momentum"],
         )
         if not bool(family.in_domain(self.moved.posterior)):
             raise posterior.domain_error(self.block, self.moved.posterior)

@@ -60,6 +60,7 @@ class StreamedView(View):
             group["retraction"],
             groups.anchor_weight(group),
             "zero" if self.mode == "zero" else "reflected" if reflected else "random",
+            group["prior_in_momentum"],
         )
 
     def source(self, span: Span, recipe: Recipe, draw: int) -> Tensor | Address:

@@ -1,9 +1,11 @@
 """The built-in families. Each is a plug-in of the engine, registered by an entry point of this package."""
 
-from .bernoulli import Bernoulli, Relaxed, StraightThrough
+from .bernoulli import Bernoulli
+from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
 from .gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
 
 __all__ = [
+    "Arm",
     "Bernoulli",
     "DiagonalGaussian",
     "FullGaussian",
@@ -11,5 +13,6 @@ __all__ = [
     "GaussianState",
     "IsotropicGaussian",
     "Relaxed",
+    "SingleFlip",
     "StraightThrough",
 ]

@@ -1,13 +1,7 @@
 r"""The Bernoulli family over {−1, +1}: natural λ, μ = tanh λ, A(λ) = log 2cosh λ, Fisher 1 − μ² = sech² λ.
 
-Samples are hard: θ = sign(λ + ε) with ε = ½ log(u/(1−u)), so that P(θ = 1) = σ(2λ) = (1+μ)/2. Three estimators
-of the natural gradient, by name:
-
-* "relaxed" (binary concrete, Meng et al. 2020): the loss at w = tanh((λ+ε)/τ), the natural gradient
-  (1−w²)/(τ sech²λ) ∇ℓ(w). Biased (for a linear loss its 1 becomes 0.87 at τ = 1, λ = 0.7); the variance grows
-  as 1/τ, so τ → 0 is *not* the straight-through estimator.
-* "straight_through" (Bengio et al. 2013): the loss at a hard θ, the natural gradient ∇ℓ(θ). Biased.
-* "score" (of the engine): unbiased, from losses alone, at least two draws.
+Samples are hard: θ = sign(λ + ε) with ε = ½ log(u/(1−u)), so that P(θ = 1) = σ(2λ) = (1+μ)/2. What estimates its
+natural gradient stands in `binary_estimators`.
 
 1 − tanh² is never computed: sech² comes from logarithms, sound for |λ| up to 40 in float32.
 """
@@ -17,80 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco.estimators import Draws, Estimator
+from expfam_poco.estimators import Estimator
 from expfam_poco.family import ExponentialFamily, Theta
 
-
-def log_sech_squared(value: Tensor) -> Tensor:
-    """log sech² x = 2 (log 2 − |x| − log(1 + e^{−2|x|})), without overflow or cancellation for any x."""
-    magnitude = value.abs()
-    return 2.0 * (math.log(2.0) - magnitude - F.softplus(-2.0 * magnitude))
-
-
-@dataclass(frozen=True)
-class Relaxed(Estimator):
-    """The binary-concrete estimator of BayesBiNN at temperature τ, biased; variance grows as 1/τ.
-
-    Args:
-        temperature: τ > 0.
-
-    Example:
-        >>> import torch
-        >>> from expfam_poco.families import Bernoulli, Relaxed
-        >>> q = Bernoulli()
-        >>> Relaxed(temperature=0.5).points(q, q.State(torch.zeros(1)), torch.tensor([[0.25]]))
-        tensor([[0.4621]])
-    """
-
-    temperature: float = 1.0
-    unbiased: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Refuse a temperature that is not positive and finite."""
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: it must be positive and finite; try 1.0.")
-
-    def check(self, family: ExponentialFamily) -> None:
-        """Only for {−1, +1} weights."""
-        _require_bernoulli("relaxed", family)
-
-    def points(self, family: ExponentialFamily, state: Any, noise: Tensor) -> Tensor:
-        """w = tanh((λ + ε)/τ)."""
-        return torch.tanh((state.theta + noise) / self.temperature)
-
-    def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Theta:
-        """The average of sech²((λ+ε)/τ) / (τ sech² λ) ∇ℓ(w)."""
-        exponent = log_sech_squared((state.theta + draws.noise) / self.temperature)
-        ratio = torch.exp(exponent - log_sech_squared(state.theta)) / self.temperature
-        return Theta((ratio * draws.require_grad()).mean(0))
-
-
-@dataclass(frozen=True)
-class StraightThrough(Estimator):
-    """∇ℓ at a hard ±1 draw (at the mode with `noise="zero"`) taken as the natural gradient: biased, low variance.
-
-    Example:
-        >>> from expfam_poco.families import StraightThrough
-        >>> StraightThrough().unbiased
-        False
-    """
-
-    unbiased: ClassVar[bool] = False
-
-    def check(self, family: ExponentialFamily) -> None:
-        """Only for {−1, +1} weights."""
-        _require_bernoulli("straight_through", family)
-
-    def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Theta:
-        """The average of ∇ℓ(θ)."""
-        return Theta(draws.require_grad().mean(0))
+from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
 
 
 @dataclass(frozen=True)
@@ -99,6 +30,9 @@ class Bernoulli(ExponentialFamily):
 
     Args:
         point_estimate: what the model holds between steps, the "mode" sign(λ) or the "mean" tanh λ.
+        initial: what λ starts from, the model's weights θ: "value" (λ = strength · θ, so that a trained network's
+            large weights are the sure ones) or "sign" (λ = strength · sign θ; random signs if θ is random).
+        strength: |λ| at |θ| = 1; the published BayesBiNN starts at 10.
 
     Example:
         >>> import torch
@@ -109,19 +43,34 @@ class Bernoulli(ExponentialFamily):
     """
 
     point_estimate: str = "mode"
+    initial: str = "value"
+    strength: float = 1.0
 
     support: ClassVar[constraints.Constraint] = constraints.real
+    levels: ClassVar[tuple[float, ...] | None] = (-1.0, 1.0)
     noise_kind: ClassVar[str] = "logistic"
     default_estimator: ClassVar[str] = "relaxed"
     estimators: ClassVar[Mapping[str, Estimator]] = {
         "relaxed": Relaxed(),
         "straight_through": StraightThrough(),
+        "clipped_straight_through": StraightThrough(clip=1.0),
+        "arm": Arm(),
+        "flip": SingleFlip(),
     }
 
     def __post_init__(self) -> None:
         """Refuse an unknown point estimate."""
         if self.point_estimate not in ("mode", "mean"):
             raise ValueError(f"point_estimate={self.point_estimate!r}: choose 'mode' or 'mean'.")
+        if self.initial not in ("value", "sign"):
+            raise ValueError(f"initial={self.initial!r}: choose 'value' or 'sign'.")
+        if not 0.0 < self.strength < math.inf:
+            raise ValueError(f"strength={self.strength!r}: it must be positive and finite.")
+
+    @staticmethod
+    def stale_variant() -> type[StaleBernoulli]:
+        """The variant that remembers the λ before the last step."""
+        return StaleBernoulli
 
     def statistics(self, theta: Tensor) -> Theta:
         """T(θ) = θ."""
@@ -153,8 +102,10 @@ class Bernoulli(ExponentialFamily):
         return torch.where(state.theta >= 0.0, 1.0, -1.0).to(state.theta.dtype)
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Theta:
-        """λ = strength · θ (strength 1 if None): the sign from θ, 0 at θ = 0, the uniform prior at strength 0."""
-        strength = torch.as_tensor(1.0 if precision is None else precision, dtype=theta.dtype)
+        """λ = precision · θ, the uniform prior at precision 0; where it is None, as `initial` and `strength` say."""
+        if precision is None and self.initial == "sign":
+            theta = torch.where(theta >= 0.0, 1.0, -1.0).to(theta.dtype)
+        strength = torch.as_tensor(self.strength if precision is None else precision, dtype=theta.dtype)
         return Theta(strength.to(theta.device) * theta)
 
     def recentre(self, state: Any, theta: Tensor) -> Theta:
@@ -172,9 +123,56 @@ class Bernoulli(ExponentialFamily):
         return SignBernoulli(state.theta).to_event(state.theta.ndim)
 
 
-def _require_bernoulli(name: str, family: ExponentialFamily) -> None:
-    if not isinstance(family, Bernoulli):
-        raise ValueError(
-            f"curvature={name!r} is for weights in {{−1, +1}}, not for {type(family).__name__}; "
-            "use it with the Bernoulli family."
-        )
+class Stale(NamedTuple):
+    """λ, and the λ before it.
+
+    Example:
+        >>> import torch
+        >>> from expfam_poco.families.bernoulli import Stale
+        >>> Stale(torch.zeros(1), torch.ones(1)).previous
+        tensor([1.])
+    """
+
+    theta: Tensor
+    previous: Tensor
+
+
+@dataclass(frozen=True)
+class StaleBernoulli(Bernoulli):
+    """A `Bernoulli` that remembers the λ before the last step, whose μ the published BayesBiNN code divides by.
+
+    For comparisons with that code alone; otherwise use `Bernoulli`.
+
+    Example:
+        >>> import torch
+        >>> from expfam_poco.families.bernoulli import StaleBernoulli
+        >>> q = StaleBernoulli()
+        >>> q.retract(q.centred_at(torch.ones(1)), q.Site(torch.ones(1)), (0.5,)).previous
+        tensor([1.])
+    """
+
+    State: ClassVar[type[Any]] = Stale
+
+    def to_nat(self, state: Any) -> Theta:
+        """λ."""
+        return Theta(state.theta)
+
+    def from_nat(self, nat: Any) -> Stale:
+        """λ, as if it had not moved."""
+        return Stale(nat.theta, nat.theta)
+
+    def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Any:
+        """As `Bernoulli`, as if λ had not moved."""
+        return self.from_nat(super().centred_at(theta, precision))
+
+    def recentre(self, state: Any, theta: Tensor) -> Any:
+        """As `Bernoulli`, as if λ had not moved."""
+        return self.from_nat(super().recentre(state, theta))
+
+    def kl_gradient(self, state: Any, prior: Any) -> Theta:
+        """λ − λ₀."""
+        return Theta(state.theta - prior.theta)
+
+    def retract(self, state: Any, direction: Any, rates: Any, **choices: Any) -> Stale:
+        """The step of `Bernoulli`; the λ before it stays."""
+        return Stale(super().retract(state, direction, rates, **choices).theta, state.theta)

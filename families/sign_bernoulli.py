@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from .bernoulli import log_sech_squared
+from .binary_estimators import log_sech_squared
 
 
 class SignBernoulli(dist.TorchDistribution):
