@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import expfam_poco as poco
+from expfam_poco.estimators import LOSSES_ALONE
 from expfam_poco.measurement import draw_noise
 from expfam_poco.noise import NoiseKey
 
@@ -67,6 +68,8 @@ SHELL: dict[str, Make] = {
     "IVON": named(poco.IVON, lr=0.1, ess=500.0, beta2=0.99),
     "IVONPoCo": named(poco.IVONPoCo, lr=0.1, ess=500.0, beta2=0.99),
     "IVONPoCoMo": named(poco.IVONPoCoMo, lr=0.1, ess=500.0, beta2=0.99, rho1=0.6, rho2=0.1, alpha=0.7),
+    "BayesBiNN": named(poco.BayesBiNN, lr=0.01, ess=24.0),
+    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, mc_samples=2),
     "diagonal-exact": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, curvature="exact"),
     "diagonal-gradsq": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=9.0, curvature="gradsq", momentum=0.9),
     "diagonal-hutchinson": shell(
@@ -85,6 +88,8 @@ SHELL: dict[str, Make] = {
         poco.get_family("bernoulli")(point_estimate="mean"), lr=0.01, ess=24.0, curvature="straight_through"
     ),
     "bernoulli-score": shell("bernoulli", lr=0.001, ess=24.0, curvature="score", mc_samples=3),
+    "bernoulli-arm": shell("bernoulli", lr=0.001, ess=24.0, curvature="arm", noise="antithetic", mc_samples=4),
+    "bernoulli-flip": shell("bernoulli", lr=0.001, ess=24.0, curvature="flip"),
 }  # fmt: skip
 
 
@@ -124,7 +129,7 @@ def same(first: Any, second: Any) -> bool:
 
 def differentiates(opt: Any) -> bool:
     """Whether gradients are taken at all."""
-    return all(getattr(g.get("curvature"), "needs", "gradient") != "loss" for g in opt.param_groups)
+    return all(getattr(g.get("curvature"), "needs", "gradient") not in LOSSES_ALONE for g in opt.param_groups)
 
 
 def is_joint(opt: Any) -> bool:

@@ -29,7 +29,7 @@ from torch.distributions import transform_to
 
 import expfam_poco as poco
 from expfam_poco import blr, correction
-from expfam_poco.estimators import Draws, available
+from expfam_poco.estimators import LOSSES_ALONE, Draws, available
 from expfam_poco.measurement import INNER, MEGA, PROBE_INNER, PROBE_MEGA
 from expfam_poco.noise import NoiseKey, noise
 
@@ -78,20 +78,26 @@ class Pure:
         family, estimator = self.family, self.estimator
         keys = [NoiseKey(self.seed, stream, step, parameter=i) for i in range(len(states))]
         shapes = [s.shape for s in map(family.point, states)]
-        eps = [
-            family.noise(shape, self.draws, key, dtype=torch.float64) for shape, key in zip(shapes, keys, strict=True)
-        ]
+        count = self.draws // 2 if estimator.antithetic else self.draws
+        eps = [family.noise(shape, count, key, dtype=torch.float64) for shape, key in zip(shapes, keys, strict=True)]
+        if estimator.antithetic:
+            eps = [torch.stack([e, family.reflect(e)], 1).flatten(0, 1) for e in eps]
         signs = [
             noise("rademacher", shape, self.draws, key.at(stream=probes), dtype=torch.float64)
             for shape, key in zip(shapes, keys, strict=True)
         ]
         losses, measured = [], [([], [], []) for _ in states]
+        varied: list[list[Tensor]] = [[] for _ in states]
         for k in range(self.draws):
             thetas = [estimator.points(family, s, e[k : k + 1])[0] for s, e in zip(states, eps, strict=True)]
             leaves = [theta.detach().clone().requires_grad_() for theta in thetas]
             loss = self.model.loss(self.unpack(leaves), batch)
             grads = torch.autograd.grad(loss, leaves, create_graph=True)
             losses.append(loss.detach())
+            if estimator.needs == "variations":
+                for i, theta in enumerate(thetas):
+                    others = [thetas[:i] + [v] + thetas[i + 1 :] for v in estimator.variations(family, theta)]
+                    varied[i].append(torch.stack([self.model.loss(self.unpack(o), batch).detach() for o in others]))
             inner = sum((g * z[k]).sum() for g, z in zip(grads, signs, strict=True))
             products = torch.autograd.grad(inner, leaves, retain_graph=True)
             for i, (theta, grad) in enumerate(zip(thetas, grads, strict=True)):
@@ -111,10 +117,11 @@ class Pure:
                 for record, value in zip(measured[i], (theta, grad.detach(), curvature), strict=True):
                     record.append(value)
         sites = []
-        for state, e, (theta, grad, curvature) in zip(states, eps, measured, strict=True):
+        for state, e, (theta, grad, curvature), other in zip(states, eps, measured, varied, strict=True):
             stacked = None if curvature[0] is None else torch.stack(curvature)
-            gradient = None if estimator.needs == "loss" else torch.stack(grad)
-            draws = Draws(e, torch.stack(theta), torch.stack(losses), gradient, stacked)
+            gradient = None if estimator.needs in LOSSES_ALONE else torch.stack(grad)
+            variations = torch.stack(other) if other else None
+            draws = Draws(e, torch.stack(theta), torch.stack(losses), gradient, stacked, variations)
             sites.append(estimator.natural_gradient(family, state, draws))
         return sites
 
@@ -164,7 +171,8 @@ def test_the_shell_equals_the_pure_functions(family: Any, estimator: Any) -> Non
     pure = Pure(model, family, estimator, seed=9, draws=draws)
     opt = poco.PosteriorCorrected(
         model.parameters(), family, lr=0.02, ess=50.0, weight_decay=0.02, alpha=(0.7, 0.4), rho=(0.5, 0.2),
-        curvature=estimator, momentum=0.8, precision_lr=0.01, clip_radius=3.0, mc_samples=draws, seed=9,
+        curvature=estimator, momentum=0.8, precision_lr=0.01, clip_radius=3.0, seed=9,
+        mc_samples=1 if estimator.antithetic else draws, noise="antithetic" if estimator.antithetic else "shared",
     )  # fmt: skip
     first, starts = 1, [q.posterior for q in pure.q]
     for step in range(10):
@@ -217,7 +225,8 @@ def test_named_optimizers_are_choices_and_nothing_else() -> None:
         assert [getattr(m, "name", None) for m in methods] == ["__init__"], f"{cls.name} has more than an __init__"
         loops = [n for n in ast.walk(cls) if isinstance(n, ast.For | ast.While | ast.With | ast.Lambda | ast.Attribute)]
         attributes = {n.attr for n in loops if isinstance(n, ast.Attribute)}
-        assert attributes <= {"setdefault", "__init__", "inf"} and len(loops) <= 4, f"{cls.name} computes: {attributes}"
+        known = {"setdefault", "__init__", "inf", "replace", "estimators", "stale_variant"}
+        assert attributes <= known and len(loops) <= 5, f"{cls.name} computes: {attributes}"
 
 
 @every_optimizer
@@ -250,7 +259,9 @@ def test_refresh_moves_no_weight_and_returns_the_weighted_loss(name: str) -> Non
     value = opt.refresh([recording(0), recording(1)], [1.0, 3.0])
     assert equal(weights(model), before)
     half = len(seen) // 2
-    expected = 0.25 * torch.stack(seen[:half]).mean() + 0.75 * torch.stack(seen[half:]).mean()
+    flips = name == "bernoulli-flip"  # its first evaluation is the draw, the others variations of it
+    first, second = (seen[:1], seen[half : half + 1]) if flips else (seen[:half], seen[half:])
+    expected = 0.25 * torch.stack(first).mean() + 0.75 * torch.stack(second).mean()
     torch.testing.assert_close(value, expected, rtol=1e-14, atol=0.0)
     assert all(p.grad is None for p in model.parameters())
 

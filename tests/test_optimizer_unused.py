@@ -60,7 +60,9 @@ def test_steps_are_plain_while_q_out_is_of_other_parameters(name: str) -> None:
 
 def draws_of(opt: Any) -> int:
     """Evaluations of an uncorrected step."""
-    return getattr(opt, "mc_samples", 1) * (2 if getattr(opt, "noise", "") == "antithetic" else 1)
+    draws = getattr(opt, "mc_samples", 1) * (2 if getattr(opt, "noise", "") == "antithetic" else 1)
+    varied = [g for g in opt.param_groups if getattr(g.get("curvature"), "needs", "") == "variations"]
+    return draws * (1 + sum(p.numel() for g in varied for p in g["params"]))
 
 
 @pytest.mark.parametrize("name", ["SVRG", *OVER_A_BASE])
