@@ -227,7 +227,9 @@ def _advance(
     noise of the next draw, `out` becomes that draw in place of the point.
     """
     moved, sound = kernels.advance(recipe, state, momentum, prior, outer, inside, outside, numbers, _like(out, dtype))
-    for old, new in zip((*state, *momentum), (*moved.posterior, *moved.momentum), strict=True):
+    # A new field may be an old one itself (a λ remembered), which must be read before that is written.
+    posterior = [new.clone() if any(new is old for old in state) else new for new in moved.posterior]
+    for old, new in zip((*state, *momentum), (*posterior, *moved.momentum), strict=True):
         if old.ndim:  # a field without dimensions is the family's constant
             old.copy_(kernels.kept(sound, new, old))
     if following is None:

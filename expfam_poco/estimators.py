@@ -83,6 +83,9 @@ class Estimator(ABC):
     def check(self, family: ExponentialFamily) -> None:
         """Raise a ValueError where this estimator and the family do not go together."""
 
+    def check_size(self, size: int) -> None:
+        """Raise a ValueError where a tensor of so many weights is too much for this estimator."""
+
     def points(self, family: ExponentialFamily, state: Any, noise: Tensor) -> Tensor:
         """Where the loss is evaluated (K × P): samples of q, unless the estimator relaxes them."""
         return family.sample(state, noise)

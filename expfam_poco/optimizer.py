@@ -185,6 +185,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             for block in blocks:
                 block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
                 groups.check_prior(block)
+                group["curvature"].check_size(block.numel)
         except Exception:
             self.param_groups.pop()
             raise

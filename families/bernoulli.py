@@ -159,7 +159,7 @@ class StaleBernoulli(Bernoulli):
 
     def from_nat(self, nat: Any) -> Stale:
         """λ, as if it had not moved."""
-        return Stale(nat.theta, nat.theta)
+        return Stale(nat.theta, nat.theta.clone())  # of its own, since large models are stepped in place
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Any:
         """As `Bernoulli`, as if λ had not moved."""

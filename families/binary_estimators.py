@@ -167,13 +167,17 @@ class SingleFlip(Estimator):
         """Only for {−1, +1} weights."""
         _require_bernoulli("flip", family)
 
-    def variations(self, family: ExponentialFamily, theta: Tensor) -> Iterator[Tensor]:
-        """θ with one entry flipped, entry after entry."""
-        if theta.numel() > self.most:
+    def check_size(self, size: int) -> None:
+        """At most `most` weights."""
+        if size > self.most:
             raise ValueError(
-                f"curvature='flip': a tensor of {theta.numel()} weights would take as many further losses a step; "
+                f"curvature='flip': a tensor of {size} weights would take as many further losses a step; "
                 "choose 'straight_through' or 'relaxed', or give SingleFlip(most=…) to insist."
             )
+
+    def variations(self, family: ExponentialFamily, theta: Tensor) -> Iterator[Tensor]:
+        """θ with one entry flipped, entry after entry."""
+        self.check_size(theta.numel())
         for i in range(theta.numel()):
             flipped = theta.flatten().clone()
             flipped[i] = -flipped[i]
