@@ -83,16 +83,16 @@ def binarize_groups(
         raise ValueError(
             "model: none of its trainable weights would be binary; give other `layers`, or keep fewer of them."
         )
-    groups = [{"params": signs, "family": "bernoulli", **(binary or {})}]
+    groups: list[dict[str, Any]] = [{"params": signs, **(binary or {})}]  # of the optimizer's own Bernoulli family
     if rest:
         groups.append({"params": rest, "family": "diagonal_gaussian", **GAUSSIAN, **(gaussian or {})})
     return groups
 
 
 def binary_names(model: nn.Module, optimizer: PosteriorCorrected) -> list[str]:
-    """Names of the model's parameters whose posterior is over two values."""
+    """Names of the model's parameters whose posterior is over two values, all names of tied ones."""
     two = {id(p) for g in optimizer.param_groups if len(g["family"].levels or ()) == 2 for p in g["params"]}
-    return [name for name, p in model.named_parameters() if id(p) in two]
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in two]
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def export_binary(model: nn.Module, optimizer: PosteriorCorrected, *, seed: int 
         raise ValueError("optimizer: it holds no binary parameter of this model; make its groups by binarize_groups().")
     with optimizer.sampled(seed, at_point=seed is None):
         exported = copy.deepcopy(model)
-    parameters = dict(exported.named_parameters())
+    parameters = dict(exported.named_parameters(remove_duplicate=False))
     for name in names:
         value = parameters[name]
         value.copy_(torch.where(value >= 0.0, 1.0, -1.0))  # of means tanh λ, too, this is the mode
@@ -212,8 +212,12 @@ def load_binary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise CheckpointError(f"{shown}: it is damaged, or no safetensors file ({error}); use another file.") from error
     if described.get("format") != FORMAT or described.get("version") != VERSION:
         raise CheckpointError(f"{shown}: it was not written by this version of save_binary; use another file.")
-    shapes = json.loads(described["binary"])
-    if described.get("sha256") != _digest(tensors, shapes):
+    try:
+        shapes = json.loads(described["binary"])
+        sound = described["sha256"] == _digest(tensors, shapes)
+    except (KeyError, ValueError):
+        sound = False
+    if not sound:
         raise CheckpointError(f"{shown}: its checksum is wrong, so it is damaged; use another file.")
     state = {name: _unpacked(value, *shapes[name]) if name in shapes else value for name, value in tensors.items()}
     own = model.state_dict()
