@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import equal, weights
+from optimizer_cases import equal
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

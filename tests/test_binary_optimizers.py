@@ -51,7 +51,8 @@ def test_the_published_update(stale: bool, prior: bool) -> None:
     family = Bernoulli().stale_variant()() if stale else Bernoulli()
     opt = poco.BayesBiNN(
         [problem.weight], lr=LR, ess=N, beta1=BETA, mc_samples=DRAWS, strength=STRENGTH, stale_mean=stale,
-        curvature=Relaxed(TAU, epsilon=epsilon), seed=3, prior=family.from_nat(Bernoulli.State(lam0)) if prior else None,
+        curvature=Relaxed(TAU, epsilon=epsilon), seed=3,
+        prior=family.from_nat(Bernoulli.State(lam0)) if prior else None,
     )  # fmt: skip
     lam = STRENGTH * problem.weight.data.sign()
     mu, m = torch.tanh(lam), torch.zeros_like(lam)

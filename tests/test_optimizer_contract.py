@@ -96,7 +96,7 @@ class Pure:
             losses.append(loss.detach())
             if estimator.needs == "variations":
                 for i, theta in enumerate(thetas):
-                    others = [thetas[:i] + [v] + thetas[i + 1 :] for v in estimator.variations(family, theta)]
+                    others = [[*thetas[:i], v, *thetas[i + 1 :]] for v in estimator.variations(family, theta)]
                     varied[i].append(torch.stack([self.model.loss(self.unpack(o), batch).detach() for o in others]))
             inner = sum((g * z[k]).sum() for g, z in zip(grads, signs, strict=True))
             products = torch.autograd.grad(inner, leaves, retain_graph=True)
