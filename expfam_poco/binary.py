@@ -199,6 +199,16 @@ def load_binary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Raises:
         CheckpointError: if the file is damaged, not one of `save_binary`'s, or of another model; nothing is changed.
+
+    Example:
+        >>> import tempfile, torch, expfam_poco as poco
+        >>> model = torch.nn.Linear(3, 2)
+        >>> opt = poco.BayesBiNN(poco.binarize_groups(model), lr=0.1, ess=10.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = poco.save_binary(f"{folder}/model.safetensors", model, opt)
+        ...     other = poco.load_binary(f"{folder}/model.safetensors", torch.nn.Linear(3, 2))
+        >>> torch.equal(other.weight, poco.export_binary(model, opt).weight)
+        True
     """
     safetensors = _safetensors()
     shown = repr(os.fspath(path))
