@@ -28,6 +28,7 @@ from .pairs import Pairs
 from .resuming import Resuming
 from .scaling import ScaledOverflow
 from .schedules import AdaptiveAlpha, Staleness
+from .shell import without_hooks
 from .spans import can_stream
 from .steps import WholeStep
 from .streaming import StreamedStep, StreamedView
@@ -162,8 +163,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         groups.check_prior_names(self.param_groups, [block.name for block in self._blocks])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the `step` that a scheduler has wrapped, which would step this optimizer, not the copy."""
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
+        return without_hooks(self.__dict__)
 
     # ---- groups ------------------------------------------------------------------------------------------
 
@@ -314,9 +315,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             if outer is None or not (any(alphas[i]) or probed[i]):
                 if view.used():
                     steps.append(self._step_of(view, None, alphas[i], None))
-            elif view.used() or outer[i].used() or self._state(view.block)["in_mega"]:
+            elif always or view.used() or (any(alphas[i]) and self._outer_uses(outer[i])):
                 steps.append(self._step_of(view, outer[i], alphas[i], None if products is None else products[i]))
         return total, steps
+
+    def _outer_uses(self, outer: View) -> bool:
+        """Whether the correction moves a block that the batch at θ_in did not use."""
+        return outer.used() or bool(self._state(outer.block)["in_mega"])
 
     def _alphas_at(
         self, blocks: Sequence[Block], number: int, always: bool

@@ -379,18 +379,25 @@ def test_a_model_trained_in_another_thread_keeps_its_buffers() -> None:
     mine, my_opt, my_task = moving("SVRG")
     theirs, their_opt, their_task = moving("SVRG")
     my_opt.refresh(my_task.chunks())
-    calls = 0
+    go, done, calls = threading.Event(), threading.Event(), 0
+
+    def step_theirs() -> None:
+        go.wait(timeout=60)
+        their_opt.step(their_task.closure(0))
+        done.set()
 
     def closure() -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 2:
-            other = threading.Thread(target=lambda: their_opt.step(their_task.closure(0)))
-            other.start()
-            other.join()
+            go.set()
+            done.wait(timeout=60)
         return my_task.closure(0)()
 
+    other = threading.Thread(target=step_theirs)
+    other.start()
     my_opt.step(closure)
+    other.join()
     assert mine.calls() == {1}
     assert theirs.calls() == {1}, "the other model's statistics were undone"
 
