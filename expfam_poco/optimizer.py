@@ -67,7 +67,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         precision_lr: rate of the other blocks (the precision); None: the same as lr.
         clip_radius: ξ, limit of each entry of the preconditioned step before lr.
         hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
-        reanchor_average: move the old mega-batch average to the new λ_out before averaging (False: Alg. 4).
+        reanchor_average: move the old mega-batch average to the new λ_out before averaging, with the anchor term's
+            weight (False: Alg. 4).
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
