@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +20,9 @@ from .family import Theta
 from .groups import check_max_grad_norm, checked_alpha
 from .inspection import weight_norm
 from .meter import VarianceMeter, is_meter_state
-from .scaling import ScaledOverflow
+from .scaling import ScaledOverflow, owned
 from .schedules import AdaptiveAlpha, Staleness, alpha_from, describe_alpha
+from .shell import without_hooks
 
 CLOCK = ("steps", "refreshes", "refreshed", "skipped")
 
@@ -63,6 +65,12 @@ class AlphaSVRG(torch.optim.Optimizer):
                 f"base_optimizer={type(base_optimizer).__name__}: give a torch.optim.Optimizer, made for the "
                 "model's parameters."
             )
+        takes = inspect.signature(base_optimizer.step).parameters.get("closure")
+        if takes is not None and takes.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"base_optimizer={type(base_optimizer).__name__}: its step needs a closure of its own, whose gradients "
+                "would not be corrected; give one that steps with the gradients it finds, such as SGD or AdamW."
+            )
         self.alpha = checked_alpha(alpha)
         check_max_grad_norm(max_grad_norm)
         self.base = base_optimizer
@@ -78,8 +86,8 @@ class AlphaSVRG(torch.optim.Optimizer):
         self.state = base_optimizer.state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the `step` that a scheduler has wrapped, which would step this optimizer, not the copy."""
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
+        return without_hooks(self.__dict__)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; steps are plain until the next `refresh`."""
@@ -106,25 +114,25 @@ class AlphaSVRG(torch.optim.Optimizer):
         """
         ((part, _),) = parts_of(closure, weights, scaler=scaler)
         params = self._params()
+        self._check_devices(params)
         number = self._clock["steps"] + 1
-        moved = None
+        moved = self._buffers.record(params, part)
         try:
-            with self._buffers.recorded(params) as moved:
-                loss, grads = self._corrected_gradients(part, params, number)
+            loss, grads = self._corrected_gradients(part, params, number)
+            for p, grad in zip(params, owned(grads), strict=True):
+                p.grad = None if grad is None else grad.to(p.dtype)
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+            self.base.step()
         except BaseException as error:
-            if moved is not None:
-                moved.restore()
+            moved.restore()
             if not isinstance(error, ScaledOverflow):
                 raise
             self._clock.update(steps=number, skipped=self._clock["skipped"] + 1)
             return NonFiniteError.loss
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
-        self.base.step()
-        for p in params:
-            p.grad = None
+        finally:
+            for p in params:
+                p.grad = None
         self._clock["steps"] = number
         return loss
 
@@ -134,11 +142,10 @@ class AlphaSVRG(torch.optim.Optimizer):
         alphas, measuring = self._alphas_at(params, number)
         random = capture_random(params)
         inner = evaluate(part, params, Request())
-        self._check_devices(params)
         # Frozen, unfrozen or added since the snapshot: g_out belongs to another function, so the step is plain.
         if not (any(alphas) or measuring) or set(params) != set(self._outer):
             return inner.loss, list(inner.grads)
-        with replay_random(random), self._buffers.kept(params), self._snapshot_weights(params):
+        with replay_random(random), self._buffers.kept(params, part), self._snapshot_weights(params):
             outer = evaluate(part, params, Request())
         self._measure(params, inner, outer, alphas, number)
         rows = zip(params, inner.grads, outer.grads, alphas, strict=True)
@@ -173,6 +180,8 @@ class AlphaSVRG(torch.optim.Optimizer):
         if not self._meter.samples(number, keep is not None):
             return
         for i, (p, *pair) in enumerate(zip(params, inner.grads, outer.grads, strict=True)):
+            if alphas[i] == 0.0 and pair == [None, None]:
+                continue  # the step leaves it alone
             mean = Theta(self._outer[p][1])
             sites = [Theta(torch.zeros_like(mean.theta) if g is None else g.to(mean.theta.dtype)) for g in pair]
             terms = correction.variance_terms(sites[0], sites[1], correction.Outer(None, mean))
@@ -204,7 +213,7 @@ class AlphaSVRG(torch.optim.Optimizer):
         losses = []
         for chunk, share in zip(chunks, shares, strict=True):
             ((part, _),) = parts_of(chunk, None, scaler=scaler)
-            with self._buffers.kept(params):
+            with self._buffers.kept(params, part):
                 measured = evaluate(part, params, Request())
             losses.append(share * measured.loss)
             for mean, grad in zip(means, measured.grads, strict=True):
@@ -292,8 +301,8 @@ class AlphaSVRG(torch.optim.Optimizer):
     def _corrected(self, p: Parameter, inner: Tensor | None, outer: Tensor | None, alpha: float) -> Tensor | None:
         """In the mean's precision; a batch that does not use p has gradient 0, and p still moves by α g_out."""
         mean = self._outer[p][1]
-        if inner is None and outer is None and not bool(mean.any()):
-            return None
+        if alpha == 0.0 or (inner is None and outer is None and not bool(mean.any())):
+            return inner
         here, there = (
             Theta(torch.zeros_like(mean) if grad is None else grad.to(mean.dtype)) for grad in (inner, outer)
         )

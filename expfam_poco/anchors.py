@@ -92,6 +92,10 @@ class Anchor:
             self._chunks = self._pending
         self._pending = None
 
+    def closures(self) -> list[Closure]:
+        """Those of the mega-batch, where products are taken on them."""
+        return [closure for closure, _, _ in self._chunks]
+
     def shift(self, inner: Sequence[View], outer: Sequence[View] | None) -> list[Tensor] | None:
         """m_in − m_out of every view, or None where this kind needs no products; prepares H_out (m_in − m_out)."""
         if outer is None or self.kind == "curvature":

@@ -8,8 +8,8 @@ correction exact to second order. It comes back apart, as `anchor`, because mome
 (Alg. 4 line 14) and because noisy curvatures need it down-weighted (PC App. C).
 
 ḡ_out is a moving average over mega-batches (Eq. 17, 26): ρ multiplies the old value, ρ = 0 keeps the freshest.
-With ρ > 0 the old average was taken at another q_out and is re-anchored first; `reanchor_average=False` is the
-average of Algorithm 4 as printed.
+With ρ > 0 the old average was taken at another q_out and is re-anchored first, with the anchor term's weight, since the
+same noisy curvature moves it; `reanchor_average=False` is the average of Algorithm 4 as printed.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def update_outer(
     *,
     rho: Any,
     reanchor_average: bool = True,
+    anchor_weight: float = 1.0,
 ) -> Outer:
     """ḡ_out ← ρ ḡ_out + (1−ρ) site, now at `posterior` (Eq. 17, 26); the first site starts the average.
 
@@ -127,6 +128,7 @@ def update_outer(
         site: the mega-batch's mean natural gradient at `posterior`.
         rho: ρ, one number or a Site of numbers; multiplies the old value.
         reanchor_average: move the old average to the new λ_out first; False is Algorithm 4 as printed.
+        anchor_weight: of what the move changes: 1 is exact, less is for curvatures whose noise would come in with it.
     """
     if outer is None:
         return Outer(posterior, site)
@@ -135,8 +137,10 @@ def update_outer(
     if all(value == 0.0 for value in rho):
         return Outer(posterior, site)
     old = outer.site
-    if reanchor_average:
-        old = family.reanchor(old, outer.posterior, posterior)
+    if reanchor_average and anchor_weight > 0.0:
+        moved = family.reanchor(old, outer.posterior, posterior)
+        if moved is not old:
+            old = fields.add(old, fields.scale(fields.subtract(moved, old), anchor_weight))
     return Outer(posterior, fields.mix(old, site, rho))
 
 

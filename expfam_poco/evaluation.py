@@ -126,10 +126,12 @@ def _evaluate_scaled(closure: Closure, params: Sequence[Parameter], request: Req
             "scaler: this curvature or anchor estimator differentiates twice, which loss scaling does not cover; use "
             "curvature='reparam' or 'gradsq', or bfloat16 without a scaler."
         )
+    if not request.gradient:
+        raise TypeError(
+            "scaler: this estimator takes no gradients, so there is nothing to scale; leave the scaler out."
+        )
     loss, by_closure = _call(closure, params)
     value = loss.detach()
-    if not request.gradient:
-        return Measured(_finite_loss(loss), [None] * len(params), [], {})
     if all(grad is None for grad in by_closure):
         by_closure = _differentiate(scaling.scale(loss), params, create_graph=False)
     grads = scaling.unscale(params, [None if grad is None else _dense(grad) for grad in by_closure])
@@ -292,7 +294,12 @@ def check_chunks(closures: Sequence[Closure], weights: Sequence[float] | None) -
     closures = list(closures)
     if len(closures) == 0 or not all(callable(closure) for closure in closures):
         raise ValueError("closures: give a list of functions, one for each chunk, at least one.")
-    values = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
+    try:
+        values = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"weights={weights!r}: give one positive number (of examples) for each of the {len(closures)} closures."
+        ) from None
     if len(values) != len(closures) or not all(0.0 < value < float("inf") for value in values):
         raise ValueError(
             f"weights={values}: give one positive number (of examples) for each of the {len(closures)} closures."

@@ -146,7 +146,7 @@ class Inspection(Shell):
         self._stale = Staleness(None)
         params = [p for block in blocks for p in block.params]
         try:
-            with self._weights_restored(blocks), self._pairs.undone(params):
+            with self._weights_restored(blocks), self._pairs.undone(params, chunks):
                 for number, closure in enumerate(chunks, self._clock["step"] + 1):
                     collected.add(self._corrected_sites([(closure, 1.0)], blocks, number, always=True)[1])
         finally:

@@ -28,6 +28,7 @@ from .pairs import Pairs
 from .resuming import Resuming
 from .scaling import ScaledOverflow
 from .schedules import AdaptiveAlpha, Staleness
+from .shell import without_hooks
 from .spans import can_stream
 from .steps import WholeStep
 from .streaming import StreamedStep, StreamedView
@@ -66,7 +67,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         precision_lr: rate of the other blocks (the precision); None: the same as lr.
         clip_radius: ξ, limit of each entry of the preconditioned step before lr.
         hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
-        reanchor_average: move the old mega-batch average to the new λ_out before averaging (False: Alg. 4).
+        reanchor_average: move the old mega-batch average to the new λ_out before averaging, with the anchor term's
+            weight (False: Alg. 4).
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
@@ -165,8 +167,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         groups.check_prior_names(self.param_groups, [block.name for block in self._blocks])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the `step` that a scheduler has wrapped, which would step this optimizer, not the copy."""
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
+        return without_hooks(self.__dict__)
 
     # ---- groups ------------------------------------------------------------------------------------------
 
@@ -318,9 +320,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             if outer is None or not (any(alphas[i]) or probed[i]):
                 if view.used():
                     steps.append(self._step_of(view, None, alphas[i], None))
-            elif view.used() or outer[i].used() or self._state(view.block)["in_mega"]:
+            elif always or view.used() or (any(alphas[i]) and self._outer_uses(outer[i])):
                 steps.append(self._step_of(view, outer[i], alphas[i], None if products is None else products[i]))
         return total, steps
+
+    def _outer_uses(self, outer: View) -> bool:
+        """Whether the correction moves a block that the batch at θ_in did not use."""
+        return outer.used() or bool(self._state(outer.block)["in_mega"])
 
     def _alphas_at(
         self, blocks: Sequence[Block], number: int, always: bool

@@ -39,10 +39,13 @@ class Pairs:
             self._moved = []
 
     @contextmanager
-    def undone(self, params: Sequence[Parameter]) -> Iterator[None]:
+    def undone(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> Iterator[None]:
         """After the block, random numbers and buffers are what they were."""
-        with replay_random(capture_random(params)), self._buffers.kept(params):
-            yield
+        with replay_random(capture_random(params)), self._buffers.kept(params, closures):
+            try:
+                yield
+            finally:
+                self._moved = []
 
     def evaluate(
         self, closure: Closure, inner: Sequence[View], outer: Sequence[View] | None
@@ -57,20 +60,19 @@ class Pairs:
             return self._evaluate_batched(closure, params, inner, outer), None
         shift = None
         if outer is not None and self._anchor.kind != "curvature":
-            with self._buffers.kept(params):
+            with self._buffers.kept(params, self._anchor.closures()):
                 shift = self._anchor.shift(inner, outer)
         losses, terms = [], []
         for draw in range(inner[0].count):
             random = capture_random(params)
             if draw == 0:
-                with self._buffers.recorded(params) as record:
-                    self._moved.append(record)
-                    losses.append(self._measure(closure, inner, draw)[0])
+                self._moved.append(self._buffers.record(params, closure))
+                losses.append(self._measure(closure, inner, draw)[0])
             else:
-                with self._buffers.kept(params):
+                with self._buffers.kept(params, closure):
                     losses.append(self._measure(closure, inner, draw)[0])
             if outer is not None:
-                with replay_random(random), self._buffers.kept(params):
+                with replay_random(random), self._buffers.kept(params, closure):
                     products = self._measure(closure, outer, draw, shift)[1]
                 if shift is not None:
                     terms.append(self._anchor.difference(products))
@@ -80,7 +82,7 @@ class Pairs:
     def evaluate_chunk(self, closure: Closure, views: Sequence[View], share: float) -> Tensor:
         """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
         params = [p for view in views for p in view.block.params]
-        with self._buffers.kept(params):
+        with self._buffers.kept(params, closure):
             if isinstance(closure, Batched):
                 loss = measure_batched(closure, views)
             else:
@@ -109,7 +111,7 @@ class Pairs:
         random = capture_random(params) if varying else None
         measured = measure_draw(closure, views, draw, product_with, together=streaming.together)
         if random is not None:
-            with self._buffers.kept(params):
+            with self._buffers.kept(params, closure):
                 measure_variations(closure, views, lambda: replay_random(random))
         streaming.collect(views, draw)
         return measured

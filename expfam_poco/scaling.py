@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,23 @@ class _Evaluation:
         return True
 
 
+# A scaler knows an evaluation by its id until update(): they must live as long.
+_alive: weakref.WeakKeyDictionary[Any, list[_Evaluation]] = weakref.WeakKeyDictionary()
+
+
+def owned(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same gradients, fit to be changed in place: autograd may give one tensor for several parameters."""
+    seen: set[int] = set()
+    result: list[Tensor | None] = []
+    for grad in grads:
+        if grad is not None and grad.layout == torch.strided:
+            shared = grad.untyped_storage().data_ptr() in seen or not grad.is_contiguous()
+            grad = grad.clone(memory_format=torch.contiguous_format) if shared else grad
+            seen.add(grad.untyped_storage().data_ptr())
+        result.append(grad)
+    return result
+
+
 class Scaling:
     """One step's use of a scaler: every evaluation is unscaled, and checked, by the scaler itself.
 
@@ -38,8 +56,6 @@ class Scaling:
         if missing:
             raise TypeError(f"scaler={type(scaler).__name__}: it has no {missing[0]}(); give a torch.amp.GradScaler.")
         self._scaler = scaler
-        # The scaler knows an evaluation by its id until update(): they must live as long.
-        self._evaluations: list[_Evaluation] = []
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the scale."""
@@ -54,10 +70,12 @@ class Scaling:
             ScaledOverflow: if a gradient is infinite or NaN.
         """
         evaluation = _Evaluation(params)
-        self._evaluations.append(evaluation)
+        # After an update the scaler has forgotten all of them.
+        known = getattr(self._scaler, "_per_optimizer_states", {})
+        _alive[self._scaler] = [*(old for old in _alive.get(self._scaler, []) if id(old) in known), evaluation]
         if all(grad is None for grad in grads):
             return list(grads)
-        for p, grad in zip(params, grads, strict=True):
+        for p, grad in zip(params, owned(grads), strict=True):
             p.grad = grad
         try:
             self._scaler.unscale_(evaluation)

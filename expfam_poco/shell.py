@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from .meter import VarianceMeter
     from .pairs import Pairs
     from .schedules import Staleness
+
+
+def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's attributes without what others have hung on it: hooks, and a scheduler's wrapped `step`."""
+    return {name: v for name, v in attributes.items() if name != "step" and not name.startswith("_optimizer_")}
 
 
 class Shell:

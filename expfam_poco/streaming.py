@@ -302,7 +302,13 @@ def update_outer(block: Block, state: dict[str, Any], total: Any) -> Outer:
         present, mean = span.cut(state["posterior"]), span.cut(total)
         before = None if old is None else Outer(span.cut(old.posterior), span.cut(old.site))
         averaged = correction.update_outer(
-            family, before, present, mean, rho=rho, reanchor_average=group["reanchor_average"]
+            family,
+            before,
+            present,
+            mean,
+            rho=rho,
+            reanchor_average=group["reanchor_average"],
+            anchor_weight=groups.anchor_weight(group),
         )
         for value, new in zip((*mean, *span.cut(posterior)), (*averaged.site, *present), strict=True):
             value.copy_(new)

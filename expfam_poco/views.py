@@ -101,6 +101,7 @@ class NoisePlan(NamedTuple):
             site,
             rho=block.family.per_block(*groups.pair(block.group["rho"])),
             reanchor_average=block.group["reanchor_average"],
+            anchor_weight=groups.anchor_weight(block.group),
         )
 
     def _streams(self, block: Block, closure: Closure) -> bool:

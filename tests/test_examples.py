@@ -40,15 +40,23 @@ def test_exponentiated_svrg_gets_closer_with_correction() -> None:
     assert corrected < plain
 
 
-def test_calibration_scores_five_predictions_and_posteriors_doubt_noisy_images(tmp_path: Path) -> None:
-    output = run("calibration.py", "--seeds", "1", "--steps", "300", "--plot", str(tmp_path / "reliability.png"))
+def test_calibration_draws_are_likelier_than_their_point_and_doubt_noisy_images(tmp_path: Path) -> None:
+    output = run("calibration.py", "--seeds", "1", "--plot", str(tmp_path / "reliability.png"))
     number = r" +│ +([\d.]+)"
-    rows = re.findall(rf"│ (AdamW|IVON.*?){4 * number} +│", output)
-    held_out = {name: list(map(float, numbers)) for name, *numbers in rows}
-    assert len(held_out) == 7, "five predictions, two posteriors"
+    scores, doubts = (
+        {
+            name: list(map(float, numbers))
+            for name, *numbers in re.findall(rf"│ ([AI][^│]*?){n * number} +│$", output, re.M)
+        }
+        for n in (5, 4)
+    )
+    assert len(scores) == 5 and len(doubts) == 2, output
+    # All 1000 steps: after 500 the network does not fit the wrong labels yet, and there is nothing to correct.
     for name in ("IVON", "IVON-PoCoMo"):
-        assert held_out[f"{name}, 32 draws"][0] > 0.7, "accuracy"
-        entropy, entropy_noisy, information, information_noisy = held_out[name]
+        point, draws = scores[f"{name}, its point"], scores[f"{name}, 32 draws"]
+        assert draws[0] > 0.65, "accuracy; 0.85 of the labels are right"
+        assert draws[1] < point[1], "NLL"
+        entropy, entropy_noisy, information, information_noisy = doubts[name]
         assert entropy < entropy_noisy and information < information_noisy
     assert (tmp_path / "reliability.png").stat().st_size > 5000
 

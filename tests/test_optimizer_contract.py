@@ -131,7 +131,10 @@ class Pure:
         for i, state in enumerate(states):
             mean = correction.average_sites([chunk[i] for chunk in chunks], sizes)
             rho = self.family.per_block(0.5, 0.2)
-            self.outer[i] = correction.update_outer(self.family, self.outer[i], state, mean, rho=rho)
+            believed = self.estimator.anchor_weight
+            self.outer[i] = correction.update_outer(
+                self.family, self.outer[i], state, mean, rho=rho, anchor_weight=believed
+            )
 
     def step(self, batch: int) -> None:
         self.t += 1

@@ -470,3 +470,17 @@ def test_the_norm_clip_factor(limit: float) -> None:
     assert float(blr.square_of(parts)) == 169.0
     zero = [torch.zeros((), dtype=torch.float64)]
     assert float(blr.norm_clip_factor(zero, limit)) == 1.0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01, 1.0])
+def test_an_old_average_moves_by_the_anchor_weight(weight: float) -> None:
+    """Written out: g ← ρ (g + w H (m′ − m)) + (1−ρ) g′; with w = 1 the site's exact value at the new mean."""
+    family = poco.resolve_family("diagonal_gaussian")
+    before = family.State(tensor([1.0, -2.0]), tensor([3.0, 4.0]))
+    after = family.State(tensor([0.5, -1.0]), tensor([5.0, 6.0]))
+    old = family.Site(tensor([0.3, 0.4]), tensor([2.0, 7.0]))
+    new = family.Site(tensor([0.1, -0.2]), tensor([1.0, 5.0]))
+    outer = correction.update_outer(family, correction.Outer(before, old), after, new, rho=0.6, anchor_weight=weight)
+    moved = old[0] + weight * old[1] * (after[0] - before[0])
+    np.testing.assert_allclose(outer.site[0], 0.6 * moved + 0.4 * new[0], rtol=1e-14)
+    np.testing.assert_allclose(outer.site[1], 0.6 * old[1] + 0.4 * new[1], rtol=1e-14)
