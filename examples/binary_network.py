@@ -267,9 +267,10 @@ def run(method: str, seed: int, options: argparse.Namespace, images: Images, ste
     return found
 
 
-def reached(curve: list[dict[str, float]], target: float, axis: str) -> float:
-    """Where a curve first reaches an accuracy; infinity if it never does."""
-    return next((point[axis] for point in curve if point["accuracy"] >= target), math.inf)
+def median_reached(runs: list[dict[str, Any]], target: float, axis: str) -> float | None:
+    """Where curves first reach an accuracy, the median over runs; None if most never do."""
+    firsts = [next((p[axis] for p in r["curve"] if p["accuracy"] >= target), math.inf) for r in runs]
+    return None if math.isinf(median := statistics.median(firsts)) else median
 
 
 def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -285,8 +286,8 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any
             "accuracy": statistics.median(finals[method]),
             "lowest": min(finals[method]),
             "highest": max(finals[method]),
-            "epochs_to_ste": statistics.median(reached(r["curve"], target, "epoch") for r in runs),
-            "evaluations_to_ste": statistics.median(reached(r["curve"], target, "evaluations") for r in runs),
+            "epochs_to_ste": median_reached(runs, target, "epoch"),
+            "evaluations_to_ste": median_reached(runs, target, "evaluations"),
             "seconds": statistics.median(r["seconds"] for r in runs),
         }
         if "averaged" in runs[0]:
@@ -311,8 +312,7 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
             f"{row['accuracy']:.4f}",
             f"{row['lowest']:.4f}–{row['highest']:.4f}",
             f"{row['averaged']:.4f}" if "averaged" in row else "",
-            f"{row['epochs_to_ste']:.0f}",
-            f"{row['evaluations_to_ste']:.0f}",
+            *("–" if row[name] is None else f"{row[name]:.0f}" for name in ("epochs_to_ste", "evaluations_to_ste")),
             f"{row['bytes']} of {row['float_bytes']}" if "bytes" in row else "",
             f"{row['seconds']:.1f}",
         )
@@ -353,7 +353,7 @@ def draw_confusion(predicted: Tensor, true: Tensor, name: str, path: Path) -> No
     counts.index_put_((true.cpu(), predicted.cpu()), torch.tensor(1), accumulate=True)
     figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     panel = figure.subplots()
-    panel.imshow(counts.float().log1p().numpy(), cmap="Blues")
+    panel.imshow(counts.float().log1p().cpu().numpy(), cmap="Blues")
     for row in range(classes):
         for column in range(classes):
             if counts[row, column]:
@@ -382,7 +382,7 @@ def draw_doubt(images: Images, probabilities: Tensor, entropy: Tensor, name: str
     low, high = images.x.min(), images.x.max()
     for axis, index in zip(rest.subplots(2, 5).flat, entropy.topk(10).indices.tolist(), strict=True):
         picture = ((images.held_out_x[index] - low) / (high - low)).permute(1, 2, 0).cpu()
-        axis.imshow(picture.squeeze(-1).numpy(), cmap="gray_r")
+        axis.imshow(picture.squeeze(-1).cpu().numpy(), cmap="gray_r")
         colour = "green" if right[index] else "red"
         title = f"{int(images.held_out_y[index])}, taken for {int(predicted[index])}"
         axis.set_title(title, fontsize=8, color=colour)

@@ -24,7 +24,7 @@ from expfam_poco.families import (
     Relaxed,
     StraightThrough,
 )
-from expfam_poco.families.bernoulli import log_sech_squared
+from expfam_poco.families.binary_estimators import log_sech_squared
 from expfam_poco.families.sign_bernoulli import SignBernoulli
 from expfam_poco.noise import NoiseKey
 
