@@ -15,7 +15,7 @@ from . import correction
 from .checkpoint import CheckpointError
 from .effects import Buffers, capture_random, replay_random
 from .errors import NonFiniteError
-from .evaluation import Closure, Measured, Request, check_chunks, evaluate, parts_of
+from .evaluation import Closure, Measured, Request, check_chunks, evaluate, parts_of, unused_error
 from .family import Theta
 from .groups import check_max_grad_norm, checked_alpha
 from .inspection import weight_norm
@@ -142,6 +142,8 @@ class AlphaSVRG(torch.optim.Optimizer):
         alphas, measuring = self._alphas_at(params, number)
         random = capture_random(params)
         inner = evaluate(part, params, Request())
+        if all(grad is None for grad in inner.grads):
+            raise unused_error()
         # Frozen, unfrozen or added since the snapshot: g_out belongs to another function, so the step is plain.
         if not (any(alphas) or measuring) or set(params) != set(self._outer):
             return inner.loss, list(inner.grads)
@@ -205,8 +207,14 @@ class AlphaSVRG(torch.optim.Optimizer):
         """Take the snapshot: θ_out ← θ, g_out ← mean of the chunks' gradients there (weighted by `weights`).
 
         With `scaler`, gradients are taken of the scaled loss; if they overflow, the snapshot stays as it was and the
-        error is raised. No buffers are moved.
+        loss is NaN. No buffers are moved.
         """
+        try:
+            return self._refresh(closures, weights, scaler)
+        except ScaledOverflow:
+            return NonFiniteError.loss
+
+    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
         chunks, shares = check_chunks(closures, weights)
         params = self._params()
         means = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]

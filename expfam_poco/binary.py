@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError
+from .groups import translate
 from .optimizer import PosteriorCorrected
 
 FORMAT, VERSION = "expfam_poco.binary", "1"
@@ -44,7 +45,7 @@ def binarize_groups(
     Args:
         model: the network.
         layers: the kinds of modules whose `weight` becomes binary.
-        keep: names of modules, or of parameters, that stay real.
+        keep: names of layers, of modules that contain some, or of their weights, which stay real.
         keep_first: the first of those layers stays real.
         keep_last: the last of those layers stays real.
         binary: hyperparameters of the binary group, over those of the optimizer.
@@ -65,17 +66,18 @@ def binarize_groups(
         [['0.weight'], ['0.bias', '1.weight', '1.bias', '2.weight', '2.bias']]
         >>> opt = poco.BayesBiNNPoCo(groups, lr=1e-3, ess=100.0)
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, tuple(layers))]
-    kept = set(keep)
-    known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-    unknown = sorted(kept - known)
-    if unknown:
-        raise ValueError(f"keep={unknown[0]!r}: the model has no module or parameter of this name.")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = [name for name, module in modules.items() if isinstance(module, tuple(layers))]
+    kept = _kept(found, [keep] if isinstance(keep, str) else list(keep))
     kept |= set(found[:1] if keep_first else []) | set(found[-1:] if keep_last else [])
-    modules = dict(model.named_modules())
-    chosen = {
-        id(modules[name].weight) for name in found if name not in kept and f"{name}.weight" not in kept
-    }  # a tied weight that is binary in one place is binary
+    for name in found:
+        if "weight" not in modules[name]._parameters and name not in kept:
+            raise ValueError(
+                f"model: the weight of {name!r} is computed (by a parametrization), so it cannot be binary; remove the "
+                "parametrization, or name the layer in `keep`."
+            )
+    real = {id(modules[name].weight) for name in kept}
+    chosen = {id(modules[name].weight) for name in found if name not in kept} - real
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     signs = [(name, p) for name, p in named if id(p) in chosen]
     rest = [(name, p) for name, p in named if id(p) not in chosen]
@@ -85,12 +87,31 @@ def binarize_groups(
         )
     groups: list[dict[str, Any]] = [{"params": signs, **(binary or {})}]  # of the optimizer's own Bernoulli family
     if rest:
-        groups.append({"params": rest, "family": "diagonal_gaussian", **GAUSSIAN, **(gaussian or {})})
+        usual, own = dict(GAUSSIAN), dict(gaussian or {})
+        translate(usual)
+        translate(own)
+        groups.append({"params": rest, "family": "diagonal_gaussian", **usual, **own})
     return groups
+
+
+def _kept(layers: Sequence[str], keep: Sequence[str]) -> set[str]:
+    """The layers that stay real: those named, those inside a module that is named, those whose weight is named."""
+    kept = set()
+    for name in keep:
+        mine = {layer for layer in layers if name in (layer, f"{layer}.weight") or layer.startswith(f"{name}.")}
+        if not mine:
+            raise ValueError(f"keep={name!r}: no layer that would be binary has this name or is in a module of it.")
+        kept |= mine
+    return kept
 
 
 def binary_names(model: nn.Module, optimizer: PosteriorCorrected) -> list[str]:
     """Names of the model's parameters whose posterior is over two values, all names of tied ones."""
+    if not isinstance(optimizer, PosteriorCorrected):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__}: it has no posterior; give the optimizer that trained the binary "
+            "weights, such as BayesBiNN."
+        )
     two = {id(p) for g in optimizer.param_groups if len(g["family"].levels or ()) == 2 for p in g["params"]}
     return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in two]
 
@@ -174,6 +195,11 @@ def save_binary(
     save_file = _safetensors().torch.save_file
     names = set(binary_names(model, optimizer))
     state = export_binary(model, optimizer, seed=seed).state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"model: {name!r} of its state_dict is no tensor, and safetensors holds nothing else.")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"path={os.fspath(path)!r}: its folder does not exist; make it first.")
     tensors, shapes = {}, {}
     for name, value in state.items():
         value = value.detach().cpu().contiguous().clone()

@@ -63,7 +63,7 @@ def load_ivon_opt(optimizer: IVONPoCo, state_dict: Mapping[str, Any], *, steps: 
     if any(plain["poco"]["clock"].values()):
         raise ValueError("optimizer: it has been used already; make a new one for the checkpoint.")
     saved = _checked_groups(state_dict, optimizer)
-    plain["poco"]["clock"]["step"] = steps
+    plain["poco"]["clock"].update(step=steps, refreshed=steps)
     plain["param_groups"] = [
         {**own, **_hyperparameters(theirs, f"state_dict['param_groups'][{number}]")}
         for number, (own, theirs) in enumerate(zip(plain["param_groups"], saved, strict=True))

@@ -171,12 +171,23 @@ def variance_ratio(plain: float, cross: float, outer: float, alpha: float) -> fl
     return (plain - 2.0 * alpha * cross + alpha * alpha * outer) / plain if plain > 0.0 else float("nan")
 
 
-def optimal_alpha(plain: float, cross: float, outer: float, least_gain: float) -> float:
-    """α* = ⟨a,d⟩ / ⟨d,d⟩, clipped to [0, 1]; 0 where ‖a − α d‖² would be above (1 − least_gain) ‖a‖²."""
-    if not outer > 0.0 or not plain > 0.0:
+def optimal_alpha(cross: float, outer: float, least_gain: float, share: float = 0.0) -> float:
+    """α* = Cov(in, out) / (Var(out) + Var(ḡ_out)), clipped to [0, 1]; 0 where it gains too little.
+
+    About ḡ_out, ⟨d,d⟩ estimates the denominator and ⟨a,d⟩ = Cov + Var(ḡ_out). The gain 2α Cov − α² ⟨d,d⟩ is held
+    against `least_gain` ⟨d,d⟩, which has no drift of the mean in it, as ‖a‖² has.
+
+    Args:
+        cross: ⟨a,d⟩.
+        outer: ⟨d,d⟩.
+        least_gain: see above.
+        share: Var(ḡ_out)/Var(out), 1/M for a mega-batch of M independent mini-batches, 0 for an exact mean.
+    """
+    if not outer > 0.0:
         return 0.0
-    alpha = min(max(cross / outer, 0.0), 1.0)
-    return alpha if variance_ratio(plain, cross, outer, alpha) <= 1.0 - least_gain else 0.0
+    covariance = cross - outer * share / (1.0 + share)
+    alpha = min(max(covariance / outer, 0.0), 1.0)
+    return alpha if 2.0 * alpha * covariance - alpha * alpha * outer >= least_gain * outer else 0.0
 
 
 def alpha_at(alpha: Any, step: int) -> tuple[float, float]:

@@ -308,6 +308,14 @@ def check_chunks(closures: Sequence[Closure], weights: Sequence[float] | None) -
     return closures, [value / total for value in values]
 
 
+def unused_error() -> Exception:
+    """The error for a batch that depends on nothing that is optimised."""
+    return ValueError(
+        "closure: its loss depends on none of this optimizer's trainable parameters; give it the model that the "
+        "optimizer was made for."
+    )
+
+
 def parts_of(
     closure: Any, weights: Sequence[float] | None, *, fresh_noise: bool = False, scaler: Any = None
 ) -> list[tuple[Closure, float]]:

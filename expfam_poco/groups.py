@@ -83,6 +83,13 @@ HYPERPARAMETERS = (
 )
 
 
+# What torch, its schedulers and users keep in groups beside.
+_OTHERS_KEYS = frozenset(
+    """params param_names name initial_lr max_lr min_lr swa_lr base_momentum max_momentum warmup_lr lr_mult
+    differentiable foreach fused capturable maximize""".split()
+)
+
+
 def precision_rate(beta2: float) -> float:
     """1 − β₂, the rate of the precision in IVON's terms."""
     if not _range(0.0, 1.0)(beta2):
@@ -112,6 +119,12 @@ def translate(group: dict[str, Any]) -> None:
             raise ValueError(f"{name}={group[name]!r} in a group: it holds for all groups; give it to the optimizer.")
     if "hess_approx" in group:
         group.setdefault("curvature", estimator_of(group.pop("hess_approx")))
+    for name in group:
+        if name not in HYPERPARAMETERS and name not in _OTHERS_KEYS:
+            raise ValueError(
+                f"{name}={group[name]!r} in a group: groups know {', '.join(sorted(HYPERPARAMETERS))}; what makes a "
+                "family or an estimator goes into one (family=…, curvature=…), the rest to the optimizer."
+            )
 
 
 def check_group(group: dict[str, Any]) -> None:

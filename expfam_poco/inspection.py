@@ -95,7 +95,8 @@ class Inspection(Shell):
             suffix = f".group{i}" if len(self.param_groups) > 1 else ""
             used = self._mean_alpha(i, group)
             numbers[f"alpha{suffix}"] = used[0]
-            if used[1] != used[0]:
+            apart = set(group["family"].Site._fields) - set(group["family"].momentum_block)
+            if used[1] != used[0] and apart:
                 numbers[f"alpha_curvature{suffix}"] = used[1]
         numbers.update(self._meter.read())
         numbers["compile_seconds"] = self.backend.compile_seconds
@@ -123,7 +124,9 @@ class Inspection(Shell):
     def measure_variance(self, closures: Sequence[Closure]) -> dict[str, float]:
         """The variances, at the present q_in and q_out, of plain and corrected estimates over mini-batches.
 
-        Nothing is changed: the pair is evaluated for every closure, with the noise of a step of its own.
+        Nothing is changed: the pair is evaluated for every closure, with the noise of a step of its own. All numbers
+        are for the q_out that there is: the error of a mega-batch's own mean, α² Var(ḡ_out), is not in them. With M
+        mini-batches in it that is about α²/M of the plain variance.
 
         Args:
             closures: mini-batches, at least two (some twenty for a useful number).

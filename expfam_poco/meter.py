@@ -59,8 +59,8 @@ class VarianceMeter:
         pair = []
         for belongs in (lambda field: field in first, lambda field: field not in first):
             sums = [values[:SUMS] for field, values in self._averages.get(name, {}).items() if belongs(field)]
-            plain, cross, outer = (sum(values) for values in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
-            pair.append(optimal_alpha(plain, cross, outer, adaptive.least_gain))
+            _, cross, outer = (sum(values) for values in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
+            pair.append(optimal_alpha(cross, outer, adaptive.least_gain, adaptive.share))
         return pair[0], pair[1]
 
     def knows(self, name: str) -> bool:

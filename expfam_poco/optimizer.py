@@ -18,7 +18,7 @@ from .backend import Backend, plainly
 from .blocks import Block, make_blocks
 from .errors import NonFiniteError
 from .estimators import Estimator
-from .evaluation import Closure, check_chunks, parts_of
+from .evaluation import Closure, check_chunks, parts_of, unused_error
 from .family import ExponentialFamily
 from .inspection import Inspection
 from .measurement import NOISE_MODES, View
@@ -322,6 +322,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
                     steps.append(self._step_of(view, None, alphas[i], None))
             elif always or view.used() or (any(alphas[i]) and self._outer_uses(outer[i])):
                 steps.append(self._step_of(view, outer[i], alphas[i], None if products is None else products[i]))
+        if not any(view.used() for view in inner):
+            raise unused_error()
         return total, steps
 
     def _outer_uses(self, outer: View) -> bool:
@@ -395,10 +397,16 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             scaler: a `torch.amp.GradScaler` for fp16, told of overflows; call `scaler.update()` after the next step.
 
         Returns:
-            the mega-batch's mean loss at the sampled weights.
+            the mega-batch's mean loss at the sampled weights; NaN if its scaled gradients overflow.
 
-        On any error, also with nonfinite="skip", q_out stays as it was and the error is raised.
+        On any other error, also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
+        try:
+            return self._refresh(closures, weights, scaler)
+        except ScaledOverflow:
+            return NonFiniteError.loss
+
+    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
         chunks, shares = check_chunks(closures, weights)
         parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
         blocks = self._trainable()
@@ -417,6 +425,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
                 ]
                 before = views
                 losses.append(share * self._pairs.evaluate_chunk(part, views, share))
+        if not any(view.used() for view in views):
+            raise unused_error()
         for view in views:
             state = self._state(view.block)
             outer = plan.outer_of(view.block, state, view.settled())

@@ -61,16 +61,21 @@ class Resuming(Shell):
     def next_task(self) -> None:
         """Make the present posterior the prior: training goes on with another task's data (as in BayesBiNN §5).
 
-        λ₀ ← λ for every family; q stays where it is. Momentum and q_out, which belong to the old task, are forgotten.
+        λ₀ ← λ for every family and parameter, frozen ones too; q stays where it is. Momentum and q_out, which belong to
+        the old task, are forgotten.
         `weight_decay` has no further part; ess·∇̃KL now pulls towards the old task's posterior.
         """
-        for block in self._trainable():
-            own = self._state(block)
-            prior = block.group["prior"]
-            known = dict(prior) if isinstance(prior, dict) else {}
-            known[block.name] = fields.map_fields(torch.clone, own["posterior"])
-            block.group["prior"] = known
-            own.update(outer=None, refresh=0, in_mega=False, momentum=(), step=0)
+        self._trainable()
+        for group in self.param_groups:
+            blocks = [block for block in self._blocks if block.group is group]
+            old = group["prior"]
+            known = dict(old) if isinstance(old, dict) else {b.name: old for b in blocks if old is not None}
+            for block in blocks:
+                own = self.state.get(block.params[0])
+                if own:  # a parameter that was always frozen has no posterior, and keeps its prior
+                    known[block.name] = fields.map_fields(torch.clone, own["posterior"])
+                    own.update(outer=None, refresh=0, in_mega=False, momentum=(), step=0)
+            group["prior"] = known
         self._anchor.reset()
 
     def _settings(self) -> dict[str, Any]:

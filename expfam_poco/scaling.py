@@ -86,7 +86,6 @@ class Scaling:
                 p.grad = None
         if sound is None:
             raise ScaledOverflow(
-                "scaler: a scaled gradient is infinite or NaN, so the step is skipped; call scaler.update(), which "
-                "lowers the scale."
+                "scaler: a scaled gradient is infinite or NaN; call scaler.update(), which lowers the scale, and go on."
             )
         return unscaled

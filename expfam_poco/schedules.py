@@ -94,10 +94,18 @@ class AdaptiveAlpha:
     """For every tensor the α of least variance, as measured: α* = Cov(in, out) / Var(out), clipped to [0, 1].
 
     Both are moving averages over the corrected steps (`keep` of the old value), taken about ḡ_out and summed over the
-    entries of the tensor; gradient and curvature have an α each. Where α* would lower the variance by less than
-    `least_gain`, or raise it, α is 0. While it is 0 everywhere, steps are plain and cost one evaluation, but every
+    entries of the tensor; gradient and curvature have an α each. Where the variance would fall by less than
+    `least_gain` Var(out), or rise, α is 0. While it is 0 everywhere, steps are plain and cost one evaluation, but every
     `probe_every` steps the pair is measured, so that the correction can come back. `alpha="adaptive"` is
-    `AdaptiveAlpha()`.
+    `AdaptiveAlpha()`. A large drift of the mean since the refresh, beside the spread of mini-batches, makes the
+    measurement noisy.
+
+    Args:
+        keep: of the old value in a moving average.
+        least_gain: see above.
+        probe_every: steps between two probes; prime, so that they fall to all ages of q_out.
+        mega_batch: the number M of mini-batches that a mega-batch is as large as, whose mean has a variance itself:
+            α* = Cov(in, out) / (Var(out) (1 + 1/M)). None: the mean is exact, over all data.
 
     Source: the optimal coefficient of a control variate, as in α-SVRG (Yin et al. 2025), estimated online.
 
@@ -115,7 +123,8 @@ class AdaptiveAlpha:
 
     keep: float = 0.9
     least_gain: float = 0.01
-    probe_every: int = 10
+    probe_every: int = 11
+    mega_batch: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep", "least_gain"):
@@ -123,6 +132,13 @@ class AdaptiveAlpha:
             if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}={value!r}: it must be a number in [0, 1).")
         _check_steps(self.probe_every, least=1, name="probe_every")
+        if self.mega_batch is not None and not self.mega_batch > 0.0:
+            raise ValueError(f"mega_batch={self.mega_batch!r}: give a positive number of mini-batches, or None.")
+
+    @property
+    def share(self) -> float:
+        """Var(ḡ_out)/Var(out)."""
+        return 0.0 if self.mega_batch is None else 1.0 / self.mega_batch
 
 
 SCHEDULES: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (BurnIn, LinearAlpha, CosineAlpha, AdaptiveAlpha)}
@@ -185,15 +201,16 @@ class Staleness:
 
 
 def _check_ends(schedule: LinearAlpha | CosineAlpha) -> None:
-    _check_alpha("first", schedule.first)
-    _check_alpha("last", schedule.last)
+    _check_alpha("first", schedule.first, pairs=False)
+    _check_alpha("last", schedule.last, pairs=False)
     _check_steps(schedule.steps, least=1)
 
 
-def _check_alpha(name: str, value: Any) -> None:
-    values = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+def _check_alpha(name: str, value: Any, *, pairs: bool = True) -> None:
+    values = value if pairs and isinstance(value, tuple) and len(value) == 2 else (value,)
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0.0 <= v <= 1.0 for v in values):
-        raise ValueError(f"{name}={value!r}: α is a number between 0 and 1.")
+        kinds = " (or a pair of them, or another schedule but the adaptive one, which is 0 before the first refresh)"
+        raise ValueError(f"{name}={value!r}: give a number between 0 and 1{kinds if pairs else ''}.")
 
 
 def _check_steps(steps: Any, *, least: int, name: str = "steps") -> None:

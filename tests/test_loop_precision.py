@@ -166,8 +166,7 @@ def test_an_overflow_in_a_refresh_keeps_the_old_outer(name: str) -> None:
     opt.refresh(task.chunks(), scaler=scaler)
     scaler.update()
     before, scale = everything(model, opt), scaler.get_scale()
-    with pytest.raises(poco.NonFiniteError, match=r"scaler\.update\(\)"):
-        opt.refresh([task.closure(0), overflowing(task.closure(1), 1)], scaler=scaler)
+    assert opt.refresh([task.closure(0), overflowing(task.closure(1), 1)], scaler=scaler).isnan()
     assert same(everything(model, opt), before)
     scaler.update()
     assert scaler.get_scale() == scale / 2

@@ -126,7 +126,8 @@ class PoCoTrainer(Trainer):
         self._closures, self._weights = [], []
         if self._mega is not None and self._mega.due(self.state.global_step):
             chunks = [self._closure(model, batch) for batch in self._mega.at(self.state.global_step)[0]]
-            self.poco.refresh([chunk for chunk, _ in chunks], weights=[share for _, share in chunks])
+            self.poco.refresh(*_with_weight([chunk for chunk, _ in chunks], [share for _, share in chunks]))
+        closures, weights = _with_weight(closures, weights)
         return self.poco.step(closures, weights=weights)
 
     def _closure(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Closure, float]:
@@ -149,6 +150,18 @@ class PoCoTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs |= {f"poco/{name}": float(value) for name, value in self.poco.diagnostics().items()}
         super().log(logs, *arguments, **named)
+
+
+def _with_weight(closures: list[Closure], weights: list[float]) -> tuple[list[Closure], list[float]]:
+    """Without those that are the mean over nothing: of a micro-batch whose labels are all masked.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    kept = [(closure, weight) for closure, weight in zip(closures, weights, strict=True) if weight > 0.0]
+    if not kept:
+        raise ValueError("train_dataset: all labels of a whole step are masked (-100); leave such examples out.")
+    return [closure for closure, _ in kept], [weight for _, weight in kept]
 
 
 class _SteppedInTrainingStep(torch.optim.Optimizer):
