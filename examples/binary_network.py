@@ -43,7 +43,7 @@ METHODS = {
     "bayesbinn": "BayesBiNN",
     "bayesbinn-poco": "BayesBiNN-PoCo",
 }
-EVERY, SIZE = 20, 10  # steps between mega-batches, mini-batches in one
+EVERY, SIZE = 10, 10  # steps between mega-batches, mini-batches in one
 GAUSSIAN = {"lr": 0.1, "hess_init": 0.1, "beta2": 0.999}  # of BatchNorm's scales and shifts
 DRAWS = 32
 
