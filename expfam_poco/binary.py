@@ -68,7 +68,7 @@ def binarize_groups(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = [name for name, module in modules.items() if isinstance(module, tuple(layers))]
-    kept = _kept(found, [keep] if isinstance(keep, str) else list(keep))
+    kept = _kept(model, found, [keep] if isinstance(keep, str) else list(keep))
     kept |= set(found[:1] if keep_first else []) | set(found[-1:] if keep_last else [])
     for name in found:
         if "weight" not in modules[name]._parameters and name not in kept:
@@ -76,8 +76,8 @@ def binarize_groups(
                 f"model: the weight of {name!r} is computed (by a parametrization), so it cannot be binary; remove the "
                 "parametrization, or name the layer in `keep`."
             )
-    real = {id(modules[name].weight) for name in kept}
-    chosen = {id(modules[name].weight) for name in found if name not in kept} - real
+    # A tied weight that is binary in one place is binary.
+    chosen = {id(modules[name].weight) for name in found if name not in kept}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     signs = [(name, p) for name, p in named if id(p) in chosen]
     rest = [(name, p) for name, p in named if id(p) not in chosen]
@@ -94,14 +94,15 @@ def binarize_groups(
     return groups
 
 
-def _kept(layers: Sequence[str], keep: Sequence[str]) -> set[str]:
+def _kept(model: nn.Module, layers: Sequence[str], keep: Sequence[str]) -> set[str]:
     """The layers that stay real: those named, those inside a module that is named, those whose weight is named."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     kept = set()
     for name in keep:
-        mine = {layer for layer in layers if name in (layer, f"{layer}.weight") or layer.startswith(f"{name}.")}
-        if not mine:
-            raise ValueError(f"keep={name!r}: no layer that would be binary has this name or is in a module of it.")
-        kept |= mine
+        if name not in known:
+            raise ValueError(f"keep={name!r}: the model has no module or parameter of this name.")
+        kept |= {layer for layer in layers if name in (layer, f"{layer}.weight") or layer.startswith(f"{name}.")}
     return kept
 
 

@@ -88,8 +88,6 @@ SHELL: dict[str, Make] = {
         poco.get_family("bernoulli")(point_estimate="mean"), lr=0.01, ess=24.0, curvature="straight_through"
     ),
     "bernoulli-score": shell("bernoulli", lr=0.001, ess=24.0, curvature="score", mc_samples=3),
-    "bernoulli-arm": shell("bernoulli", lr=0.001, ess=24.0, curvature="arm", noise="antithetic", mc_samples=4),
-    "bernoulli-flip": shell("bernoulli", lr=0.001, ess=24.0, curvature="flip"),
 }  # fmt: skip
 
 

@@ -387,5 +387,5 @@ def test_estimators_of_bernoulli_are_for_bernoulli(estimator: str) -> None:
         poco.estimators.resolve_estimator(estimator, DiagonalGaussian())
     with pytest.raises(ValueError, match="use it with the Bernoulli family"):
         poco.estimators.resolve_estimator(Bernoulli.estimators[estimator], DiagonalGaussian())
-    with pytest.raises(ValueError, match="choose one of: relaxed, score, straight_through"):
+    with pytest.raises(ValueError, match="choose one of: arm, clipped_straight_through, flip, relaxed, score"):
         poco.estimators.resolve_estimator("exact", Bernoulli())

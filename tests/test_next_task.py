@@ -82,13 +82,22 @@ def test_the_prior_is_a_copy_and_survives_a_checkpoint(family: str) -> None:
     assert equal(weights(model), weights(twin))
 
 
-def test_frozen_parameters_keep_their_prior() -> None:
+def test_frozen_parameters_take_part_as_far_as_they_were_trained() -> None:
+    """One frozen midway has a posterior, which becomes its prior; one that was always frozen keeps its prior."""
     model = network()
+    model[3].bias.requires_grad_(False)
     opt = built(model, "diagonal_gaussian")
-    run(opt, Task(model), 2)
+    task = Task(model)
+    run(opt, task, 2)
+    opt.refresh(task.chunks())
+    before = opt.posterior_states()
     model[0].requires_grad_(False)
     opt.next_task()
-    assert set(opt.param_groups[0]["prior"]) == {"3.weight", "3.bias"}
+    prior = opt.param_groups[0]["prior"]
+    assert set(prior) == {"0.weight", "0.bias", "3.weight"}
+    assert all(equal(prior[name], before[name]) for name in prior)
+    model[0].requires_grad_(True)
+    assert not opt._outer_is_of(opt._active()), "q_out of the old task"
 
 
 def test_two_linear_gaussian_tasks_give_the_joint_posterior() -> None:
