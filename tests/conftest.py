@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no screen
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes per worker
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses, too: the workers share the cores
 
 import numpy as np
 import pytest
