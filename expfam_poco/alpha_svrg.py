@@ -165,9 +165,9 @@ class AlphaSVRG(torch.optim.Optimizer):
         """α of every tensor, and whether pairs are to be measured though α may be 0."""
         adaptive = self.alpha
         if isinstance(adaptive, AdaptiveAlpha):
-            alphas = [self._meter.alpha(str(i), Theta._fields, adaptive)[0] for i in range(len(params))]
-            unknown = not any(self._meter.knows(str(i)) for i in range(len(params)))
-            measuring = unknown or number % adaptive.probe_every == 0
+            names = [str(i) for i in range(len(params))]
+            alphas = [self._meter.alpha(name, Theta._fields, adaptive)[0] for name in names]
+            measuring = self._meter.probes(number, names, adaptive)
         else:
             alphas, measuring = [correction.alpha_at(adaptive, number)[0]] * len(params), False
         self._alphas = dict(enumerate(alphas))

@@ -63,9 +63,9 @@ class VarianceMeter:
             pair.append(optimal_alpha(cross, outer, adaptive.least_gain, adaptive.share))
         return pair[0], pair[1]
 
-    def knows(self, name: str) -> bool:
-        """Whether a pair of this tensor has been measured."""
-        return name in self._averages
+    def probes(self, step: int, names: Iterable[str], adaptive: AdaptiveAlpha) -> bool:
+        """Whether pairs are to be measured though α may be 0: none of these tensors has been, or it is time to."""
+        return step % adaptive.probe_every == 0 or not any(name in self._averages for name in names)
 
     def read(self) -> dict[str, float]:
         """For every field, over all tensors: the ratio corrected/plain and the α that would minimise it; norms."""

@@ -334,14 +334,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self, blocks: Sequence[Block], number: int, always: bool
     ) -> tuple[list[tuple[float, float]], list[bool]]:
         """Every block's α (gradient, curvature) at this step, and whether its pair is to be measured anyway."""
-        adaptive = [block for block in blocks if isinstance(block.group["alpha"], AdaptiveAlpha)]
-        unknown = not any(self._meter.knows(block.name) for block in adaptive)
+        adaptive = [block.name for block in blocks if isinstance(block.group["alpha"], AdaptiveAlpha)]
         alphas, probed = [], []
         for block in blocks:
             alpha, probe = block.group["alpha"], always
             if isinstance(alpha, AdaptiveAlpha):
                 pair = self._meter.alpha(block.name, block.family.momentum_block, alpha)
-                probe = always or unknown or number % alpha.probe_every == 0
+                probe = always or self._meter.probes(number, adaptive, alpha)
             else:
                 pair = correction.alpha_at(alpha, number)
             alphas.append(pair)

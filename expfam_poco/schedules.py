@@ -41,7 +41,25 @@ class BurnIn:
 
 
 @dataclass(frozen=True)
-class LinearAlpha:
+class _Ramp:
+    """From `first` to `last` over `steps` inner steps."""
+
+    first: float
+    last: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_alpha("first", self.first, pairs=False)
+        _check_alpha("last", self.last, pairs=False)
+        _check_steps(self.steps, least=1)
+
+    def _progress(self, step: int) -> float:
+        """The part of the way, 0 to 1."""
+        return min(step / self.steps, 1.0)
+
+
+@dataclass(frozen=True)
+class LinearAlpha(_Ramp):
     """α from `first` to `last` along a straight line over `steps` inner steps, `last` afterwards.
 
         α(t) = first + (last − first) min(t / steps, 1)
@@ -52,20 +70,13 @@ class LinearAlpha:
         0.4
     """
 
-    first: float
-    last: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_ends(self)
-
     def __call__(self, step: int) -> float:
         """α at inner step `step`, counted from 1."""
-        return self.first + (self.last - self.first) * min(step / self.steps, 1.0)
+        return self.first + (self.last - self.first) * self._progress(step)
 
 
 @dataclass(frozen=True)
-class CosineAlpha:
+class CosineAlpha(_Ramp):
     """α from `first` to `last` along half a cosine over `steps` inner steps, `last` afterwards.
 
         α(t) = last + (first − last) (1 + cos(π min(t / steps, 1))) / 2
@@ -76,17 +87,9 @@ class CosineAlpha:
         0.4
     """
 
-    first: float
-    last: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_ends(self)
-
     def __call__(self, step: int) -> float:
         """α at inner step `step`, counted from 1."""
-        progress = min(step / self.steps, 1.0)
-        return self.last + (self.first - self.last) * (1.0 + math.cos(math.pi * progress)) / 2.0
+        return self.last + (self.first - self.last) * (1.0 + math.cos(math.pi * self._progress(step))) / 2.0
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,6 @@ class Staleness:
                 "q_out raises the variance. Call refresh(closures) now and then, give alpha=0, or set stale_after.",
                 stacklevel=2,
             )
-
-
-def _check_ends(schedule: LinearAlpha | CosineAlpha) -> None:
-    _check_alpha("first", schedule.first, pairs=False)
-    _check_alpha("last", schedule.last, pairs=False)
-    _check_steps(schedule.steps, least=1)
 
 
 def _check_alpha(name: str, value: Any, *, pairs: bool = True) -> None:
