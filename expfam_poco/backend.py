@@ -121,7 +121,7 @@ class Backend:
         """Where a kernel finds one draw's noise for weights `like`: its address when compiled, else the noise."""
         if recipe.noise == "zero":
             return like.new_empty(0)
-        size, kind = like.numel(), recipe.family.noise_kind
+        size, kind = like.numel() * kernels.numbers_of(recipe.family), recipe.family.noise_kind
         if self.mode == "eager" or size < SHORTEST:
             if tiles is not None:
                 return tiled(kind, tiles, key, like.dtype)
@@ -131,7 +131,7 @@ class Backend:
             return address
         out = torch.empty(size, dtype=like.dtype, device=like.device)
         self._compiled(("noise", kind, like.dtype, like.device.type), _noise, kind)(out, address)
-        return out.view(like.shape)
+        return out.view((*like.shape, *recipe.family.noise_dims))
 
     def _run(
         self, name: str, kernel: Callable[..., Any], recipe: Recipe, out: Tensor, dtype: torch.dtype, *arguments: Any

@@ -37,12 +37,17 @@ class Block:
         self.at_point = False
         self.drawn: Any = None
         self._seen: list[tuple[int, int]] | None = None
+        self._fitted: tuple[ExponentialFamily, ExponentialFamily] | None = None
 
     @property
     def family(self) -> ExponentialFamily:
-        """The family of the group."""
+        """The family of the group, as it is for a parameter of this shape."""
         family: ExponentialFamily = self.group["family"]
-        return family
+        if family.joint:
+            return family
+        if self._fitted is None or self._fitted[0] is not family:
+            self._fitted = family, family.for_shape(self.params[0].shape)
+        return self._fitted[1]
 
     @property
     def shape(self) -> torch.Size:

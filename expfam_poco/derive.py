@@ -89,7 +89,7 @@ def invert_mean(family: ExponentialFamily, mean: Any, *, iterations: int = 200, 
     """
     target, shapes = _flatten(family, mean)
     tolerance = tolerance or 200.0 * torch.finfo(target.dtype).eps
-    start = family.centred_at(family.reference_like(mean[0]))
+    start = family.centred_at(family.middle(mean))
     current, _ = _flatten(family, family.to_nat(start))
     for _ in range(iterations):
         residual = target - _flatten(family, family.to_mean(_unflatten(family, current, shapes)))[0]

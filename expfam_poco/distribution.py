@@ -35,7 +35,7 @@ class FamilyDistribution(dist.TorchDistribution):
         """Keep the family and the state."""
         self.family = family
         self.state = state
-        self._like = family.reference_like(family.to_nat(state)[0])
+        self._like = family.middle(family.to_nat(state))
         super().__init__(torch.Size(), self._like.shape, validate_args=False)
 
     @property
@@ -51,7 +51,7 @@ class FamilyDistribution(dist.TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """θ by transforming noise drawn from torch's global generator."""
-        shape = (torch.Size(sample_shape).numel(), *self._like.shape)
+        shape = (torch.Size(sample_shape).numel(), *self._like.shape, *self.family.noise_dims)
         tiny = torch.finfo(self._like.dtype).tiny
         uniform = torch.rand(shape, dtype=self._like.dtype, device=self._like.device).clamp_min(tiny)
         theta = self.family.sample(self.state, quantile(self.family.noise_kind, uniform))

@@ -55,6 +55,7 @@ class ExponentialFamily(ABC):
     * `levels`: the values of a weight where they are finitely many, else None;
     * `support`: the constraint on θ; `domain`: constraints on fields of `State` (missing: real).
     * `noise_kind`: "normal", "logistic" or "uniform", the standardised noise that `sample` transforms.
+    * `noise_dims`: further axes of the noise of one entry of θ, for samples that need several numbers each.
     * `momentum_block`: the fields of `Site` that momentum averages (default: all).
     * `curvature`: what an estimator must measure beside the gradient: "none", "diagonal" or "dense".
     * `default_estimator`, `estimators`: the estimator by default, and the family's own, by name.
@@ -87,6 +88,7 @@ class ExponentialFamily(ABC):
     domain: ClassVar[Mapping[str, constraints.Constraint]] = {}
     levels: ClassVar[tuple[float, ...] | None] = None
     noise_kind: ClassVar[str] = "normal"
+    noise_dims: ClassVar[tuple[int, ...]] = ()
     momentum_block: ClassVar[tuple[str, ...]] = ()
     curvature: ClassVar[str] = "none"
     default_estimator: ClassVar[str] = "reparam"
@@ -119,7 +121,7 @@ class ExponentialFamily(ABC):
 
     @abstractmethod
     def sample(self, state: Any, noise: Tensor) -> Tensor:
-        """θ ~ q from standardised noise (K × P → K × P): deterministic, a true member of the support.
+        """θ ~ q from standardised noise (K × P × noise_dims → K × P): deterministic, a member of the support.
 
         Where it is differentiable in the state, the default `natural_gradient` differentiates through it.
         """
@@ -128,13 +130,17 @@ class ExponentialFamily(ABC):
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Any:
         """The `State` of the member centred at θ; `precision` is the strength (None: the family's own)."""
 
+    def for_shape(self, shape: torch.Size) -> ExponentialFamily:
+        """The family of a parameter of this shape: itself, unless what one weight is depends on the shape."""
+        return self
+
     def log_base_measure(self, theta: Tensor) -> Tensor:
         """log h(θ), one value per weight; 0 unless overridden."""
         return theta.new_zeros(self._batch(theta))
 
     def expected_log_base_measure(self, state: Any) -> Tensor:
         """E_q[log h(θ)]; the default is right for a constant h, others override it."""
-        return self.log_base_measure(self.reference_like(self.to_nat(state)[0]))
+        return self.log_base_measure(self.middle(self.to_nat(state)))
 
     # ---- coordinates --------------------------------------------------------------------------------------
 
@@ -184,16 +190,16 @@ class ExponentialFamily(ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Standardised noise, `draws` × `shape`: a function of the key alone, never of λ."""
-        return noise(self.noise_kind, tuple(shape), draws, key, dtype=dtype, device=device)
+        """Standardised noise, `draws` × `shape` × `noise_dims`: a function of the key alone, never of λ."""
+        return noise(self.noise_kind, (*shape, *self.noise_dims), draws, key, dtype=dtype, device=device)
 
     def reflect(self, noise: Tensor) -> Tensor:
         """The antithetic partner of a noise: equally distributed, on the other side of the median."""
         return reflect(self.noise_kind, noise)
 
     def neutral_noise(self, like: Tensor) -> Tensor:
-        """The noise of the delta method (ε = 0): the median of the standardised noise."""
-        return torch.full_like(like, 0.5) if self.noise_kind == "uniform" else torch.zeros_like(like)
+        """The noise of the delta method for weights `like`: the median of the standardised noise."""
+        return like.new_full((*like.shape, *self.noise_dims), 0.5 if self.noise_kind == "uniform" else 0.0)
 
     def point(self, state: Any) -> Tensor:
         """What the model holds between steps: E_q[θ]."""
@@ -212,6 +218,16 @@ class ExponentialFamily(ABC):
     def reference_like(self, like: Tensor) -> Tensor:
         """A θ in the middle of the support with the shape of `like`: 0, 1 for positive weights, …"""
         return transform_to(self.support)(torch.zeros_like(like))
+
+    def middle(self, statistics: Any) -> Tensor:
+        """A θ in the middle of the support for every weight of a `Nat` or `Mean`.
+
+        Where a weight has several entries, the first statistic has its shape.
+        """
+        first, dims = statistics[0], self.statistic_dims[0]
+        if self.event_dim == 0 and dims:
+            first = first.new_zeros(first.shape[: first.ndim - dims])
+        return self.reference_like(first)
 
     def distribution(self, state: Any) -> Any:
         """q as a Pyro distribution; the default takes density and samples from the family itself."""

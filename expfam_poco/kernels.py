@@ -57,8 +57,15 @@ class Recipe:
         if self.noise == "zero":
             return self.family.neutral_noise(like)
         if isinstance(source, Address):
-            source = traced(self.family.noise_kind, like.numel(), source, like.dtype).view(like.shape)
+            shape = (*like.shape, *self.family.noise_dims)
+            source = traced(self.family.noise_kind, like.numel() * numbers_of(self.family), source, like.dtype)
+            source = source.view(shape)
         return self.family.reflect(source) if self.noise == "reflected" else source
+
+
+def numbers_of(family: ExponentialFamily) -> int:
+    """How many numbers of noise an entry of θ takes."""
+    return math.prod(family.noise_dims)
 
 
 class Evidence(NamedTuple):

@@ -86,7 +86,7 @@ def noise(s: Specimen) -> Findings:
     family = s.family
     count = 2000 if s.sampling else 8
     first = s.noise(count, SAMPLES)
-    yield s.shaped("noise", first, (count, *s.shape))
+    yield s.shaped("noise", first, (count, *s.shape, *family.noise_dims))
     yield holds("noise is not finite", torch.isfinite(first).all())
     kept = first.clone()
     family.sample(s.states[-2], first)
@@ -97,7 +97,7 @@ def noise(s: Specimen) -> Findings:
     yield holds("noise of a draw depends on how many are asked for", torch.equal(later, first[3:5]))
     mirrored = family.reflect(first)
     yield s.near("reflect twice", family.reflect(mirrored), first, SLACK * s.eps * (1.0 + size_of(first)))
-    neutral = family.neutral_noise(first[0])
+    neutral = family.neutral_noise(s.support_points(1)[0])
     yield s.near("neutral_noise is its own mirror image", family.reflect(neutral), neutral, SLACK * s.eps)
     if s.sampling:
         other = s.noise(count, MORE_SAMPLES)

@@ -79,7 +79,7 @@ def natural_gradient(s: Specimen) -> Findings:
 
 def _has_quadrature(family: ExponentialFamily, estimator: Estimator) -> bool:
     """Whether weights are independent of each other, with noise whose quantiles are known."""
-    leafwise = not family.joint and family.event_dim == 0 and estimator.needs != "loss"
+    leafwise = not family.joint and family.event_dim == 0 and not family.noise_dims and estimator.needs != "loss"
     return leafwise and type(family).noise is ExponentialFamily.noise
 
 
@@ -390,7 +390,7 @@ def _kept(s: Specimen) -> Findings:
             "noise": inputs["noise"],
             "centred_at": s.family.centred_at(s.support_points(1)[0]),
             "centred_at with a precision": s.family.centred_at(s.support_points(1)[0], 2.0),
-            "neutral_noise": s.family.neutral_noise(inputs["noise"]),
+            "neutral_noise": s.family.neutral_noise(inputs["theta"]),
             "reflect": s.family.reflect(inputs["noise"]),
             "distribution.sample": s.family.distribution(inputs["state"]).sample(),
             "distribution.log_prob": s.family.distribution(inputs["state"]).log_prob(inputs["theta"]),

@@ -197,6 +197,11 @@ class Bucket(Block):
             block.note_weights()
 
 
+def _is_flat(family: ExponentialFamily) -> bool:
+    """Whether every number of a posterior, and of the noise, belongs to one entry of the parameter."""
+    return family.event_dim == 0 and not any(family.statistic_dims) and not family.noise_dims
+
+
 def buckets(blocks: Sequence[Block]) -> dict[Block, Bucket]:
     """Buckets for the small blocks among these, by block; a bucket has at least two."""
     found: dict[Block, Bucket] = {}
@@ -209,7 +214,7 @@ def buckets(blocks: Sequence[Block]) -> dict[Block, Bucket]:
         members.clear()
 
     for block in blocks:
-        fits = block.numel < SMALL and block.family.event_dim == 0 and block.group["prior"] is None
+        fits = block.numel < SMALL and block.group["prior"] is None and _is_flat(block.family)
         if not fits or not can_stream(block) or not block.params[0].is_contiguous():
             continue
         alike = waiting.setdefault((block.group_number, block.params[0].dtype, block.device), [])

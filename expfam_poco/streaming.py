@@ -20,7 +20,7 @@ from .correction import Outer
 from .errors import NonFiniteError
 from .estimators import Estimator, Reparameterised
 from .evaluation import Measured
-from .kernels import Evidence, Numbers, Recipe, corrected, site_pair
+from .kernels import Evidence, Numbers, Recipe, corrected, numbers_of, site_pair
 from .measurement import View
 from .meter import VarianceMeter
 from .noise import Address, NoiseKey
@@ -67,7 +67,9 @@ class StreamedView(View):
         """One draw's noise on a span, or its address."""
         number = draw // 2 if self.mode == "antithetic" else draw
         key = self.key.at(
-            parameter=self.block.index, draw=self.key.draw + number, offset=span.start * span.event.numel()
+            parameter=self.block.index,
+            draw=self.key.draw + number,
+            offset=span.start * span.event.numel() * numbers_of(self.block.family),
         )
         tiles = self.block.tiles if isinstance(self.block, Bucket) else None
         return self.runner.noise(recipe, key, self.like(span), tiles)

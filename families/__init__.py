@@ -2,6 +2,7 @@
 
 from .bernoulli import Bernoulli
 from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
+from .gamma import Gamma
 from .gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Bernoulli",
     "DiagonalGaussian",
     "FullGaussian",
+    "Gamma",
     "GaussianSite",
     "GaussianState",
     "IsotropicGaussian",
