@@ -182,7 +182,14 @@ def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:
         )
     if not group["family"].joint:
         pairs = enumerate(zip(group["params"], names, strict=True))
-        return [Block([p], group, start + i, name, number) for i, (p, name) in pairs]
+        blocks = [Block([p], group, start + i, name, number) for i, (p, name) in pairs]
+        for block in blocks:
+            if block.family.event_dim > len(block.shape):
+                raise ValueError(
+                    f"params: a weight of {type(block.family).__name__} has {block.family.event_dim} axes, but "
+                    f"{block.name} has shape {tuple(block.shape)}; give it to another family in a group of its own."
+                )
+        return blocks
     members = [p for p in group["params"] if p.requires_grad]
     if len({p.device for p in members}) > 1:
         raise ValueError(

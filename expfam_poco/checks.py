@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import laws, learning_laws
+from . import curved_laws, laws, learning_laws
 from .family import ExponentialFamily
 from .laws import Law
 from .registry import resolve_family
@@ -48,6 +48,7 @@ LAWS: tuple[Law, ...] = (
     Law("retraction", learning_laws.retraction, "check retract (a precision moves before its mean) and domain"),
     Law("chart", learning_laws.chart, "check retract, reanchor, kl_gradient and the sites"),
     Law("conjugate", learning_laws.conjugate, "check retract with equal rates and variant 'plain'"),
+    Law("expansion", curved_laws.expansion, "check expand, project and carry of the curved family against each other"),
     Law("zero_variance", learning_laws.zero_variance, "natural_gradient must be a function of state and draws alone"),
     Law(
         "spans",
@@ -223,7 +224,7 @@ def _run(
 
 def _default_shape(family: ExponentialFamily) -> torch.Size:
     if family.event_dim:
-        event = (3,) * family.event_dim
+        event = (8 if family.joint and family.curved else 3,) * family.event_dim
         return torch.Size(event if family.joint else (2, *event))
     return torch.Size((3,) if family.joint else (2, 3))
 

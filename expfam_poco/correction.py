@@ -89,12 +89,13 @@ def correct(
     """
     if not isinstance(alpha, tuple):
         alpha = family.per_block(alpha, alpha)
-    excess = fields.weigh(fields.subtract(site_out, outer.site), alpha)
+    there = fields.weigh(fields.subtract(site_out, outer.site), alpha)
+    excess = family.carry(there, outer.posterior, posterior)
     corrected = fields.subtract(site_in, excess)
     if anchor_weight == 0.0:
         return Corrected(corrected, None)
-    moved = family.reanchor(excess, outer.posterior, posterior)
-    if moved is excess:
+    moved = family.reanchor(there, outer.posterior, posterior)
+    if moved is there:
         return Corrected(corrected, None)
     return Corrected(corrected, fields.scale(fields.subtract(excess, moved), anchor_weight))
 
@@ -136,10 +137,10 @@ def update_outer(
         rho = family.per_block(rho, rho)
     if all(value == 0.0 for value in rho):
         return Outer(posterior, site)
-    old = outer.site
+    old = family.carry(outer.site, outer.posterior, posterior)
     if reanchor_average and anchor_weight > 0.0:
-        moved = family.reanchor(old, outer.posterior, posterior)
-        if moved is not old:
+        moved = family.reanchor(outer.site, outer.posterior, posterior)
+        if moved is not outer.site:
             old = fields.add(old, fields.scale(fields.subtract(moved, old), anchor_weight))
     return Outer(posterior, fields.mix(old, site, rho))
 

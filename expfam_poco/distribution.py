@@ -35,7 +35,7 @@ class FamilyDistribution(dist.TorchDistribution):
         """Keep the family and the state."""
         self.family = family
         self.state = state
-        self._like = family.middle(family.to_nat(state))
+        self._like = family.point(state)
         super().__init__(torch.Size(), self._like.shape, validate_args=False)
 
     @property
@@ -66,6 +66,8 @@ class FamilyDistribution(dist.TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """E_q[θ], where θ is a statistic of the family."""
+        if self.family.curved:
+            return self.family.point(self.state)
         mean = self.family.to_mean(self.family.to_nat(self.state))
         if not hasattr(mean, "theta"):
             raise NotImplementedError(f"{type(self.family).__name__} has no statistic named theta; average samples.")

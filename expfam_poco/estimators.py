@@ -94,6 +94,10 @@ class Estimator(ABC):
         """A curvature (like P, or d × d) made of the gradient alone, or None."""
         return None
 
+    def factor_of_gradient(self, grad: Tensor, ess: float) -> Tensor | None:
+        """A vector c (like P) made of the gradient alone, with c cᵀ the curvature, or None."""
+        return None
+
     def curvature_of_product(self, probe: Tensor, product: Tensor, dense: bool) -> Tensor:
         """A curvature made of z and ∇²ℓ z; only asked of estimators that need "hvp"."""
         raise TypeError(f"{type(self).__name__} declares needs={self.needs!r} but makes nothing of products.")
@@ -149,11 +153,15 @@ class SquaredGradient(Estimator):
 
     def check(self, family: ExponentialFamily) -> None:
         """Only families with a curvature have a use for it."""
-        _require_curvature("gradsq", family)
+        _require_curvature("gradsq", family, (*ENTRIES, "factor"))
 
     def curvature_of_gradient(self, grad: Tensor, ess: float, dense: bool) -> Tensor:
         """κ ∇ℓ² or κ ∇ℓ ∇ℓᵀ."""
         return ess * (torch.outer(grad, grad) if dense else grad * grad)
+
+    def factor_of_gradient(self, grad: Tensor, ess: float) -> Tensor:
+        """√κ ∇ℓ."""
+        return grad * ess**0.5
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,8 @@ class ScoreFunction(Estimator):
         return family.score_natural_gradient(state, draws)
 
 
+# Curvatures that are kept entry by entry of a Hessian.
+ENTRIES = ("diagonal", "dense")
 # What estimators need that take no gradients.
 LOSSES_ALONE = ("loss", "variations")
 
@@ -256,8 +266,8 @@ def available(family: ExponentialFamily) -> dict[str, Estimator]:
     fitting = dict(family.estimators)
     for name, make in GENERAL.items():
         smooth = family.default_estimator == "reparam"
-        wanted = name == "score" or (name == "reparam" and smooth) or family.curvature != "none"
-        if wanted and name not in fitting and (name != "reparam" or smooth):
+        wanted = {"score": True, "reparam": smooth, "gradsq": family.curvature != "none"}
+        if wanted.get(name, family.curvature in ENTRIES) and name not in fitting:
             fitting[name] = make()
     return fitting
 
@@ -280,8 +290,15 @@ def resolve_estimator(choice: str | Estimator | None, family: ExponentialFamily)
     return fitting[name]
 
 
-def _require_curvature(name: str, family: ExponentialFamily) -> None:
-    if family.curvature == "none":
+def curvature_of_gradient(estimator: Estimator, family: ExponentialFamily, grad: Tensor, ess: float) -> Tensor | None:
+    """The curvature that the family keeps, where the estimator makes it of the gradient alone, else None."""
+    if family.curvature in ENTRIES:
+        return estimator.curvature_of_gradient(grad, ess, family.curvature == "dense")
+    return estimator.factor_of_gradient(grad, ess) if family.curvature == "factor" else None
+
+
+def _require_curvature(name: str, family: ExponentialFamily, kinds: tuple[str, ...] = ENTRIES) -> None:
+    if family.curvature not in kinds:
         known = ", ".join(sorted(available(family)))
         raise ValueError(
             f"curvature={name!r} measures a curvature, which {type(family).__name__} does not keep; "

@@ -57,7 +57,9 @@ class ExponentialFamily(ABC):
     * `noise_kind`: "normal", "logistic" or "uniform", the standardised noise that `sample` transforms.
     * `noise_dims`: further axes of the noise of one entry of θ, for samples that need several numbers each.
     * `momentum_block`: the fields of `Site` that momentum averages (default: all).
-    * `curvature`: what an estimator must measure beside the gradient: "none", "diagonal" or "dense".
+    * `curvature`: what an estimator must measure beside the gradient: "none", "diagonal", "dense" (of a joint
+      family), or "factor" (K × P, vectors c of which the curvature is the mean of c cᵀ).
+    * `curved`: the natural parameters are part of an ambient family's (`curved.CurvedFamily`).
     * `default_estimator`, `estimators`: the estimator by default, and the family's own, by name.
 
     Example:
@@ -84,6 +86,7 @@ class ExponentialFamily(ABC):
     event_dim: ClassVar[int] = 0
     statistic_dims: ClassVar[tuple[int, ...]] = ()
     joint: ClassVar[bool] = False
+    curved: ClassVar[bool] = False
     support: ClassVar[constraints.Constraint] = constraints.real
     domain: ClassVar[Mapping[str, constraints.Constraint]] = {}
     levels: ClassVar[tuple[float, ...] | None] = None
@@ -177,6 +180,14 @@ class ExponentialFamily(ABC):
 
     def reanchor(self, site: Any, state_from: Any, state_to: Any) -> Any:
         """The same site expressed at another state: identity where the chart is natural."""
+        return site
+
+    def carry(self, site: Any, state_from: Any, state_to: Any) -> Any:
+        """`reanchor` without the part that depends on where the site is anchored: identity unless the family is curved.
+
+        A curved family's sites are tangent vectors, which have to be brought into the other state's tangent space
+        before they can be added to sites there.
+        """
         return site
 
     # ---- noise and samples -------------------------------------------------------------------------------

@@ -166,9 +166,9 @@ def checked_alpha(alpha: Any) -> Any:
 
 def _check_strength(group: Mapping[str, Any]) -> None:
     """Refuse `hess_init` for a family whose precision is its own: such a state would not be a member of it."""
-    if group["hess_init"] is None:
-        return
     family = group["family"]
+    if group["hess_init"] is None or family.curved:
+        return
     middle = family.reference_like(torch.zeros((1,) * max(1, family.event_dim), dtype=torch.float64))
     state = family.centred_at(middle, group["ess"] * (group["hess_init"] + group["weight_decay"]))
     again = family.from_nat(family.to_nat(state))

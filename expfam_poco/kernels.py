@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import blr, correction, fields
 from .correction import Outer
-from .estimators import Draws, Estimator
+from .estimators import Draws, Estimator, curvature_of_gradient
 from .family import ExponentialFamily
 from .noise import Address, traced
 
@@ -109,9 +109,8 @@ def site(recipe: Recipe, state: Any, evidence: Evidence, like: Tensor, ess: Any)
     family, estimator = recipe.family, recipe.estimator
     assert evidence.noise is not None
     noise = recipe.noise_of(evidence.noise, like).unsqueeze(0)
-    grad, curvature = evidence.grad.to(like.dtype), None
-    if family.curvature != "none":
-        curvature = estimator.curvature_of_gradient(grad, ess, False)
+    grad = evidence.grad.to(like.dtype)
+    curvature = curvature_of_gradient(estimator, family, grad, ess)
     curvature = None if curvature is None else curvature.unsqueeze(0)
     theta = estimator.points(family, state, noise)
     draws = Draws(noise, theta, evidence.loss.to(like.dtype).reshape(1), grad.unsqueeze(0), curvature)

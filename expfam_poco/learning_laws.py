@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import blr, correction, fields
-from .estimators import Draws, Estimator, available
+from .curved_laws import along_the_tangent
+from .estimators import Draws, Estimator, available, curvature_of_gradient
 from .family import ExponentialFamily
 from .laws import Findings
 from .noise import noise
@@ -47,10 +48,15 @@ def kl_gradient(s: Specimen) -> Findings:
         nat, nat_prior = family.to_nat(state), family.to_nat(prior)
         difference = fields.subtract(nat, nat_prior)
         slope, tolerances = s.rounded(lambda at, to: family.site_to_nat(family.kl_gradient(at, to), at), state, prior)
-        yield s.near("kl_gradient in natural coordinates against λ − λ₀", slope, difference, tolerances)
+        seen, more = s.rounded(s.seen, difference, state)
+        allowed = [a + b for a, b in zip(tolerances, more, strict=True)] if family.curved else tolerances
+        yield s.near("kl_gradient in natural coordinates against λ − λ₀", slope, seen, allowed)
         zero = family.kl_gradient(state, state)
         sizes = [SLACK * s.eps * (1.0 + size_of(value)) for value in family.kl_gradient(state, prior)]
         yield s.near("kl_gradient at equality against 0", zero, fields.scale(zero, 0.0), sizes)
+
+        if family.curved:
+            continue
 
         def divergence(value: Any, to: Any) -> Tensor:
             return family.kl(family.from_nat(value), to).sum()
@@ -86,7 +92,7 @@ def _has_quadrature(family: ExponentialFamily, estimator: Estimator) -> bool:
 def _unbiased(s: Specimen, name: str, estimator: Estimator, number: int, c: Any) -> Finding:
     estimates = _flat(_estimates(s, estimator, number, c))
     what = f"mean estimate of ∇̃⟨c, T⟩ by {name!r} against c (standard errors)"
-    return Finding(what, standard_errors(estimates, _flat([c])[0]), SIGMAS)
+    return Finding(what, standard_errors(estimates, _flat([s.seen(c, s.states[number])])[0]), SIGMAS)
 
 
 def _biased(s: Specimen, name: str, estimator: Estimator, number: int, c: Any) -> Findings:
@@ -142,8 +148,12 @@ def estimate(s: Specimen, estimator: Estimator, state: Any, epsilon: Tensor, c: 
 
 
 def _makes_curvature(s: Specimen, estimator: Estimator) -> bool:
-    kept = s.family.curvature != "none"
-    return kept and type(estimator).curvature_of_gradient is not Estimator.curvature_of_gradient
+    kind = type(estimator)
+    made = {
+        "factor": kind.factor_of_gradient is not Estimator.factor_of_gradient,
+        "none": False,
+    }
+    return made.get(s.family.curvature, kind.curvature_of_gradient is not Estimator.curvature_of_gradient)
 
 
 def _curvature(s: Specimen, estimator: Estimator, theta: Tensor, gradient: Tensor, group: int) -> Tensor | None:
@@ -162,7 +172,7 @@ def _curvature(s: Specimen, estimator: Estimator, theta: Tensor, gradient: Tenso
         return torch.stack([estimator.curvature_of_product(z, product, dense) for z, product in pairs])
     if not _makes_curvature(s, estimator):
         return None
-    made = [estimator.curvature_of_gradient(each, ESS, dense) for each in gradient]
+    made = [curvature_of_gradient(estimator, s.family, each, ESS) for each in gradient]
     return torch.stack([each for each in made if each is not None])
 
 
@@ -198,7 +208,7 @@ def retraction(s: Specimen) -> Findings:
     """Variant "plain" adds in natural coordinates; "second_order" agrees to first order and stays in the domain."""
     family = s.family
     for number, (state, nat) in enumerate(zip(s.states, s.nats, strict=True)):
-        raw = family.Site(*s.direction(400 + number))
+        raw = s.direction(400 + number)
         direction = family.site_from_nat(raw, state)
         rate = 0.05
         while rate > s.eps and not bool(family.in_domain(_retract(family, state, direction, rate, "plain"))):
@@ -208,9 +218,12 @@ def retraction(s: Specimen) -> Findings:
         def added(value: Any, at: Any, rate: float = rate) -> Any:
             return family.to_nat(_retract(family, at, family.site_from_nat(value, at), rate, "plain"))
 
-        plain, tolerances = s.rounded(added, raw, state)
-        expected = fields.map_fields(lambda a, b: a - rate * b, nat, raw)  # noqa: B023
-        yield s.near("plain retraction against λ − η d", plain, expected, tolerances)
+        if family.curved:
+            yield from along_the_tangent(s, state, direction, rate)
+        else:
+            plain, tolerances = s.rounded(added, raw, state)
+            expected = fields.map_fields(lambda a, b: a - rate * b, nat, raw)  # noqa: B023
+            yield s.near("plain retraction against λ − η d", plain, expected, tolerances)
         if s.sampling:
             yield from _first_order(s, state, direction, rate)
         for sign in (-1.0, 1.0):
@@ -257,11 +270,12 @@ def reanchor(s: Specimen) -> Findings:
     """A re-anchored site is the same function ⟨∇̃L, T⟩: linear, and the identity at the same state."""
     family = s.family
     for number, (state, other) in enumerate(s.pairs()):
-        one, two = (family.site_from_nat(family.Site(*s.direction(500 + number + k)), state) for k in (0, 50))
+        one, two = (family.site_from_nat(s.direction(500 + number + k), state) for k in (0, 50))
         same = family.reanchor(one, state, state)
-        yield s.near(
-            "reanchor at the same state against the site", same, one, [SLACK * s.eps * size_of(v) for v in one]
-        )
+        sizes = [SLACK * s.eps * size_of(v) for v in one]
+        if family.curved:  # which projects
+            sizes = s.rounded(family.reanchor, one, state, state)[1]
+        yield s.near("reanchor at the same state against the site", same, one, sizes)
         moved, tolerances = s.rounded(family.reanchor, one, state, other)
         through = family.site_from_nat(family.site_to_nat(one, state), other)
         more = s.rounded(lambda v, a, b: family.site_from_nat(family.site_to_nat(v, a), b), one, state, other)[1]
@@ -275,6 +289,9 @@ def reanchor(s: Specimen) -> Findings:
 
 def chart(s: Specimen) -> Findings:
     """Corrected steps in the chart, with re-anchored averages, are the same steps in natural coordinates."""
+    if s.family.curved:
+        yield "chart: a step of a curved family is the projection of the step in natural coordinates (expansion)"
+        return
     if not s.sampling:
         return
     family, rate, alpha, rho = s.family, 0.4, 0.7, 0.5
@@ -307,6 +324,9 @@ def chart(s: Specimen) -> Findings:
 def conjugate(s: Specimen) -> Findings:
     """For the loss ⟨c, T⟩ and its exact natural gradient c, one plain step at η = 1 gives λ₀ − N c."""
     family = s.family
+    if family.curved:
+        yield "conjugate: λ₀ − N c need not belong to a curved family"
+        return
     for state, prior in s.pairs():
         target = family.to_nat(s.states[0])
 
@@ -324,12 +344,14 @@ def zero_variance(s: Specimen) -> Findings:
     estimator = available(family)[family.default_estimator]
     for number, state in enumerate(s.states[:3]):
         c = s.direction(800 + number)
-        outer = correction.Outer(state, family.site_from_nat(family.Site(*s.direction(850 + number)), state))
+        outer = correction.Outer(state, family.site_from_nat(s.direction(850 + number), state))
         epsilon = s.noise(4, STEPS, number)
         site_in, site_out = (estimate(s, estimator, state, epsilon, c) for _ in range(2))
         found = correction.correct(family, site_in, site_out, state, outer, alpha=1.0)
         total = found.site if found.anchor is None else fields.add(found.site, found.anchor)
         sizes = [8.0 * s.eps * (size_of(a) + size_of(b)) for a, b in zip(site_in, outer.site, strict=True)]
+        if family.curved:  # which sends the difference through a projection
+            sizes = s.rounded(family.reanchor, fields.subtract(site_out, outer.site), state, state)[1]
         yield s.near("corrected natural gradient at λ_in = λ_out against ḡ_out", total, outer.site, sizes)
 
 
@@ -348,7 +370,7 @@ def outputs(s: Specimen, inputs: dict[str, Any]) -> dict[str, Any]:
         "log_partition": f.log_partition(nat),
         "to_mean": f.to_mean(nat),
         "to_nat": nat,
-        "from_nat": f.from_nat(nat),
+        "from_nat": state if f.curved else f.from_nat(nat),
         "site_to_nat": f.site_to_nat(site, state),
         "site_from_nat": f.site_from_nat(f.site_to_nat(site, state), state),
         "sample": f.sample(state, epsilon),
@@ -370,7 +392,7 @@ def _inputs(s: Specimen, number: int) -> dict[str, Any]:
     """What `outputs` starts from."""
     state, prior = s.states[number], s.states[(number + 1) % len(s.states)]
     c, epsilon = s.direction(900 + number), s.noise(4, STEPS, number)
-    site = s.family.site_from_nat(s.family.Site(*s.direction(950 + number)), state)
+    site = s.family.site_from_nat(s.direction(950 + number), state)
     theta = s.family.sample(state, epsilon)
     return {"state": state, "prior": prior, "theta": theta, "site": site, "noise": epsilon, "c": c}
 

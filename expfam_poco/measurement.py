@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from . import fields
 from .batched import Batched
 from .blocks import Block
-from .estimators import LOSSES_ALONE, Draws, Estimator
+from .estimators import LOSSES_ALONE, Draws, Estimator, curvature_of_gradient
 from .evaluation import Closure, Measured, Request, evaluate
 from .noise import NoiseKey, noise
 
@@ -269,12 +269,9 @@ def _curvature_of_products(view: View, draw: int, products: Sequence[list[Tensor
 
 
 def _curvature_of_gradient(view: View, grad: Tensor | None) -> Tensor | None:
-    family = view.block.family
     if grad is None:
         grad = torch.zeros(view.block.shape, dtype=view.block.dtype, device=view.block.device)
-    if family.curvature == "none":
-        return None
-    return view.estimator.curvature_of_gradient(grad, view.block.group["ess"], family.curvature == "dense")
+    return curvature_of_gradient(view.estimator, view.block.family, grad, view.block.group["ess"])
 
 
 def _shaped(hessian: Tensor, block: Block) -> Tensor:

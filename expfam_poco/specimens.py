@@ -126,10 +126,29 @@ class Specimen:
     def with_members(self) -> Specimen:
         """This specimen with members: centres × strengths, two moved along the statistics, and the middle one."""
         points = self.support_points(len(STRENGTHS))
+        if self.family.curved:
+            return self._with(self._curved_members(points))
         nats = [self.family.to_nat(self.family.centred_at(p, s)) for p, s in zip(points, STRENGTHS, strict=True)]
         nats += [self.moved(nats[number], 0.3, number) for number in (0, 3)]
         nats += [self.family.to_nat(self.family.centred_at(self.family.reference_like(points[0])))]
         return self._with(tuple(self.family.from_nat(nat) for nat in nats))
+
+    def _curved_members(self, points: Tensor) -> tuple[Any, ...]:
+        """The same of a curved family, moved by its own retraction."""
+        family = self.family
+        states = [family.centred_at(p, s) for p, s in zip(points, STRENGTHS, strict=True)]
+        states += [family.centred_at(family.reference_like(points[0]))]
+        moved = []
+        for number, state in enumerate(states):
+            direction = family.site_from_nat(family.Nat(*self.direction(60 + number)), state)
+            moved.append(family.retract(state, direction, family.per_block(0.3, 0.3)))
+        return (*moved[:-1], states[0], states[3], moved[-1])
+
+    def seen(self, c: Any, state: Any) -> Any:
+        """A natural gradient as the family can represent it: itself, or its projection if the family is curved."""
+        if not self.family.curved:
+            return c
+        return self.family.site_to_nat(self.family.site_from_nat(c, state), state)
 
     def like(self, dtype: torch.dtype, device: torch.device) -> Specimen:
         """The same members in another dtype or on another device."""

@@ -2,18 +2,28 @@
 
 from .bernoulli import Bernoulli
 from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
+from .block_diagonal import BlockDiagonalGaussian
 from .gamma import Gamma
 from .gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
+from .kronecker import KroneckerGaussian, KroneckerSite, KroneckerState
+from .low_rank import LowRankGaussian, LowRankSite, LowRankState
 
 __all__ = [
     "Arm",
     "Bernoulli",
+    "BlockDiagonalGaussian",
     "DiagonalGaussian",
     "FullGaussian",
     "Gamma",
     "GaussianSite",
     "GaussianState",
     "IsotropicGaussian",
+    "KroneckerGaussian",
+    "KroneckerSite",
+    "KroneckerState",
+    "LowRankGaussian",
+    "LowRankSite",
+    "LowRankState",
     "Relaxed",
     "SingleFlip",
     "StraightThrough",
