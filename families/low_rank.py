@@ -69,8 +69,8 @@ class LowRankGaussian(StructuredGaussian):
         >>> import torch
         >>> from expfam_poco.families import LowRankGaussian
         >>> q = LowRankGaussian(rank=2)
-        >>> q.centred_at(torch.zeros(5), 4.0).factor.shape
-        torch.Size([5, 2])
+        >>> q.centred_at(torch.zeros(8), 4.0).factor.shape
+        torch.Size([8, 2])
     """
 
     rank: int = 4
