@@ -32,9 +32,10 @@ from torch import Tensor
 
 import expfam_poco as poco
 
-METHODS = ("adamw", "alpha-svrg", "ivon", "ivon-poco", "ivon-pocomo")
-CORRECTED = ("alpha-svrg", "ivon-poco", "ivon-pocomo")
-RATES = {"adamw": 3e-3, "alpha-svrg": 3e-3, "ivon": 0.3, "ivon-poco": 0.3, "ivon-pocomo": 0.3}
+METHODS = ("adamw", "alpha-svrg", "ivon", "ivon-poco", "ivon-pocomo", "kronecker", "kronecker-poco")
+CORRECTED = ("alpha-svrg", "ivon-poco", "ivon-pocomo", "kronecker-poco")
+WITHOUT_POSTERIOR = ("adamw", "alpha-svrg")
+RATES = dict.fromkeys(METHODS, 0.3) | dict.fromkeys(WITHOUT_POSTERIOR, 3e-3)
 COUNTERS = ("step", "tokens", "evaluated", "seconds", "losses", "curve")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,6 +68,7 @@ class Settings:
         ess: κ; the paper's 1e10 is for 10⁵ steps.
         hess_init: h₀.
         beta2: β₂ of the IVON family; 1/(1−β₂) must be well below `steps` (the paper's 0.99999 is for 10⁵ steps).
+        curvature: "reparam" or "gradsq", of the Kronecker-factored posterior.
         clip_radius: ξ of the IVON family; the paper has 1e-3.
         weight_decay: of AdamW (decoupled) or δ of the IVON family; None: 0.1 and 1e-6.
         dtype: "float32", or "bf16" for autocast.
@@ -96,6 +98,7 @@ class Settings:
     ess: float = 1e8
     hess_init: float = 1e-3
     beta2: float = 0.99
+    curvature: str = "reparam"
     clip_radius: float = 1e-2
     weight_decay: float | None = None
     dtype: str = "float32"
@@ -119,7 +122,7 @@ class Settings:
 
 def make_optimizer(settings: Settings, model: GPT) -> torch.optim.Optimizer:
     """The method's optimizer. Its learning rate is what the schedule multiplies."""
-    if settings.method in ("adamw", "alpha-svrg"):
+    if settings.method in WITHOUT_POSTERIOR:
         decay = 0.1 if settings.weight_decay is None else settings.weight_decay
         adamw = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=decay)
         return poco.AlphaSVRG(adamw, alpha=settings.alpha) if settings.method == "alpha-svrg" else adamw
@@ -135,11 +138,27 @@ def make_optimizer(settings: Settings, model: GPT) -> torch.optim.Optimizer:
         "seed": settings.seed,
     }
     named = list(model.named_parameters())
+    if settings.method.startswith("kronecker"):
+        return make_kronecker(settings, named, chosen)
     if settings.method == "ivon":
         return poco.IVON(named, **chosen)
     if settings.method == "ivon-poco":
         return poco.IVONPoCo(named, alpha=settings.alpha, **chosen)
     return poco.IVONPoCoMo(named, alpha=settings.alpha, rho1=settings.rho1, rho2=settings.rho2, **chosen)
+
+
+def make_kronecker(settings: Settings, named: list[Any], chosen: dict[str, Any]) -> torch.optim.Optimizer:
+    """IVON's rule with a matrix-normal posterior for every matrix of the model, a diagonal one for vectors."""
+    del chosen["rescale_lr"]
+    return poco.PosteriorCorrected(
+        named,
+        "kronecker_gaussian",
+        momentum=0.9,
+        precision_lr=1 - chosen.pop("beta2"),
+        curvature=settings.curvature,
+        alpha=settings.alpha,
+        **chosen,
+    )
 
 
 def schedule(settings: Settings, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -234,7 +253,7 @@ class Training:
 
     def _set_alpha(self) -> None:
         """No correction before the burn-in ends: a posterior that was loaded may bring its q_out."""
-        if "ivon" in self.settings.method:
+        if self.settings.method not in WITHOUT_POSTERIOR:
             for group in self.optimizer.param_groups:
                 group["alpha"] = self.settings.alpha if self._corrected() else 0.0
 
@@ -242,7 +261,7 @@ class Training:
         return self.settings.method in CORRECTED and self.step >= self.settings.burn_in
 
     def _draws(self) -> int:
-        return 2 if self.settings.noise == "antithetic" and "ivon" in self.settings.method else 1
+        return 2 if self.settings.noise == "antithetic" and self.settings.method not in WITHOUT_POSTERIOR else 1
 
     def measure_variance(self, count: int) -> dict[str, float]:
         """Variance corrected/plain of gradient and curvature over fresh mini-batches, at the present q_in and q_out."""

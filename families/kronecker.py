@@ -30,6 +30,9 @@ from .gaussian import DiagonalGaussian
 from .structured import StructuredGaussian
 
 
+ROUNDING = 4.0  # units of rounding of the trace by which a step raises every eigenvalue of a factor
+
+
 class KroneckerState(NamedTuple):
     """Mean M (of the weight's shape) and the precision's factors, A (m × m) over rows and B (n × n) over columns."""
 
@@ -256,11 +259,13 @@ def _broadcast(factor: Tensor, like: Tensor) -> Tensor:
 
 
 def _moved(factor: Tensor, step: Tensor, variant: str) -> Tensor:
-    """F + D, or F + D + ½ D F⁻¹ D, exactly symmetric."""
+    """F + D, or F + D + ½ D F⁻¹ D with eigenvalues above what rounding can take, exactly symmetric."""
     moved = factor + step
     if variant == "second_order":
         half = torch.linalg.solve_triangular(cholesky(factor), step, upper=False)
         moved = moved + 0.5 * half.mT @ half
+        floor = ROUNDING * torch.finfo(moved.dtype).eps * _trace(moved)
+        moved = moved + torch.diag_embed(floor.unsqueeze(-1).expand(moved.shape[:-1]))
     return 0.5 * (moved + moved.mT)
 
 
