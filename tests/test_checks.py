@@ -1,6 +1,8 @@
 """`check_family`: every family keeps every law, and a family that breaks a law is told which."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,8 +12,18 @@ from user_families import USER_FAMILIES, Exponential, GaussianByHand, LogNormal
 import expfam_poco as poco
 from expfam_poco import checks
 from expfam_poco.families import Bernoulli, DiagonalGaussian, FullGaussian, IsotropicGaussian
+from expfam_poco.noise import noise
 
 FLOAT64 = (torch.float64,)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def noise_is_made_once() -> Iterator[None]:
+    """A hundred reports look up the same noise, which is a function of its address; making it is half of their time."""
+    made = functools.lru_cache(maxsize=256)(noise)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expfam_poco.family.noise", lambda *where, **kind: made(*where, **kind).clone())
+        yield
 
 
 # ---- families that keep the laws --------------------------------------------------------------------------
