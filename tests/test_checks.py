@@ -78,9 +78,7 @@ def test_one_precision_alone_can_be_tested(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("broken", "law"), BROKEN, ids=[broken.__name__ for broken, _ in BROKEN])
-def test_a_broken_law_is_named(
-    broken: type[poco.ExponentialFamily], law: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_law_is_named(broken: type[poco.ExponentialFamily], law: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The law is the first that fails, so those after it need not run."""
     last = [known.name for known in checks.LAWS].index(law)
     monkeypatch.setattr(checks, "LAWS", checks.LAWS[: last + 1])
