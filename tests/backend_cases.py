@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from optimizer_cases import Make, Task, flat, run
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "long": (700,), "matrix": (20, 30), "kernel": (4, 3, 5, 5), "transposed": (9, 40), "scalar": (), "one": (1,),
 }  # fmt: skip
 FLAT = ("long", "matrix")
+# Compiled kernels serve the whole process: of several workers, one runs all tests that compile.
+compiles = pytest.mark.xdist_group("compiler")
 
 
 def model_of(names: Collection[str] = tuple(SHAPES), dtype: torch.dtype = torch.float64) -> nn.ParameterDict:

@@ -1,26 +1,18 @@
 """The binary network example runs as a user runs it, in a short setting."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import Done, run_script
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["float", "ste", "bayesbinn", "bayesbinn-poco"]
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / "binary_network.py"), *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(*options: str) -> Done:
+    return run_script(EXAMPLES / "binary_network.py", *options)
 
 
 def test_all_methods_learn_digits_at_equal_evaluations_and_the_packed_network_is_as_good(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import FLAT, distance, model_of, numbers, trained
+from backend_cases import FLAT, compiles, distance, model_of, numbers, trained
 from optimizer_cases import named
 from torch import Tensor, nn
 
@@ -182,6 +182,7 @@ CASES = {
 }
 
 
+@compiles
 @pytest.mark.parametrize("case", CASES)
 def test_streamed_and_compiled_steps_average_the_prior_too(case: str) -> None:
     whole, eager = (numbers(*trained(CASES[case], backend=name)[:2]) for name in ("auto", "eager"))

@@ -1,25 +1,19 @@
 """The examples run as a user runs them, in a short setting."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run(name: str, *options: str) -> str:
-    """Output of an example, warnings as errors."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / name), *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Output of an example."""
+    done = run_script(EXAMPLES / name, *options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -89,7 +83,7 @@ def test_every_example_has_a_test() -> None:
 
 
 def test_every_example_explains_itself() -> None:
-    """`--help` of all in one process, which imports what they need once."""
+    """`--help` of all in one process of their own, which imports what they need once, warnings as errors."""
     explain = """
 import contextlib, io, runpy, sys
 for path in sys.argv[1:]:

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.xdist_group("language model")  # the corpus is read once
 SHORT = {"preset": "nano", "batch": 4, "context": 32, "burn_in": 2, "every": 2, "mega": 2, "validation": 8, "warmup": 2}
 
 

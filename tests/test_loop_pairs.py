@@ -285,14 +285,11 @@ def test_a_module_that_was_never_built_disturbs_nobody() -> None:
 
 
 def test_models_frozen_for_the_garbage_collector_are_found() -> None:
-    try:
-        model, opt, task = moving("SVRG")
-        gc.freeze()
-        opt.refresh(task.chunks())
-        opt.step(task.closure(0))
-        assert model.calls() == {1}
-    finally:
-        gc.unfreeze()
+    model, opt, task = moving("SVRG")
+    gc.freeze()  # for good, as conftest.py does before every file
+    opt.refresh(task.chunks())
+    opt.step(task.closure(0))
+    assert model.calls() == {1}
 
 
 def test_a_buffer_whose_entries_share_memory_disturbs_nobody() -> None:

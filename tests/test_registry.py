@@ -16,8 +16,9 @@ BUILT_IN = ["bernoulli", "diagonal_gaussian", "full_gaussian", "isotropic_gaussi
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """What a test registers or finds is forgotten after it."""
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry, "_installed", {})
 
 
 @pytest.fixture

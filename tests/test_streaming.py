@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import FLAT, SHAPES, Vectors, Wells, distance, model_of, numbers, trained
+from backend_cases import FLAT, SHAPES, Vectors, Wells, compiles, distance, model_of, numbers, trained
 from optimizer_cases import Make, equal, named, run, same, shell, weights
 from torch import nn
 from user_families import Exponential
@@ -219,7 +219,7 @@ def through_a_file(value: Any) -> Any:
 
 RESUMED = [
     *(pytest.param(case, "eager", one_pass) for case in CASES for one_pass in (False, True)),
-    pytest.param("IVONPoCoMo", "compiled", True),
+    pytest.param("IVONPoCoMo", "compiled", True, marks=compiles),
 ]
 
 

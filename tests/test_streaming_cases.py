@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import FLAT, distance, numbers, trained
-from optimizer_cases import run, shell
+from backend_cases import FLAT, compiles, distance, numbers, trained
+from optimizer_cases import named, run, shell
 from torch import nn
 
 import expfam_poco as poco
@@ -13,6 +13,8 @@ from expfam_poco import backend
 
 IVON: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "beta2": 0.99, "hess_init": 1.0, "seed": 1}
 MAKE = shell("diagonal_gaussian", lr=0.05, ess=50.0, momentum=0.9, hess_init=1.0, weight_decay=0.1)
+# The case of test_backends.py, whose kernels are compiled there.
+COMPILED = named(poco.IVONPoCoMo, rho1=0.6, rho2=0.1, alpha=0.7, lr=0.1, ess=100.0, beta2=0.99)
 
 
 def test_members_of_a_bucket_keep_priors_of_their_own() -> None:
@@ -67,8 +69,9 @@ def test_an_outer_posterior_of_any_layout_is_refreshed() -> None:
         assert all(torch.equal(a, b) for a, b in zip(record["outer"].posterior, record["posterior"], strict=True))
 
 
+@compiles
 def test_schedules_of_momentum_and_ess_compile_nothing_anew() -> None:
-    model, opt, task = trained(MAKE, 6, FLAT, torch.float32, backend="compiled")
+    model, opt, task = trained(COMPILED, 6, FLAT, torch.float32, backend="compiled")
     before = len(backend._COMPILED)
     for step in range(3):
         opt.param_groups[0].update(momentum=0.8 - 0.1 * step, ess=60.0 + step, lr=0.01)
@@ -77,12 +80,13 @@ def test_schedules_of_momentum_and_ess_compile_nothing_anew() -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@compiles
 @pytest.mark.parametrize("name", ["eager", "compiled"])
 def test_inference_mode_around_draws_does_no_harm(name: str) -> None:
     """Neither to the state that it may create, nor to what is compiled."""
     found = []
     for around in (torch.enable_grad, torch.inference_mode):
-        model, opt, task = trained(MAKE, 0, FLAT, backend=name)
+        model, opt, task = trained(COMPILED, 0, FLAT, backend=name)
         for step in range(3):
             with around(), opt.sampled(seed=step):
                 assert not any(bool(p.isnan().any()) for p in model.parameters())
