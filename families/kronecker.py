@@ -29,7 +29,6 @@ from .factors import cholesky
 from .gaussian import DiagonalGaussian
 from .structured import StructuredGaussian
 
-
 ROUNDING = 4.0  # units of rounding of the trace by which a step raises every eigenvalue of a factor
 
 
