@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -26,7 +27,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         >>> cholesky(torch.tensor([[4.0]]))
         tensor([[2.]])
     """
-    if matrix.requires_grad or matrix.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or matrix.requires_grad or matrix.is_inference():
         return _factorise(matrix)
     version = matrix._version
     known = _KNOWN.get(matrix)
@@ -36,6 +37,18 @@ def cholesky(matrix: Tensor) -> Tensor:
     factor = _factorise(matrix)
     _KNOWN[matrix] = (version, factor)
     return factor
+
+
+class _PositiveDefinite(type(constraints.positive_definite)):  # type: ignore[misc]
+    """Symmetric matrices with a Cholesky factor; torch's own constraint has branches, which kernels cannot have."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """One boolean for every matrix."""
+        symmetric = torch.isclose(value, value.mT, atol=1e-6).all(-1).all(-1)
+        return symmetric & torch.isfinite(cholesky(value)).all(-1).all(-1)
+
+
+positive_definite = _PositiveDefinite()
 
 
 def _factorise(matrix: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from expfam_poco.derive import leave_one_out
 from expfam_poco.estimators import Draws
 from expfam_poco.family import ExponentialFamily, Theta
 
-from .factors import cholesky
+from .factors import cholesky, positive_definite
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -299,7 +299,7 @@ class FullGaussian(_CurvedGaussian):
     event_dim: ClassVar[int] = 1
     statistic_dims: ClassVar[tuple[int, ...]] = (1, 2)
     joint: ClassVar[bool] = True
-    domain: ClassVar[Any] = {"precision": constraints.positive_definite}
+    domain: ClassVar[Any] = {"precision": positive_definite}
     curvature: ClassVar[str] = "dense"
 
     def _apply(self, precision: Tensor, vector: Tensor) -> Tensor:

@@ -21,11 +21,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from einops import einsum
 from torch import Tensor
-from torch.distributions import constraints
 
 from expfam_poco.family import ExponentialFamily
 
-from .factors import cholesky
+from .factors import cholesky, positive_definite
 from .gaussian import DiagonalGaussian
 from .structured import StructuredGaussian
 
@@ -74,7 +73,7 @@ class KroneckerGaussian(StructuredGaussian):
 
     State: ClassVar[type[Any]] = KroneckerState
     Site: ClassVar[type[Any]] = KroneckerSite
-    domain: ClassVar[Any] = {"rows": constraints.positive_definite, "columns": constraints.positive_definite}
+    domain: ClassVar[Any] = {"rows": positive_definite, "columns": positive_definite}
     momentum_block: ClassVar[tuple[str, ...]] = ("gradient",)
 
     @property
