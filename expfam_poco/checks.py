@@ -1,7 +1,8 @@
 """Does a family keep the laws? The public conformance suite, for built-in families and those of users alike.
 
 `check_family` puts a family into specimens (members in float32 and float64, on every device there is), runs every
-law of `laws` and `learning_laws` on them, and says which law fails, by how much, and where to look. Laws that
+law of `laws` and `learning_laws` on them, and says which law fails, by how much, and where to look. `FamilyLaws` is
+the same as a class of tests for pytest, with a search for members that break a law near the edges. Laws that
 compare with a mean over draws use counter-based noise, so a family that passes once passes always.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from . import curved_laws, laws, learning_laws
+from .conformance import FamilyLaws
 from .family import ExponentialFamily
 from .laws import Law
 from .registry import resolve_family
@@ -170,22 +172,26 @@ def check_family(
     if not dtypes or not set(dtypes) <= {torch.float32, torch.float64}:
         raise ValueError(f"dtypes={tuple(dtypes)}: posteriors are kept in torch.float32 or torch.float64; give these.")
     places = [torch.device(device) for device in devices or _devices()]
-    cuda = [place.index or 0 for place in places if place.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda), _one_thread():
-        torch.manual_seed(seed)
-        report = _run(instance, seed, sorted(dtypes, key=lambda d: torch.finfo(d).eps), places, shape)
+    with isolated(seed, places):
+        report = _run(instance, seed, dtypes, places, shape)
     if raise_on_failure and not report.passed:
         raise LawError(_sentence(report), report)
     return report
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """On a busy machine several threads wait for each other many times longer than these small tensors take."""
+def isolated(seed: int, places: Sequence[torch.device] | None = None) -> Iterator[None]:
+    """Torch's generators seeded inside and put back afterwards, and one thread.
+
+    On a busy machine several threads wait for each other many times longer than these small tensors take.
+    """
+    cuda = [place.index or 0 for place in places or map(torch.device, _devices()) if place.type == "cuda"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            yield
     finally:
         torch.set_num_threads(threads)
 
@@ -202,34 +208,52 @@ def _run(
     shape: Sequence[int] | None,
 ) -> Report:
     """Run the laws in order; one that the others rest on ends the run where it fails."""
-    size = torch.Size(shape) if shape is not None else _default_shape(family)
-    bare = Specimen(family, size, dtypes[0], places[0], seed)
-    specimens = [bare]
+    size = torch.Size(shape) if shape is not None else default_shape(family)
+    specimens = [Specimen(family, size, max(dtypes, key=_digits), places[0], seed)]
     results: list[LawResult] = []
     for law in LAWS:
         if law.name == "centred_at":
             try:
-                first = bare.with_members()
-                twins = [(dtype, place) for place in places for dtype in dtypes]
-                specimens = [first, *(first.like(dtype, place) for dtype, place in twins[1:])]
+                specimens = specimens_of(family, seed=seed, dtypes=dtypes, places=places, shape=shape)
             except Exception as error:
-                results.append(_raised(law, error))
+                results.append(raised(law, error))
                 break
-        result = _judge(law, specimens)
+        result = judge(law, specimens)
         results.append(result)
         if law.essential and not result.passed:
             break
     return Report(repr(family), tuple(results))
 
 
-def _default_shape(family: ExponentialFamily) -> torch.Size:
+def specimens_of(
+    family: ExponentialFamily,
+    *,
+    seed: int = 0,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
+    places: Sequence[torch.device] | None = None,
+    shape: Sequence[int] | None = None,
+) -> list[Specimen]:
+    """Members in the widest dtype on the first device, and the same in the other dtypes and on the other devices."""
+    size = torch.Size(shape) if shape is not None else default_shape(family)
+    places = places or [torch.device(device) for device in _devices()]
+    twins = [(dtype, place) for place in places for dtype in sorted(dtypes, key=_digits, reverse=True)]
+    first = Specimen(family, size, *twins[0], seed).with_members()
+    return [first, *(first.like(dtype, place) for dtype, place in twins[1:])]
+
+
+def _digits(dtype: torch.dtype) -> float:
+    return -torch.finfo(dtype).eps
+
+
+def default_shape(family: ExponentialFamily) -> torch.Size:
+    """A small tensor that the family can see."""
     if family.event_dim:
         event = (8 if family.joint and family.curved else 3,) * family.event_dim
         return torch.Size(event if family.joint else (2, *event))
     return torch.Size((3,) if family.joint else (2, 3))
 
 
-def _judge(law: Law, specimens: Sequence[Specimen]) -> LawResult:
+def judge(law: Law, specimens: Sequence[Specimen]) -> LawResult:
     """Run one law on every specimen and keep its worst finding."""
     worst, remarks = Finding("", 0.0, 0.0), dict[str, None]()
     try:
@@ -241,13 +265,14 @@ def _judge(law: Law, specimens: Sequence[Specimen]) -> LawResult:
                     worst = finding
     except Exception as error:
         if worst.severity <= 1.0:
-            return _raised(law, error)
+            return raised(law, error)
     statement = (law.test.__doc__ or "").splitlines()[0]
     what = worst.what if worst.severity > 0.0 else statement.removesuffix(".")
     return LawResult(law.name, worst.error, worst.tolerance, worst.severity <= 1.0, "; ".join([what, *remarks]))
 
 
-def _raised(law: Law, error: Exception) -> LawResult:
+def raised(law: Law, error: Exception) -> LawResult:
+    """The outcome of a law that met an exception."""
     text = " ".join(str(error).split()) or "no message"
     return LawResult(law.name, math.inf, 0.0, False, f"raised {type(error).__name__}: {text}")
 
@@ -259,3 +284,6 @@ def _sentence(report: Report) -> str:
     measured = "" if math.isinf(first.error) else f": error {first.error:.3g} where {first.tolerance:.3g} is allowed"
     also = f" (then also fail: {', '.join(law.name for law in others)})" if others else ""
     return f"{report.family} breaks the law {first.name!r}: {first.detail}{measured}; {hint}{also}."
+
+
+__all__ = ["LAWS", "FamilyLaws", "LawError", "LawResult", "Report", "check_family"]

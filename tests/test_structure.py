@@ -127,7 +127,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     new = json.loads(done.stdout)
-    optional = {"pyro", "typer", "rich", "matplotlib", "sklearn", "pandas", "scipy", "ivon"}
+    optional = {"pyro", "typer", "rich", "matplotlib", "sklearn", "pandas", "scipy", "ivon", "pytest", "hypothesis"}
     optional |= {"transformers", "accelerate", "lightning", "pytorch_lightning"}
     found = [name for name in new if name.split(".")[0] in optional or is_family(name)]
     assert not found, f"`import expfam_poco` also imports {found}"
