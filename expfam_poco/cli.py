@@ -1,4 +1,4 @@
-"""The command line: `expfam-poco compare`, `expfam-poco families`, `expfam-poco check`.
+"""The command line: `expfam-poco compare`, `families`, `check` and `new-family`.
 
 Wrong input ends with one sentence on standard error and exit code 2; a family that breaks a law with 1; Ctrl-C
 with 130. Everything heavy is imported inside the commands, so that `--help` is quick.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="expfam-poco",
-    help="Optimizers of any exponential family by posterior correction: compare them, list families, check one.",
+    help="Optimizers of any exponential family by posterior correction: compare them; list, check or start families.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -180,7 +180,9 @@ def _table(*names: str, title: str | None = None) -> Table:
 
 @app.command()
 def check(
-    family: Annotated[str, typer.Argument(help="A registered name, or module:Class.", metavar="NAME|MODULE:CLASS")],
+    family: Annotated[
+        str, typer.Argument(help="A registered name, module:Class or file.py:Class.", metavar="NAME|MODULE:CLASS")
+    ],
     seed: Annotated[int, typer.Option(help="Of the test points and the noise.")] = 0,
 ) -> None:
     """Run every law of the conformance suite on a family; exit code 1 if one fails."""
@@ -204,8 +206,26 @@ def check(
         out.print(f"{family} keeps all {len(report.laws)} laws.", highlight=False)
 
 
+@app.command("new-family")
+def new_family(
+    name: Annotated[str, typer.Argument(help="What optimizers will call it, such as half-normal.")],
+    folder: Annotated[Path, typer.Option(help="Where the files go.")] = Path("."),
+) -> None:
+    """Write a small family that keeps the laws, with comments on what to change, and its tests."""
+    out, err = Console(), Console(stderr=True)
+    with _sentences(err):
+        from .new_family import write_family
+
+        made, family, tests = write_family(name, folder)
+        for line in (
+            f"{family}: the family {made}; change it as its comments say.",
+            f"{tests}: its tests; run `python -m pytest {tests}`, or `expfam-poco check {family}:{made}`.",
+        ):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _find_family(name: str) -> ExponentialFamily:
-    """A family from a registered name or `module:Class`.
+    """A family from a registered name, `module:Class` or `file.py:Class`.
 
     Raises:
         InputError: where there is none, or it cannot be made without arguments.
@@ -213,7 +233,7 @@ def _find_family(name: str) -> ExponentialFamily:
     from .compare.errors import InputError
     from .registry import resolve_family
 
-    module_name, colon, class_name = name.partition(":")
+    module_name, colon, class_name = name.rpartition(":")
     chosen: Any = name
     if colon:
         chosen = _import_class(name, module_name, class_name)
@@ -224,14 +244,19 @@ def _find_family(name: str) -> ExponentialFamily:
 
 
 def _import_class(name: str, module_name: str, class_name: str) -> Any:
-    """An object from a module that is installed or lies in the current folder."""
+    """An object from a module that is installed or lies in the current folder, or from a file."""
     from importlib import import_module
 
     from .compare.errors import InputError
 
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    here = Path.cwd()
+    if module_name.endswith(".py"):
+        file = here / module_name
+        if not file.is_file():
+            raise InputError(f"{name!r}: there is no file {module_name}; check the path.")
+        here, module_name = file.parent, file.stem
+    if str(here) not in sys.path:
+        sys.path.insert(0, str(here))
     try:
         module = import_module(module_name)
     except Exception as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from expfam_poco import families_available
+from expfam_poco import families_available, registry
 from expfam_poco.cli import app
 
 TOO_SMALL = "a,b,y\n1,2,no\n2,1,yes\n"
@@ -207,6 +207,7 @@ def test_check_of_a_family_that_breaks_one(module: str) -> None:
     [
         ("gaussian", "known families: bernoulli, diagonal_gaussian"),
         ("nowhere:Family", "module 'nowhere' cannot be imported"),
+        ("nowhere.py:Family", "there is no file nowhere.py"),
         ("families_of_mine:Missing", "has no 'Missing'"),
         ("families_of_mine:", "has no ''"),
         (":Family", "cannot be imported"),
@@ -217,3 +218,65 @@ def test_check_of_what_is_no_family(module: str, name: str, expected: str) -> No
     code, out, err = invoke("check", name)
     assert (code, out) == (2, "")
     assert expected in err and err.count("\n") == 1
+
+
+# ---- new-family ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["half-normal", "mine"])
+def test_new_family_writes_a_family_that_keeps_the_laws(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made").mkdir()
+    code, out, err = invoke("new-family", name, "--folder", "made")
+    assert (code, err) == (0, "")
+    module, made = {"half-normal": ("half_normal", "HalfNormal"), "mine": ("mine", "Mine")}[name]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [f"{module}.py", f"test_{module}.py"]
+    assert f"expfam-poco check made/{module}.py:{made}" in out
+    ruff = [shutil.which("ruff", path=os.path.dirname(sys.executable)) or "ruff", "check", "--no-cache"]
+    options = ["--config", str(Path(__file__).resolve().parents[1] / "pyproject.toml"), "made"]
+    for command in (ruff, [ruff[0], "format", "--check", "--no-cache"]):
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    if name == "mine":
+        return
+    # The edges and one law in pytest, since `check` runs all laws below.
+    run = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-k", "edges or kl", "made"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    code, out, err = invoke("check", f"made/{module}.py:{made}")
+    monkeypatch.delitem(sys.modules, module)
+    assert code == 0 and f"made/{module}.py:{made} keeps all" in out, out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["Rayleigh"], "name 'Rayleigh': use lower-case letters"),
+        (["2d"], "name '2d': use lower-case letters"),
+        (["a b"], "name 'a b': use lower-case letters"),
+        (["lambda"], "name 'lambda': use lower-case letters"),
+        (["test_mine"], "name 'test_mine': use lower-case letters"),
+        (["../mine"], "name '../mine': use lower-case letters"),
+        (["bernoulli"], "a family of this name is registered already"),
+        (["statistics"], "statistics.py would hide the module 'statistics'"),
+        (["torch"], "torch.py would hide the module 'torch'"),
+        (["mine", "--folder", "nowhere"], "--folder nowhere: there is no such folder"),
+        (["taken"], "taken.py exists, and is not overwritten"),
+        (["tested"], "test_tested.py exists, and is not overwritten"),
+    ],
+)
+def test_new_family_refuses_in_one_sentence(
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("taken.py", "test_tested.py"):
+        (tmp_path / name).write_text("# mine\n")
+    code, out, err = invoke("new-family", *arguments)
+    assert (code, out) == (2, "")
+    assert expected in err and err.count("\n") == 1 and err.endswith(".\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.py", "test_tested.py"]
+    assert (tmp_path / "taken.py").read_text() == "# mine\n"
