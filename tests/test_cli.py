@@ -248,7 +248,7 @@ def test_new_family_writes_a_family_that_keeps_the_laws(
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     code, out, err = invoke("check", f"made/{module}.py:{made}")
-    monkeypatch.delitem(sys.modules, module)
+    del sys.modules[module]
     assert code == 0 and f"made/{module}.py:{made} keeps all" in out, out + err
 
 

@@ -21,10 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.xdist_group("packaging")  # the wheel and its environment are made once
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FAMILIES = {
-    "isotropic_gaussian": "IsotropicGaussian",
-    "diagonal_gaussian": "DiagonalGaussian",
-    "full_gaussian": "FullGaussian",
-    "bernoulli": "Bernoulli",
+    name: target.partition(":")[2]
+    for name, target in PYPROJECT["project"]["entry-points"]["expfam_poco.families"].items()
 }
 PROBE = """
 import json
@@ -68,22 +66,27 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def clean_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new virtual environment that holds the wheel and only borrows the dependencies from this one.
+def environment_with(folder: Path, *packages: Path) -> Path:
+    """A new virtual environment that holds these packages and only borrows the dependencies from this one.
 
     The borrowed folders stand in a .pth file: they come after the environment's own, and Python does not read
     the .pth files inside them, so that an editable install of the checkout stays invisible.
     """
-    folder = tmp_path_factory.mktemp("clean") / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     (own,) = folder.glob("lib/python*/site-packages")
     borrowed = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
     (own / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python]
-    run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=folder.parent)
+    options = ["--no-deps", "--no-index", "--ignore-installed", "--no-build-isolation"]
+    run(*pip, "install", *options, *packages, cwd=folder.parent)
     return folder
+
+
+@pytest.fixture(scope="module")
+def clean_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel alone."""
+    return environment_with(tmp_path_factory.mktemp("clean") / "environment", wheel)
 
 
 def test_wheel_holds_engine_families_and_types(wheel: Path) -> None:
@@ -111,6 +114,39 @@ def test_wheel_works_away_from_the_checkout(clean_environment: Path) -> None:
 def test_command_of_the_wheel_works_away_from_the_checkout(clean_environment: Path) -> None:
     listing = run(clean_environment / "bin" / "expfam-poco", "families", cwd=clean_environment)
     assert all(name in listing for name in FAMILIES), listing
+
+
+TRAIN = """
+import torch
+import expfam_poco as poco
+
+torch.manual_seed(0)
+x = torch.randn(64, 3)
+y = x @ torch.tensor([2.0, 0.5, 1.0])
+scale = torch.nn.Parameter(torch.ones(3))
+optimizer = poco.PosteriorCorrected([("scale", scale)], family="rayleigh-scale", lr=0.02, ess=64, mc_samples=8, seed=0)
+closure = lambda: 0.5 * (x @ scale - y).square().mean()
+optimizer.refresh([closure])
+before = closure().item()
+for _ in range(200):
+    optimizer.step(closure)
+assert closure().item() < 0.5 * before, (before, scale)
+assert bool((scale > 0).all())
+print(poco.checkpoint.describe(optimizer.param_groups[0]["family"])["name"])
+"""
+
+
+def test_plug_in_package_is_known_by_its_name_once_installed(wheel: Path, tmp_path: Path) -> None:
+    plugin = copytree(ROOT / "examples" / "plugin_family", tmp_path / "plugin", ignore=ignore_patterns("__pycache__"))
+    folder = environment_with(tmp_path / "environment", wheel, plugin)
+    command = folder / "bin" / "expfam-poco"
+    listing = run(command, "families", cwd=tmp_path)
+    assert "rayleigh-scale" in listing and all(name in listing for name in FAMILIES), listing
+    assert "rayleigh-scale keeps all" in run(command, "check", "rayleigh-scale", cwd=tmp_path)
+    python = folder / "bin" / "python"
+    assert run(python, "-W", "error", "-c", TRAIN, cwd=tmp_path).strip() == "rayleigh-scale"
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "kl or density or trains", plugin / "tests"]
+    assert "5 passed" in run(python, "-W", "error", *tests, cwd=tmp_path)
 
 
 def test_this_environment_has_both_packages() -> None:
