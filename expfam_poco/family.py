@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -136,6 +136,13 @@ class ExponentialFamily(ABC):
     def for_shape(self, shape: torch.Size) -> ExponentialFamily:
         """The family of a parameter of this shape: itself, unless what one weight is depends on the shape."""
         return self
+
+    def parts_of(self, names: Sequence[str] | None) -> list[tuple[ExponentialFamily, dict[str, Any], list[int]]] | None:
+        """What an optimizer splits a group of these parameters into: families, hyperparameters, and which they have.
+
+        None: nothing, all parameters have this family.
+        """
+        return None
 
     def log_base_measure(self, theta: Tensor) -> Tensor:
         """log h(θ), one value per weight; 0 unless overridden."""

@@ -127,6 +127,37 @@ def translate(group: dict[str, Any]) -> None:
             )
 
 
+def split_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups that a group stands for: itself, or one for each part of a family that consists of several.
+
+    Raises:
+        ValueError: if the family cannot tell which part a parameter belongs to.
+    """
+    family = resolve_family(group.get("family", defaults["family"]))
+    if isinstance(group["params"], (Tensor, set, frozenset)):
+        params, named = [group["params"]], False
+    else:
+        params = group["params"] = list(group["params"])
+        named = bool(params) and all(isinstance(p, tuple) for p in params)
+    names = [name for name, _ in params] if named else group.get("param_names")
+    parts = family.parts_of(names)
+    if parts is None:
+        return [group]
+    own = {key: value for key, value in group.items() if key not in ("params", "param_names", "family")}
+    chosen = [({names[i] for i in indices}, indices) for _, _, indices in parts] if names else []
+    made = []
+    for (part, settings, _), (mine, indices) in zip(parts, chosen, strict=True):
+        others = set(names or ()) - mine
+        prior = {**defaults, **own, **settings}["prior"]
+        if isinstance(prior, dict):
+            settings = {**settings, "prior": {name: value for name, value in prior.items() if name not in others}}
+        new = {**own, **settings, "family": part, "params": [params[i] for i in indices]}
+        if "param_names" in group:
+            new["param_names"] = [group["param_names"][i] for i in indices]
+        made += split_group(new, defaults)
+    return made
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Turn names into objects and refuse what is out of range, one sentence each.
 

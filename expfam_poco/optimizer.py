@@ -173,24 +173,32 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     # ---- groups ------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its hyperparameters are checked, and its posterior starts at its next evaluation."""
+        """Add a group, or one for each part of a family such as `ProductFamily`.
+
+        Its hyperparameters are checked, all or nothing, and its posterior starts at its next evaluation.
+        """
+        groups_before, blocks_before = len(self.param_groups), len(self._blocks)
+        try:
+            for group in groups.split_group(param_group, self.defaults):
+                self._add_group(group)
+        except Exception:
+            del self.param_groups[groups_before:], self._blocks[blocks_before:]
+            raise
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         groups.translate(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            groups.check_group(group)
-            groups.check_noise(self.noise, self.mc_samples, group)
-            self._anchor.check_group(group)
-            before = [len(g["params"]) for g in self.param_groups[:-1]]
-            blocks = make_blocks(group, len(before), sum(before))
-            taken = {block.name for block in self._blocks}
-            for block in blocks:
-                block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
-                groups.check_prior(block)
-                group["curvature"].check_size(block.numel)
-        except Exception:
-            self.param_groups.pop()
-            raise
+        groups.check_group(group)
+        groups.check_noise(self.noise, self.mc_samples, group)
+        self._anchor.check_group(group)
+        before = [len(g["params"]) for g in self.param_groups[:-1]]
+        blocks = make_blocks(group, len(before), sum(before))
+        taken = {block.name for block in self._blocks}
+        for block in blocks:
+            block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
+            groups.check_prior(block)
+            group["curvature"].check_size(block.numel)
         self._blocks.extend(blocks)
 
     @plainly

@@ -7,6 +7,7 @@ from .gamma import Gamma
 from .gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
 from .kronecker import KroneckerGaussian, KroneckerSite, KroneckerState
 from .low_rank import LowRankGaussian, LowRankSite, LowRankState
+from .product import ProductFamily
 
 __all__ = [
     "Arm",
@@ -24,6 +25,7 @@ __all__ = [
     "LowRankGaussian",
     "LowRankSite",
     "LowRankState",
+    "ProductFamily",
     "Relaxed",
     "SingleFlip",
     "StraightThrough",
