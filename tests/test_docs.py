@@ -1,8 +1,9 @@
 """Everything the documentation shows is executed: the pages' snippets and the doctests of every module.
 
 In README.md and docs/ every ```python, ```pycon, ```bash and ```console snippet runs, in the order of its
-page and in one empty folder. The Python snippets of a page share one namespace. A ```bash or ```console
-snippet calls `expfam-poco`; output shown in a ```console or ```pycon snippet is compared, and may be
+page and in one empty folder. The Python snippets of a page share one namespace; one whose first line is the
+comment `# name.py` is the content of that file instead, which later ones import. A ```bash or ```console
+snippet calls `expfam-poco` or pytest; output shown in a ```console or ```pycon snippet is compared, and may be
 shortened by `...`. A shell snippet that cannot run here says why, directly above it:
 
     <!-- not run: the reason -->
@@ -100,7 +101,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry = importlib.import_module("expfam_poco.registry")
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
 
@@ -111,7 +116,10 @@ def test_snippets_of_page_run(page: Path, scratch: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, namespace.__name__, namespace)
     for language, source, line in snippets(page):
         where = f"{page.relative_to(ROOT)}:{line}"
-        if language == "python":
+        file = re.match(r"# (\w+\.py)\n", source)
+        if language == "python" and file is not None:
+            (scratch / file[1]).write_text(source, encoding="utf-8")
+        elif language == "python":
             # The empty lines make tracebacks, and inspect.getsource, point at the page.
             code = compile("\n" * (line - 1) + source, str(page), "exec", dont_inherit=True)
             exec(code, vars(namespace))
@@ -120,8 +128,8 @@ def test_snippets_of_page_run(page: Path, scratch: Path, monkeypatch: pytest.Mon
             run_doctest(parsed)
         else:
             first = source.removeprefix("$ ") if language == "console" else source
-            assert first.startswith("expfam-poco"), (
-                f"{where}: a {language} snippet calls expfam-poco, or says above why it is not run: "
+            assert first.startswith(("expfam-poco", "python -m pytest")), (
+                f"{where}: a {language} snippet calls expfam-poco or pytest, or says above why it is not run: "
                 "<!-- not run: reason -->"
             )
             if language == "bash":
