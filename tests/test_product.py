@@ -198,6 +198,7 @@ def flat(scale: poco.ExponentialFamily | None = None) -> ProductFamily:
     return ProductFamily(parts, (2, 3, 1))
 
 
+@pytest.mark.xdist_group("laws of a flat product")
 class TestFlatProduct(FamilyLaws):
     family = flat(TwoNormals())
     shape = (6,)
