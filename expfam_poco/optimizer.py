@@ -47,7 +47,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or groups. A group may have a family and hyperparameters of its own.
-        family: an `ExponentialFamily`, its class, or its registered name.
+        family: an `ExponentialFamily`, its class, or its registered name. A `ProductFamily` makes one group for each of
+            its parts, in their order.
         lr: η of the Bayesian learning rule (for the mean, where the family has more than one block).
         ess: N (κ), the number of examples that the mean loss stands for.
         weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
