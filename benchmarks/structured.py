@@ -97,7 +97,7 @@ DIGITS = {
     "Kronecker": (KroneckerGaussian(), 0.0),
     "Kronecker-PoCo": (KroneckerGaussian(), 0.5),
 }
-RATES, PRECISION_RATES = (0.05, 0.1, 0.2, 0.4), (1e-3, 3e-4)
+RATES, PRECISION_RATES = (0.01, 0.02, 0.05, 0.1), (1e-3, 1e-4)
 
 
 def convolutional() -> nn.Module:
@@ -154,6 +154,7 @@ def _digits_run(
         picked = train[torch.randint(len(train), (count,), generator=rows)]
         return lambda: nn.functional.cross_entropy(model(x[picked]), y[picked])
 
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     began, evaluated = time.perf_counter(), 0
     try:
         for step in range(steps):
@@ -161,6 +162,7 @@ def _digits_run(
                 optimizer.refresh([closure(32) for _ in range(10)])
                 evaluated += 10
             optimizer.step(closure(32))
+            annealing.step()
             evaluated += 1 + (alpha > 0.0 and step >= 60)
         with torch.no_grad():
             scores = model(x[test])
