@@ -5,8 +5,8 @@ T(θ) are the K − 1 indicators of l₁ … l_{K−1}, a minimal set, so λ is 
     p = softmax(0, λ),    A(λ) = log Σⱼ e^{λⱼ},    μ = p₁ …,    F = diag μ − μμᵀ,    F⁻¹ = diag 1/μ + 11ᵀ/p₀
 
 A draw inverts the cumulative probabilities c_k = p₀ + … + p_k at one noise per weight: the level's number is how many
-thresholds t_k = logit c_k lie below 2ε = logit u. Both tails are exact, for |λ| up to 40 in float32, as both sides are summed up. For two levels
-this is the Bernoulli family, with λ twice as large.
+thresholds t_k = logit c_k lie below 2ε = logit u. Both tails are exact, for |λ| up to 40 in float32, as both sides of
+a threshold are summed up. For two levels this is the Bernoulli family, with λ twice as large.
 
 Off the levels T is interpolated linearly, as what a relaxed weight sees. What estimates the natural gradient stands in
 `categorical_estimators`.
@@ -97,7 +97,7 @@ class Categorical(ExponentialFamily):
         return torch.cat([torch.zeros_like(nat.level[..., :1]), nat.level], -1)
 
     def thresholds(self, nat: Any) -> Tensor:
-        """t_k = logit c_k for k < K − 1: the logarithm of what is up to l_k over what is above, each a sum of its own."""
+        """t_k = logit c_k for k < K − 1: the logarithm of what is up to l_k over what is above, both summed up."""
         p = self.log_odds(nat).softmax(-1)
         tiny = torch.finfo(p.dtype).tiny
         below, above = p.cumsum(-1)[..., :-1], p.flip(-1).cumsum(-1).flip(-1)[..., 1:]
