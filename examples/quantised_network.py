@@ -4,7 +4,7 @@ Beside a full-precision network trained by AdamW and the same one rounded afterw
 trained by the Bayesian learning rule, without and with posterior correction. All networks have no other parameters
 than their weights; test accuracy is that of the likeliest levels.
 
-    python examples/quantised_network.py [--steps 600] [--seeds 3]
+    python examples/quantised_network.py [--steps 400] [--seeds 3]
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def quantised(name: str, steps: int, seed: int, corrected: bool, estimator: str 
         model.named_parameters(),
         Categorical(LEVELS[name]),
         lr=0.02,
-        ess=1000.0,
+        ess=1e5,
         curvature=estimator,
         alpha=0.5 if corrected else 0.0,
         seed=seed,
@@ -117,7 +117,7 @@ def quantised(name: str, steps: int, seed: int, corrected: bool, estimator: str 
 def main() -> None:
     """Print mean and worst accuracy over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     rows: dict[str, list[float]] = {}
