@@ -107,7 +107,7 @@ def _biased(s: Specimen, name: str, estimator: Estimator, number: int, c: Any) -
     yield Finding(f"mean estimate by the biased {name!r} against its quadrature (standard errors)", error, SIGMAS)
     if s.family.curvature == "none":
         if len(s.family.levels or ()) > 2:
-            c = _linear(s, 250 + number)
+            c = _linear(s, number)
             fine = _flat([_estimate(s, estimator, number, s.midpoints(NODES), c, 0)])[0]
         descent = (fine * _flat([s.family.fisher_vector_product(s.nats[number], c)])[0]).sum()
         yield holds(f"the biased {name!r} does not point downhill for ⟨c, T⟩", descent > 0.0)
@@ -116,10 +116,8 @@ def _biased(s: Specimen, name: str, estimator: Estimator, number: int, c: Any) -
 def _linear(s: Specimen, step: int) -> Any:
     """⟨c, T⟩ = a θ + constant at all levels, a random: between levels ∇⟨c, T⟩ may point anywhere for another c."""
     points = torch.tensor(s.family.levels, dtype=s.dtype, device=s.device)
-    points = points.reshape(-1, *(1,) * len(s.shape)).expand(-1, *s.shape)
     values, shapes = _flatten(s.family, s.family.statistics(points))
-    left, right = (v.movedim(0, -1) for v in (values[1:] - values[:1], points[1:] - points[:1]))
-    slopes = torch.linalg.lstsq(left.mT, right.unsqueeze(-1)).solution.squeeze(-1)
+    slopes = torch.linalg.lstsq(values[1:] - values[0], points[1:] - points[0]).solution
     return _unflatten(s.family, s.normal(tuple(s.shape), step).unsqueeze(-1) * slopes, shapes)
 
 
