@@ -2,7 +2,9 @@
 
 Beside a full-precision network trained by AdamW and the same one rounded afterwards stand categorical posteriors
 trained by the Bayesian learning rule, without and with posterior correction. All networks have no other parameters
-than their weights; test accuracy is that of the likeliest levels.
+than their weights; test accuracy is that of the likeliest levels. After 300 steps (two seeds): full precision 0.97;
+ternary 0.77 rounded, 0.79 by the rule, 0.68 with correction, which does not pay here; 4 bits 0.96 rounded (so many
+levels need no training of their own), 0.76 by the rule, 0.68 with correction.
 
     python examples/quantised_network.py [--steps 400] [--seeds 3]
 """

@@ -33,10 +33,8 @@ from .specimens import (
     standard_errors,
 )
 
-GROUPS = 32
+GROUPS, NODES, ESS = 32, 2048, 7.0
 MANY, FEW = 512, 24  # draws in a group, for estimators that measure all draws at once or one by one
-NODES = 2048
-ESS = 7.0
 
 
 # ---- natural gradients ------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def _linear(s: Specimen, step: int) -> Any:
     points = torch.tensor(s.family.levels, dtype=s.dtype, device=s.device)
     values, shapes = _flatten(s.family, s.family.statistics(points))
     slopes = torch.linalg.lstsq(values[1:] - values[0], points[1:] - points[0]).solution
-    return _unflatten(s.family, s.normal(tuple(s.shape), step).unsqueeze(-1) * slopes, shapes)
+    return _unflatten(s.family, s.normal(s.shape, step).unsqueeze(-1) * slopes, shapes)
 
 
 def _estimates(s: Specimen, estimator: Estimator, number: int, c: Any) -> list[Any]:
