@@ -56,7 +56,7 @@ class VonMises(ExponentialFamily):
         >>> import torch
         >>> from expfam_poco.families import VonMises
         >>> q = VonMises()
-        >>> q.point(q.centred_at(torch.tensor([3.0, -1.0]), 50.0))
+        >>> q.point(q.centred_at(torch.tensor([3.0, -1.0]), 50.0)).round(decimals=3)
         tensor([ 3., -1.])
     """
 
