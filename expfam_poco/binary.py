@@ -107,13 +107,13 @@ def _kept(model: nn.Module, layers: Sequence[str], keep: Sequence[str]) -> set[s
 
 
 def binary_names(model: nn.Module, optimizer: PosteriorCorrected) -> list[str]:
-    """Names of the model's parameters whose posterior is over two values, all names of tied ones."""
+    """Names of the model's parameters whose posterior is over −1 and 1, all names of tied ones."""
     if not isinstance(optimizer, PosteriorCorrected):
         raise TypeError(
             f"optimizer={type(optimizer).__name__}: it has no posterior; give the optimizer that trained the binary "
             "weights, such as BayesBiNN."
         )
-    two = {id(p) for g in optimizer.param_groups if len(g["family"].levels or ()) == 2 for p in g["params"]}
+    two = {id(p) for g in optimizer.param_groups if g["family"].levels == (-1.0, 1.0) for p in g["params"]}
     return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in two]
 
 

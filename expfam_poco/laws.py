@@ -343,7 +343,8 @@ def fisher_information(s: Specimen) -> Findings:
 
 def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
     """No combination of the statistics is constant, and the Fisher matrix is positive along all that vary."""
-    scale = statistics.abs().amax(-2, keepdim=True).clamp_min(torch.finfo(statistics.dtype).tiny)
+    scale = statistics.abs().amax(-2, keepdim=True)
+    scale = torch.where(scale > 0.0, scale, 1.0)  # a rare value's indicator may be 0 in all draws
     centred = (statistics - statistics.mean(-2, keepdim=True)) / scale
     rounding = 1e3 * torch.finfo(statistics.dtype).eps
     ranks = [int(torch.linalg.matrix_rank(value, rtol=rounding).min()) for value in (statistics / scale, centred)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import blr, correction, fields
 from .curved_laws import along_the_tangent
+from .derive import _flatten, _unflatten
 from .estimators import Draws, Estimator, available, curvature_of_gradient
 from .family import ExponentialFamily
 from .laws import Findings
@@ -32,10 +33,8 @@ from .specimens import (
     standard_errors,
 )
 
-GROUPS = 32
+GROUPS, NODES, ESS = 32, 2048, 7.0
 MANY, FEW = 512, 24  # draws in a group, for estimators that measure all draws at once or one by one
-NODES = 2048
-ESS = 7.0
 
 
 # ---- natural gradients ------------------------------------------------------------------------------------
@@ -105,8 +104,19 @@ def _biased(s: Specimen, name: str, estimator: Estimator, number: int, c: Any) -
     error = standard_errors(estimates, fine, allowed=bound)
     yield Finding(f"mean estimate by the biased {name!r} against its quadrature (standard errors)", error, SIGMAS)
     if s.family.curvature == "none":
+        if len(s.family.levels or ()) > 2:
+            c = _linear(s, number)
+            fine = _flat([_estimate(s, estimator, number, s.midpoints(NODES), c, 0)])[0]
         descent = (fine * _flat([s.family.fisher_vector_product(s.nats[number], c)])[0]).sum()
         yield holds(f"the biased {name!r} does not point downhill for ⟨c, T⟩", descent > 0.0)
+
+
+def _linear(s: Specimen, step: int) -> Any:
+    """⟨c, T⟩ = a θ + constant at all levels, a random: between levels ∇⟨c, T⟩ may point anywhere for another c."""
+    points = torch.tensor(s.family.levels, dtype=s.dtype, device=s.device)
+    values, shapes = _flatten(s.family, s.family.statistics(points))
+    slopes = torch.linalg.lstsq(values[1:] - values[0], points[1:] - points[0]).solution
+    return _unflatten(s.family, s.normal(s.shape, step).unsqueeze(-1) * slopes, shapes)
 
 
 def _estimates(s: Specimen, estimator: Estimator, number: int, c: Any) -> list[Any]:

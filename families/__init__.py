@@ -3,21 +3,28 @@
 from .bernoulli import Bernoulli
 from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
 from .block_diagonal import BlockDiagonalGaussian
+from .categorical import Categorical
+from .categorical_estimators import RelaxedLevels, StraightThroughLevels
 from .gamma import Gamma
 from .gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
+from .inverse_gaussian import InverseGaussian
 from .kronecker import KroneckerGaussian, KroneckerSite, KroneckerState
+from .log_normal import LogNormal
 from .low_rank import LowRankGaussian, LowRankSite, LowRankState
 from .product import ProductFamily
+from .von_mises import VonMises
 
 __all__ = [
     "Arm",
     "Bernoulli",
     "BlockDiagonalGaussian",
+    "Categorical",
     "DiagonalGaussian",
     "FullGaussian",
     "Gamma",
     "GaussianSite",
     "GaussianState",
+    "InverseGaussian",
     "IsotropicGaussian",
     "KroneckerGaussian",
     "KroneckerSite",
@@ -26,7 +33,11 @@ __all__ = [
     "LowRankSite",
     "LowRankState",
     "ProductFamily",
+    "LogNormal",
     "Relaxed",
+    "RelaxedLevels",
     "SingleFlip",
     "StraightThrough",
+    "StraightThroughLevels",
+    "VonMises",
 ]

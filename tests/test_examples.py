@@ -34,6 +34,19 @@ def test_exponentiated_svrg_gets_closer_with_correction() -> None:
     assert corrected < plain
 
 
+def test_angles_of_turned_digits_are_found() -> None:
+    before, after = re.findall(r"median error \w+ +([\d.]+)", run("angles.py", "--images", "16"))
+    assert float(after) < 5.0 < 45.0 < float(before)
+
+
+def test_quantised_networks_learn() -> None:
+    table = run("quantised_network.py", "--steps", "60", "--seeds", "1")
+    rows = {name.strip(): float(mean) for name, mean, _ in re.findall(r"^(.+?) {2,}([\d.]+) +([\d.]+)$", table, re.M)}
+    assert len(rows) == 7
+    assert rows["full precision, AdamW"] > 0.8
+    assert rows["ternary, BLR"] > 0.3  # chance is 0.1
+
+
 def test_calibration_draws_are_likelier_than_their_point_and_doubt_noisy_images(tmp_path: Path) -> None:
     output = run("calibration.py", "--seeds", "1", "--plot", str(tmp_path / "reliability.png"))
     number = r" +│ +([\d.]+)"

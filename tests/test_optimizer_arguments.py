@@ -36,7 +36,7 @@ SHELL_TABLE: list[tuple[str, list[Any], str]] = [
     ("mc_samples", [0, -1, 1.5, True], "give an integer, 1 or larger"),
     ("max_grad_norm", [0.0, -1.0, NAN], "give a positive number, or None"),
     ("curvature", ["fisher"], "choose one of: exact, gradsq, hutchinson, reparam, score"),
-    ("family", ["gauss"], "known families: bernoulli, diagonal_gaussian, full_gaussian, isotropic_gaussian"),
+    ("family", ["gauss"], f"known families: {', '.join(poco.families_available())}"),
 ]
 
 
