@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from expfam_poco.estimators import Draws
 from expfam_poco.family import ExponentialFamily
 
-from .dirichlet import dirichlet_divergence, dirichlet_entropy, pathwise, shape_slack, solved
+from .dirichlet import dirichlet_divergence, dirichlet_entropy, pathwise, shape_slack, shapes_of, solved
 from .gamma_functions import digamma, from_zero, log_gamma, standard_draw
 
 
@@ -103,6 +103,14 @@ class Beta(ExponentialFamily):
         """(ψ(a) − ψ(a+b), ψ(b) − ψ(a+b))."""
         shapes = _together(nat)
         return _apart(digamma(shapes) - digamma(shapes.sum(-1, keepdim=True)), nat.log.dtype)
+
+    def to_natural(self, mean: Any) -> BetaStatistics:
+        """The shapes, by Newton's method.
+
+        Raises:
+            ValueError: for expectations that no weights in (0, 1) have.
+        """
+        return _apart(shapes_of(_together(mean)), mean.log.dtype)
 
     def sample(self, state: Any, noise: Tensor) -> Tensor:
         """σ of the difference of two log Gamma quantiles; differentiable in λ by the implicit function theorem."""

@@ -129,6 +129,33 @@ def dirichlet_divergence(shapes: Tensor, prior: Tensor) -> Tensor:
     return each.sum(-1) - shape_divergence(total, prior_total)
 
 
+def shapes_of(logs: Tensor) -> Tensor:
+    """The shapes a with ψ(a_i) − ψ(Σa) = E[log θ_i], by Newton's method in log a.
+
+    Raises:
+        ValueError: unless Σ exp E[log θ_i] < 1, where there are such shapes.
+
+    Example:
+        >>> import torch
+        >>> from expfam_poco.families.dirichlet import shapes_of
+        >>> shapes_of(torch.tensor([-1.0, -1.0], dtype=torch.float64))  # uniform on (0, 1)
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    gap = -logs.logsumexp(-1, keepdim=True)
+    if not bool((gap > 0.0).all()):
+        raise ValueError("mean: E[log θ] of weights on the simplex must have Σ exp E[log θ] < 1; give such expectations.")
+    level = logs + digamma((logs.shape[-1] - 1.0) / (2.0 * gap))  # ψ(a), roughly
+    a = torch.where(level < -2.22, -1.0 / (level - digamma(torch.ones_like(level))), level.exp() + 0.5)  # Minka
+    for _ in range(60):
+        error = logs - digamma(a) + digamma(a.sum(-1, keepdim=True))
+        each = error * (a - shape_slack(a))
+        step = solved(a, each, each.sum(-1)) / a
+        a = a * step.clamp(-2.0, 2.0).exp()
+        if bool((step.abs() < 1e-9).all()):  # the next would be below rounding
+            break
+    return a
+
+
 @dataclass(frozen=True)
 class Dirichlet(ExponentialFamily):
     """Weights on the simplex: the entries of every row of the parameter are positive and sum to one.
@@ -184,6 +211,14 @@ class Dirichlet(ExponentialFamily):
         """ψ(a_i) − ψ(Σa)."""
         a = nat.log.double()
         return LogWeights((digamma(a) - digamma(a.sum(-1, keepdim=True))).to(nat.log.dtype))
+
+    def to_natural(self, mean: Any) -> LogWeights:
+        """The shapes, by Newton's method.
+
+        Raises:
+            ValueError: for expectations that no weights on the simplex have.
+        """
+        return LogWeights(shapes_of(mean.log.double()).to(mean.log.dtype))
 
     def sample(self, state: Any, noise: Tensor) -> Tensor:
         """Softmax of log Gamma quantiles; differentiable in λ by the implicit function theorem."""

@@ -134,6 +134,11 @@ def _split(shape: Tensor) -> _Split:
     return _Split(large, torch.where(large, 1.0, shape), torch.where(large, shape, shape + _RAISED))
 
 
+def _upwards(a: Tensor) -> Tensor:
+    """a, a + 1, … a + 9 along a last axis."""
+    return a.unsqueeze(-1) + torch.arange(_RAISED, dtype=a.dtype, device=a.device)
+
+
 def _stirling(a: Tensor) -> Tensor:
     """(a − ½) log a − a + ½ log 2π."""
     return (a - 0.5) * a.log() - a + 0.5 * math.log(2.0 * math.pi)
@@ -149,10 +154,8 @@ def log_gamma(shape: Tensor) -> Tensor:
         tensor([0.5724, 1.7918], dtype=torch.float64)
     """
     large, a, x = _split(shape)
-    rising = a  # a (a + 1) … (a + 9)
-    for number in range(1, _RAISED):
-        rising = rising * (a + number)
-    smooth = _stirling(x) + polynomial(x**-2, _STIRLING) / x - torch.where(large, 0.0, rising.log())
+    rising = _upwards(a).log().sum(-1)  # log a (a + 1) … (a + 9)
+    smooth = _stirling(x) + polynomial(x**-2, _STIRLING) / x - torch.where(large, 0.0, rising)
     return torch.lgamma(shape.detach()) + from_zero(smooth)  # the value of torch is the more exact one
 
 
@@ -180,10 +183,8 @@ def log_less_digamma(shape: Tensor) -> Tensor:
     """
     large, a, x = _split(shape)
     series = 0.5 / x + polynomial(x**-2, _DIGAMMA) / (x * x)
-    raising = 1.0 / a
-    for number in range(1, _RAISED):
-        raising = raising + 1.0 / (a + number)
-    return series + torch.where(large, 0.0, raising - torch.log1p(_RAISED / a))
+    raising = _upwards(a).reciprocal().sum(-1) - torch.log1p(_RAISED / a)
+    return series + torch.where(large, 0.0, raising)
 
 
 def digamma(shape: Tensor) -> Tensor:
@@ -210,9 +211,7 @@ def trigamma_excess(shape: Tensor) -> Tensor:
     """
     large, a, x = _split(shape)
     series = 0.5 / x + polynomial(x**-2, _TRIGAMMA) / (x * x)  # x ψ′(x) − 1
-    raising = a**-2
-    for number in range(1, _RAISED):
-        raising = raising + (a + number) ** -2
+    raising = (_upwards(a) ** -2).sum(-1)
     return torch.where(large, series, a * (raising + (1.0 + series) / x) - 1.0)
 
 
