@@ -138,12 +138,14 @@ def shapes_of(logs: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> from expfam_poco.families.dirichlet import shapes_of
-        >>> shapes_of(torch.tensor([-1.0, -1.0], dtype=torch.float64))  # uniform on (0, 1)
-        tensor([1., 1.], dtype=torch.float64)
+        >>> shapes_of(torch.tensor([-1.0, -1.0]))  # uniform on (0, 1)
+        tensor([1.0000, 1.0000])
     """
     gap = -logs.logsumexp(-1, keepdim=True)
     if not bool((gap > 0.0).all()):
-        raise ValueError("mean: E[log θ] of weights on the simplex must have Σ exp E[log θ] < 1; give such expectations.")
+        raise ValueError(
+            "mean: E[log θ] of weights on the simplex must have Σ exp E[log θ] < 1; give such expectations."
+        )
     level = logs + digamma((logs.shape[-1] - 1.0) / (2.0 * gap))  # ψ(a), roughly
     a = torch.where(level < -2.22, -1.0 / (level - digamma(torch.ones_like(level))), level.exp() + 0.5)  # Minka
     for _ in range(60):

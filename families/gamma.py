@@ -117,7 +117,9 @@ class Gamma(ExponentialFamily):
         """
         gap = mean.theta.double().log() - mean.log.double()
         if not bool((gap > 0.0).all()):
-            raise ValueError("mean: of positive weights E[log θ] must be smaller than log E[θ]; give such expectations.")
+            raise ValueError(
+                "mean: of positive weights E[log θ] must be smaller than log E[θ]; give such expectations."
+            )
         a = (3.0 - gap + ((gap - 3.0).square() + 24.0 * gap).sqrt()) / (12.0 * gap)  # Minka, within 2 %
         for _ in range(5):  # log a ← log a − (log of the left side's ratio to `gap`) / its slope
             left = log_less_digamma(a)

@@ -286,13 +286,30 @@ def standard_draw(shape: Tensor, uniform: Tensor, *, slope: bool = False) -> Dra
         tensor([5.3223], dtype=torch.float64)
     """
     a, u = torch.broadcast_tensors(shape.detach().double(), uniform.detach().double())
+    find = torch.ops.expfam_poco.gamma_draw if torch.compiler.is_compiling() else _draw
+    ratio, moved = find(a, u, slope)
+    return Draw(ratio, moved if slope else None)
+
+
+def _draw(a: Tensor, u: Tensor, slope: bool) -> tuple[Tensor, Tensor]:
+    """z and ∂z/∂a (empty if not wanted)."""
     large = a > LARGE
     small, small_slope = _by_root(torch.where(large, 1.0, a), torch.where(large, 0.5, u), ~large, slope)
     big, big_slope = _by_expansion(torch.where(large, a, LARGE), u, slope)
     ratio = torch.where(large, big, small)
     if small_slope is None or big_slope is None:
-        return Draw(ratio, None)
-    return Draw(ratio, torch.where(large, big_slope, small_slope))
+        return ratio, torch.empty_like(ratio)
+    return ratio, torch.where(large, big_slope, small_slope)
+
+
+# To a compiler the quantile is one opaque operator: its hundreds of operations would take minutes to compile.
+_SCHEMA = "(Tensor a, Tensor u, bool slope) -> (Tensor, Tensor)"
+_opaque = torch.library.custom_op("expfam_poco::gamma_draw", _draw, mutates_args=(), schema=_SCHEMA)
+
+
+@_opaque.register_fake
+def _(a: Tensor, u: Tensor, slope: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(a)
 
 
 def _normal_quantile(u: Tensor) -> Tensor:
