@@ -41,7 +41,8 @@ class FamilyDistribution(dist.TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         """The family's support, one event."""
-        return constraints.independent(self.family.support, self._like.ndim)
+        support = self.family.support
+        return constraints.independent(support, self._like.ndim - support.event_dim)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """Expanding is left to Pyro's wrapper."""

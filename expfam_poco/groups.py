@@ -271,12 +271,23 @@ def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
 
 
 def initial_posterior(block: Block) -> Any:
-    """q centred at the model's weights, of precision ess·(hess_init + weight_decay) or the family's own."""
+    """q centred at the model's weights, of precision ess·(hess_init + weight_decay) or the family's own.
+
+    Raises:
+        ValueError: where finite weights are no centre of a member, as negative ones of a family of positive weights.
+    """
     group = block.group
     strength = None
     if group["hess_init"] is not None:
         strength = group["ess"] * (group["hess_init"] + group["weight_decay"])
-    return block.family.centred_at(block.read(), strength)
+    weights = block.read()
+    state = block.family.centred_at(weights, strength)
+    if not bool(block.family.in_domain(state)) and bool(torch.isfinite(weights).all()):
+        raise ValueError(
+            f"params: {block.name!r} holds weights on which no {type(block.family).__name__} can be centred "
+            f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
+        )
+    return state
 
 
 def check_device(block: Block, posterior: Any) -> None:

@@ -46,7 +46,7 @@ def increasing_root(
         value, slope = function(x)
         low, high = torch.where(value < 0.0, x, low), torch.where(value < 0.0, high, x)
         newton = x - value / slope
-        inside = (newton >= low) & (newton <= high)  # at the root it may be either end
+        inside = (newton >= low) & (newton <= high)  # a step of less than one rounding stays, too
         x = torch.where(value == 0.0, x, torch.where(inside, newton, 0.5 * (low + high)))
     return x
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, transform_to
+from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from . import fields
 from .derive import fisher
@@ -231,7 +231,7 @@ class Specimen:
 
     def _importance(self, number: int, theta: Tensor) -> Reference | None:
         """Proposals x = m + L t with Student's t of 2 degrees, in coordinates where the support is everything."""
-        transform = biject_to(self.family.support)
+        transform = coordinates(self.family.support)
         x = transform.inv(theta[:2000])
         event = x.shape[1 + len(self.batch) :]
         x = x.reshape(*x.shape[: 1 + len(self.batch)], -1)
@@ -254,7 +254,7 @@ class Specimen:
         jacobian = jacobian.reshape(*x.shape[: 1 + len(self.batch)], -1).sum(-1)
         # Far out in the tails θ may overflow, or round to the edge of the support: such points weigh nothing.
         lead = jacobian.shape
-        inside = torch.isfinite(theta).reshape(*lead, -1).all(-1)
+        inside = torch.isfinite(transform.inv(theta)).reshape(*lead, -1).all(-1)
         inside = inside & self.family.support.check(theta).reshape(*lead, -1).all(-1)
         theta = torch.where(inside.reshape(*lead, *(1,) * self.family.event_dim), theta, self.draws(number)[:1])
         log_weight = self.family.log_prob(self.states[number], theta) + jacobian - log_proposal
@@ -326,6 +326,36 @@ class Specimen:
         """A mean over the first axis of `values` against its expectation, in standard errors."""
         error = standard_errors(values, expected, spread=spread, allowed=allowed, rare=True)
         return Finding(f"{what} (standard errors of {len(values)} draws)", error, SIGMAS)
+
+
+class LogRatios(Transform):
+    """x ↦ softmax(x, 0): the simplex by log ratios, which keeps small entries where stick-breaking rounds them.
+
+    Example:
+        >>> import torch
+        >>> from expfam_poco.specimens import LogRatios
+        >>> LogRatios()(torch.zeros(3))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.simplex
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 1)).softmax(-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y[..., :-1].log() - y[..., -1:].log()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Σ log y: of the map to all entries but the last."""
+        return torch.nn.functional.pad(x, (0, 1)).log_softmax(-1).sum(-1)
+
+
+def coordinates(support: constraints.Constraint) -> Any:
+    """A bijection from unconstrained numbers onto a support; NotImplementedError where torch knows none."""
+    return LogRatios() if support is constraints.simplex else biject_to(support)
 
 
 def standard_errors(

@@ -68,6 +68,18 @@ def test_calibration_draws_are_likelier_than_their_point_and_doubt_noisy_images(
     assert (tmp_path / "reliability.png").stat().st_size > 5000
 
 
+def test_positive_weights_keep_their_constraints() -> None:
+    output = run("positive_weights.py", "--steps", "40", "--seeds", "1")
+    rows = re.findall(r"^(gamma|beta|dirichlet) +(no|yes) +(-?[\d.]+) +(no|yes)$", output, re.M)
+    assert [row[:2] for row in rows] == [(n, c) for n in ("gamma", "beta", "dirichlet") for c in ("no", "yes")]
+    assert all(kept == "yes" for *_, kept in rows)
+    # At their starts the losses are above −5, 0.69 and 0.3.
+    limits = {"gamma": -6.5, "beta": 0.5, "dirichlet": 0.25}
+    assert all(float(loss) < limits[name] for name, _, loss, _ in rows), output
+    shares = [float(share) for share in output.split("shares:")[1].split()]
+    assert abs(sum(shares) - 1.0) < 5e-3 and min(shares) >= 0.0
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_pretrained_transformer_is_fine_tuned(full: bool) -> None:
     # 30 steps of one layer; chance is 0.25 on 64 examples or more, standard error 0.054.
