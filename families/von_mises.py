@@ -34,7 +34,8 @@ from expfam_poco.inversion import increasing_root
 
 LOG_2PI = math.log(2.0 * math.pi)
 SMALL, LARGE = 1.0, 150.0  # below: a power series in κ²; above: an asymptotic one in 1/κ
-NODES = 24
+_ROOTS = np.polynomial.legendre.leggauss(24)
+PLACES, WEIGHTS = ((0.5 * (_ROOTS[0] + 1.0)).tolist(), (0.5 * _ROOTS[1]).tolist())  # of Gauss–Legendre on (0, 1)
 ITERATIONS = 4
 REACH = 9.0  # standard deviations, beyond which there are no draws
 
@@ -243,8 +244,7 @@ def _height(kappa: Tensor, x: Tensor) -> Tensor:
 
 def _points(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss–Legendre nodes and weights from x to the end, along a new last axis."""
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    t, w = (torch.tensor(0.5 * v, dtype=x.dtype, device=x.device) for v in (nodes + 1.0, weights))
+    t, w = (torch.tensor(values, dtype=x.dtype, device=x.device) for values in (PLACES, WEIGHTS))
     length = (end - x).unsqueeze(-1)
     return x.unsqueeze(-1) + length * t, length * w
 
