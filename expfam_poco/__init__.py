@@ -8,7 +8,7 @@ Example:
     DiagonalGaussian()
 """
 
-from . import blr, checks, correction, estimators, family, noise
+from . import blr, checks, correction, estimators, family, gradient_model, noise
 from .alpha_svrg import AlphaSVRG
 from .batched import BatchedDraws, PerExample
 from .batchnorm import recalibrate_batchnorm
@@ -28,6 +28,7 @@ from .registry import families_available, get_family, register, resolve_family
 from .saving import load, save
 from .schedules import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha
 from .tracking import log_diagnostics
+from .vsgd import VSGD, ConstantVSGD
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,8 @@ __all__ = [
     "IVONPoCoMo",
     "BayesBiNN",
     "BayesBiNNPoCo",
+    "VSGD",
+    "ConstantVSGD",
     # families
     "ExponentialFamily",
     "register",
@@ -86,6 +89,7 @@ __all__ = [
     "correction",
     "estimators",
     "family",
+    "gradient_model",
     "noise",
     "checks",
     "__version__",

@@ -115,6 +115,14 @@ class Backend:
         value: Tensor = self._run("square", _square, recipe, like, like.dtype, *arguments)
         return value
 
+    def run(self, kernel: Callable[..., Any], constants: tuple[Hashable, ...], out: Tensor, *arguments: Any) -> Any:
+        """Any other kernel on a span, compiled once for its constants: kernel(*constants, out, *arguments)."""
+        if self.mode != "compiled" or out.numel() < SHORTEST:
+            return kernel(*constants, out, *arguments)
+        dtypes = tuple(value.dtype for value in (out, *arguments) if isinstance(value, Tensor))
+        key = (kernel.__name__, *constants, out.device.type, *dtypes)
+        return self._compiled(key, kernel, *constants)(out, *arguments)
+
     # ---- noise and compiling -------------------------------------------------------------------------------
 
     def noise(self, recipe: Recipe, key: NoiseKey, like: Tensor, tiles: Tensor | None = None) -> Tensor | Address:

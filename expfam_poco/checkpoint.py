@@ -173,9 +173,12 @@ def _numbered(group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[
 
 
 def check_groups(
-    own: Sequence[Mapping[str, Any]], saved: Any, described: Sequence[str] = ("family", "curvature")
+    own: Sequence[Mapping[str, Any]],
+    saved: Any,
+    described: Sequence[str] = ("family", "curvature"),
+    needed: Sequence[str] = HYPERPARAMETERS,
 ) -> None:
-    """Refuse groups of another number, size or family."""
+    """Refuse groups of another number, size or family, or without what is needed."""
     if not isinstance(saved, list) or len(own) != len(saved):
         count = len(saved) if isinstance(saved, list) else "no"
         raise CheckpointError(
@@ -183,7 +186,7 @@ def check_groups(
             "make the optimizer with the same groups first."
         )
     for number, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
-        missing = [name for name in ("params", *HYPERPARAMETERS) if name not in theirs]
+        missing = [name for name in ("params", *needed) if name not in theirs]
         if missing:
             raise CheckpointError(
                 f"state_dict['param_groups'][{number}][{missing[0]!r}]: missing; the checkpoint is damaged or of "

@@ -135,7 +135,7 @@ def _evaluate_scaled(closure: Closure, params: Sequence[Parameter], request: Req
     if all(grad is None for grad in by_closure):
         by_closure = _differentiate(scaling.scale(loss), params, create_graph=False)
     grads = scaling.unscale(params, [None if grad is None else _dense(grad) for grad in by_closure])
-    _require_finite(grads)
+    require_finite(grads)
     return Measured(_finite_loss(value), grads, [], {})
 
 
@@ -157,7 +157,7 @@ def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -
     products = [hessian_product(grads, params, vectors) for vectors in request.vectors]
     hessians = {key: _hessian_block(grads, params, *asked) for key, asked in request.hessian.items()}
     detached = [None if grad is None else _dense(grad.detach()) for grad in grads]
-    _require_finite(detached)
+    require_finite(detached)
     _require_finite_curvature([*(part for product in products for part in product), *hessians.values()])
     return Measured(value, detached, products, hessians)
 
@@ -255,7 +255,8 @@ def _finite_loss(loss: Tensor) -> Tensor:
     return value
 
 
-def _require_finite(grads: Sequence[Tensor | None]) -> None:
+def require_finite(grads: Sequence[Tensor | None]) -> None:
+    """Raise a `NonFiniteError` that names the first gradient with a NaN or infinity."""
     sums = [grad.sum(dtype=torch.float32 if grad.dtype.itemsize < 4 else None) for grad in grads if grad is not None]
     if not sums or math.isfinite(sum(torch.stack(values).sum().item() for values in _by_device(sums))):
         return  # a NaN or infinity survives summing; finite numbers whose sum overflows are looked at one by one

@@ -24,7 +24,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _range(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Callable[[Any], bool]:
+def number_in(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Callable[[Any], bool]:
+    """A test whether something is a number (or a tensor with one) in a range."""
+
     def inside(value: Any) -> bool:
         if isinstance(value, Tensor) and value.numel() == 1:
             value = float(value)
@@ -49,21 +51,23 @@ INF = math.inf
 INITIAL_HESSIAN = "initial_hessian"
 MEAN_LOSS = "mean_loss"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_range(0.0, INF, high_open=True), "a finite number, 0 or larger"),
-    "precision_lr": (_optional(_range(0.0, 1.0)), "a number between 0 and 1, or None for lr"),
+    "lr": (number_in(0.0, INF, high_open=True), "a finite number, 0 or larger"),
+    "precision_lr": (_optional(number_in(0.0, 1.0)), "a number between 0 and 1, or None for lr"),
     "ess": (
-        _range(0.0, INF, low_open=True, high_open=True),
+        number_in(0.0, INF, low_open=True, high_open=True),
         "a positive number, usually the number of examples",
     ),
-    "weight_decay": (_range(0.0, INF, high_open=True), "a finite number, 0 or larger"),
-    "hess_init": (_optional(_range(0.0, INF, low_open=True, high_open=True)), "a positive number, or None"),
-    "rho": (_pair_or(_range(0.0, 1.0, high_open=True)), "a number in [0, 1), or a pair of them"),
-    "anchor_weight": (_optional(_range(0.0, 1.0)), "a number between 0 and 1, or None for the estimator's"),
-    "momentum": (_range(0.0, 1.0, high_open=True), "a number in [0, 1)"),
-    "clip_radius": (_range(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
+    "weight_decay": (number_in(0.0, INF, high_open=True), "a finite number, 0 or larger"),
+    "hess_init": (_optional(number_in(0.0, INF, low_open=True, high_open=True)), "a positive number, or None"),
+    "rho": (_pair_or(number_in(0.0, 1.0, high_open=True)), "a number in [0, 1), or a pair of them"),
+    "anchor_weight": (_optional(number_in(0.0, 1.0)), "a number between 0 and 1, or None for the estimator's"),
+    "momentum": (number_in(0.0, 1.0, high_open=True), "a number in [0, 1)"),
+    "clip_radius": (number_in(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
     # Last, because named optimizers derive it from the others.
     "lr_scale": (
-        lambda value: value in (INITIAL_HESSIAN, MEAN_LOSS) or _range(0.0, INF, low_open=True, high_open=True)(value),
+        lambda value: (
+            value in (INITIAL_HESSIAN, MEAN_LOSS) or number_in(0.0, INF, low_open=True, high_open=True)(value)
+        ),
         f"a positive number, {INITIAL_HESSIAN!r} or {MEAN_LOSS!r}",
     ),
 }
@@ -84,7 +88,7 @@ HYPERPARAMETERS = (
 
 
 # What torch, its schedulers and users keep in groups beside.
-_OTHERS_KEYS = frozenset(
+OTHERS_KEYS = frozenset(
     """params param_names name initial_lr max_lr min_lr swa_lr base_momentum max_momentum warmup_lr lr_mult
     differentiable foreach fused capturable maximize""".split()
 )
@@ -92,7 +96,7 @@ _OTHERS_KEYS = frozenset(
 
 def precision_rate(beta2: float) -> float:
     """1 − β₂, the rate of the precision in IVON's terms."""
-    if not _range(0.0, 1.0)(beta2):
+    if not number_in(0.0, 1.0)(beta2):
         raise ValueError(f"beta2={beta2!r}: it must be a number between 0 and 1.")
     return 1.0 - beta2
 
@@ -120,7 +124,7 @@ def translate(group: dict[str, Any]) -> None:
     if "hess_approx" in group:
         group.setdefault("curvature", estimator_of(group.pop("hess_approx")))
     for name in group:
-        if name not in HYPERPARAMETERS and name not in _OTHERS_KEYS:
+        if name not in HYPERPARAMETERS and name not in OTHERS_KEYS:
             raise ValueError(
                 f"{name}={group[name]!r} in a group: groups know {', '.join(sorted(HYPERPARAMETERS))}; what makes a "
                 "family or an estimator goes into one (family=…, curvature=…), the rest to the optimizer."

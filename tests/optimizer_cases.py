@@ -99,7 +99,21 @@ def over_adamw(params: Any) -> torch.optim.Optimizer:
     return poco.AlphaSVRG(torch.optim.AdamW(params, lr=0.02), alpha=0.5)
 
 
-OVER_A_BASE: dict[str, Make] = {"AlphaSVRG-SGD": over_sgd, "AlphaSVRG-AdamW": over_adamw}
+def over_vsgd(params: Any) -> torch.optim.Optimizer:
+    return poco.AlphaSVRG(poco.VSGD(params, lr=0.02, init="official", weight_decay=0.01), alpha=0.5)
+
+
+OVER_A_BASE: dict[str, Make] = {
+    "AlphaSVRG-SGD": over_sgd,
+    "AlphaSVRG-AdamW": over_adamw,
+    "AlphaSVRG-VSGD": over_vsgd,
+}
+# Those that step with the gradients they find, as torch's own do: a training loop of theirs is another one.
+ON_GRADIENTS: dict[str, Make] = {
+    "VSGD": lambda params, **choices: poco.VSGD(params, **{"lr": 0.05, **choices}),
+    "VSGD-official": lambda params, **choices: poco.VSGD(params, **{"lr": 0.05, "init": "official", **choices}),
+    "ConstantVSGD": lambda params, **choices: poco.ConstantVSGD(params, **{"lr": 0.05, "K_g": 9.0, **choices}),
+}
 OPTIMIZERS: dict[str, Make] = {**SHELL, **OVER_A_BASE}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
+    ON_GRADIENTS,
     OPTIMIZERS,
     OVER_A_BASE,
     SHELL,
@@ -212,7 +213,7 @@ def prepared(name: str, steps: int = 6, **choices: Any) -> tuple[nn.Module, Any,
 def test_every_public_optimizer_is_held_to_the_contract() -> None:
     public = {getattr(poco, name) for name in poco.__all__ if inspect.isclass(getattr(poco, name))}
     public = {kind for kind in public if issubclass(kind, torch.optim.Optimizer)}
-    tried = {type(make(network().parameters())) for make in OPTIMIZERS.values()}
+    tried = {type(make(network().parameters())) for make in (*OPTIMIZERS.values(), *ON_GRADIENTS.values())}
     assert public <= tried, f"add these to optimizer_cases.py: {public - tried}"
 
 
