@@ -105,7 +105,7 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self.check(group)
             for p in group["params"]:
-                if p.grad is None or not p.requires_grad:
+                if p.grad is None or not p.requires_grad or not p.numel():
                     continue
                 if p.grad.layout != torch.strided:
                     raise ValueError(
@@ -147,16 +147,16 @@ class GradientModelOptimizer(torch.optim.Optimizer):
     def _step(self, used: list[tuple[dict[str, Any], Parameter]]) -> None:
         require_finite([p.grad for _, p in used])
         streamed = self.backend.streams(sum(p.numel() for _, p in used))
-        known: dict[tuple[int, int], Tensor] = {}
+        known: dict[Any, Tensor] = {}
         unsound = []
         for group, p in used:
             state = self._started(p, group)
             state["step"] += 1
-            key = (id(group), state["step"])
+            key = (id(group), state["step"], state["mu"].dtype)
             if key not in known:
                 common = (group["lr"], group["weight_decay"], group["eps"])
                 values = [float(value) for value in (*common, *self.numbers(group, state["step"]))]
-                known[key] = torch.tensor(values, dtype=torch.float64)
+                known[key] = torch.tensor(values, dtype=state["mu"].dtype)
             unsound.append(self._advance(p, state, known[key], streamed))
         self._clock["steps"] += 1
         count = sum(int(value) for value in unsound)
@@ -191,13 +191,12 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         plain = type(theta) is Tensor and type(grad) is Tensor
         if not streamed or not plain or not all(value.is_contiguous() for value in (theta, grad, *own)):
             return kernel(families, theta, grad, *own, numbers)
-        flat = [value.view(-1) for value in (theta, grad, *own)]
+        flat = [value if value.ndim == 1 else value.view(-1) for value in (theta, grad, *own)]
         size = span_size(self.backend.mode, theta.device)
-        counts = [
-            self.backend.run(kernel, (families,), *(value[at : at + size] for value in flat), numbers)
-            for at in range(0, theta.numel(), size)
-        ]
-        return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
+        if theta.numel() <= size:
+            return self.backend.run(kernel, (families,), *flat, numbers)
+        pieces = zip(*(value.split(size) for value in flat), strict=True)
+        return torch.stack([self.backend.run(kernel, (families,), *piece, numbers) for piece in pieces]).sum()
 
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers worth logging: steps, skipped steps, the seconds spent on compiling."""
@@ -292,10 +291,11 @@ def _keep_sound(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
     if not torch.compiler.is_compiling() and bool(finite.all()):
         for place, value in zip(old, new, strict=True):
             place.copy_(value)
-        return torch.zeros((), dtype=torch.int64, device=finite.device)
+        return torch.zeros((), device=finite.device)
     for place, value in zip(old, new, strict=True):
         place.copy_(torch.where(finite, value.to(place.dtype), place))
-    return (~finite).sum()
+    # In float32, which counts the entries of a span (at most 2^24) exactly and keeps the kernel's vectors of one width.
+    return torch.where(finite, 0.0, 1.0).sum()
 
 
 def _vsgd(
