@@ -258,7 +258,7 @@ def _finite_loss(loss: Tensor) -> Tensor:
 def require_finite(grads: Sequence[Tensor | None]) -> None:
     """Raise a `NonFiniteError` that names the first gradient with a NaN or infinity."""
     sums = [grad.sum(dtype=torch.float32 if grad.dtype.itemsize < 4 else None) for grad in grads if grad is not None]
-    if not sums or math.isfinite(sum(torch.stack(values).sum().item() for values in _by_device(sums))):
+    if not sums or math.isfinite(sum(torch.stack(values).sum().item() for values in by_device(sums))):
         return  # a NaN or infinity survives summing; finite numbers whose sum overflows are looked at one by one
     for position, grad in enumerate(grads):
         if grad is not None and not bool(torch.isfinite(grad).all()):
@@ -273,7 +273,8 @@ def _dense(grad: Tensor) -> Tensor:
     return grad if grad.layout == torch.strided else grad.to_dense()
 
 
-def _by_device(values: Sequence[Tensor]) -> list[list[Tensor]]:
+def by_device(values: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The values in groups of one device and dtype."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for value in values:
         found.setdefault((value.device, value.dtype), []).append(value)

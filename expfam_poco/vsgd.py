@@ -18,7 +18,7 @@ from .backend import Backend, plainly, span_size
 from .blocks import check_parameter
 from .checkpoint import CheckpointError, check_groups
 from .errors import NonFiniteError
-from .evaluation import require_finite
+from .evaluation import by_device, require_finite
 from .gradient_model import Belief, ConstantBelief, Families, Number
 from .shell import without_hooks
 
@@ -159,7 +159,7 @@ class GradientModelOptimizer(torch.optim.Optimizer):
                 known[key] = torch.tensor(values, dtype=state["mu"].dtype)
             unsound.append(self._advance(p, state, known[key], streamed))
         self._clock["steps"] += 1
-        count = sum(int(value) for value in unsound)
+        count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
         if count:
             error = NonFiniteError(
                 f"params: the step of {count} weights would not have been finite, they kept their values; clip the "
