@@ -156,7 +156,7 @@ def gamma_part(short: bool) -> dict[str, Any]:
         def make(params: Any, lr: float, gamma: float = gamma) -> torch.optim.Optimizer:
             return poco.VSGD(params, lr=lr, gamma=gamma)
 
-        rates, seeds = (SMALL[2:3], SEEDS[:1]) if short else (SMALL[1:4], SEEDS)
+        rates, seeds = (SMALL[2:3], SEEDS[:1]) if short else (SMALL[2:], SEEDS)
         found[f"{gamma:g}"] = tuned(make, rates, seeds, 2 if short else PASSES)
         print(gamma, found[f"{gamma:g}"]["lr"], flush=True)
     return found
