@@ -23,6 +23,7 @@ from .gradient_model import Belief, ConstantBelief, Families, Number
 from .shell import without_hooks
 
 FORMAT = 1
+EAGER_SPAN = 2**16  # some thirty operations follow each other, whose temporaries should stay in a CPU's caches
 SHAPE_OFFSET = 5e-5  # half of the 1e-4 that the published code adds to 2γ + 1
 INITIAL: dict[str, dict[str, float]] = {
     "paper": {"kappa1": 0.9, "kappa2": 0.81, "eps": 0.0, "shape_offset": 0.0},
@@ -193,6 +194,8 @@ class GradientModelOptimizer(torch.optim.Optimizer):
             return kernel(families, theta, grad, *own, numbers)
         flat = [value if value.ndim == 1 else value.view(-1) for value in (theta, grad, *own)]
         size = span_size(self.backend.mode, theta.device)
+        if self.backend.mode != "compiled" and theta.device.type == "cpu":
+            size = min(size, EAGER_SPAN)
         if theta.numel() <= size:
             return self.backend.run(kernel, (families,), *flat, numbers)
         pieces = zip(*(value.split(size) for value in flat), strict=True)

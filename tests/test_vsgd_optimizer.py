@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import io
+import json
 import math
 import pickle
 from pathlib import Path
@@ -307,3 +308,10 @@ def test_the_benchmark_trains_within_its_budget(script: ModuleType, name: str) -
     data = {part: (x[:130], y[:130]) for part, (x, y) in script.digits().items()}
     run = script.train(script.METHODS[name][0], 0.01, 0, data, 4)
     assert math.isfinite(run["train loss"]) and 12 <= run["evaluations"] <= 13
+
+
+def test_the_page_shows_what_was_measured(script: ModuleType) -> None:
+    text = (BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
+    for part in script.PARTS:
+        content = json.loads((BENCHMARKS / "results" / "vsgd" / f"{part}.json").read_text(encoding="utf-8"))
+        assert f"<!-- table vsgd-{part} -->\n\n{script.markdown(part, content)}\n<!-- end -->" in text, part
