@@ -44,6 +44,8 @@ METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "VSGD": (lambda p, lr: poco.VSGD(p, lr=lr), SMALL),
     "VSGD, decay 0.01": (lambda p, lr: poco.VSGD(p, lr=lr, weight_decay=0.01), SMALL),
     "VSGD official": (lambda p, lr: poco.VSGD(p, lr=lr, init="official"), SMALL),
+    "VSGD, κ of the code": (lambda p, lr: poco.VSGD(p, lr=lr, kappa1=0.81, kappa2=0.9), SMALL),
+    "VSGD official, κ of Table 3": (lambda p, lr: poco.VSGD(p, lr, kappa1=0.9, kappa2=0.81, init="official"), SMALL),
     "ConstantVSGD": (lambda p, lr: poco.ConstantVSGD(p, lr=lr), SMALL),
     "AlphaSVRG over VSGD": (lambda p, lr: poco.AlphaSVRG(poco.VSGD(p, lr=lr), alpha=0.5), SMALL),
 }
