@@ -1,7 +1,7 @@
 """Does a family keep the laws? The public conformance suite, for built-in families and those of users alike.
 
 `check_family` puts a family into specimens (members in float32 and float64, on every device there is), runs every
-law of `laws` and `learning_laws` on them, and says which law fails, by how much, and where to look. `FamilyLaws` is
+law of the four modules of laws on them, and says which law fails, by how much, and where to look. `FamilyLaws` is
 the same as a class of tests for pytest, with a search for members that break a law near the edges. Laws that
 compare with a mean over draws use counter-based noise, so a family that passes once passes always.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import curved_laws, laws, learning_laws
+from . import curved_laws, laws, learning_laws, output_laws
 from .conformance import FamilyLaws
 from .family import ExponentialFamily
 from .laws import Law
@@ -54,11 +54,11 @@ LAWS: tuple[Law, ...] = (
     Law("zero_variance", learning_laws.zero_variance, "natural_gradient must be a function of state and draws alone"),
     Law(
         "spans",
-        learning_laws.spans,
+        output_laws.spans,
         "large tensors are stepped in parts: let no weight depend on others, or declare joint or event_dim",
     ),
-    Law("dtypes", learning_laws.dtypes, "make new tensors with the dtype of the inputs, and avoid cancellation"),
-    Law("devices", learning_laws.devices, "make new tensors on the device of the inputs"),
+    Law("dtypes", output_laws.dtypes, "make new tensors with the dtype of the inputs, and avoid cancellation"),
+    Law("devices", output_laws.devices, "make new tensors on the device of the inputs"),
 )
 
 
