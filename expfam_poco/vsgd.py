@@ -130,7 +130,8 @@ class GradientModelOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: if a gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or after
-                the step, where a finite gradient was so large that some weights had to keep their values.
+                the step, where the weights concerned have kept their values: if a gradient was too large, and for
+                large models, which are stepped span by span in place, also if one was NaN or infinite.
         """
         loss = None
         if closure is not None:
@@ -146,8 +147,9 @@ class GradientModelOptimizer(torch.optim.Optimizer):
 
     @plainly
     def _step(self, used: list[tuple[dict[str, Any], Parameter]]) -> None:
-        require_finite([p.grad for _, p in used])
         streamed = self.backend.streams(sum(p.numel() for _, p in used))
+        if not streamed or self.nonfinite == "skip":  # else the kernels look, in the same pass over the weights
+            require_finite([p.grad for _, p in used])
         known: dict[Any, Tensor] = {}
         unsound = []
         for group, p in used:
@@ -163,8 +165,8 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
         if count:
             error = NonFiniteError(
-                f"params: the step of {count} weights would not have been finite, they kept their values; clip the "
-                "gradients, or lower lr."
+                f"params: the step of {count} weights would not have been finite, for their gradients are NaN, infinite "
+                "or too large; they kept their values. Find the NaN, clip the gradients, or lower lr."
             )
             error.stepped = True
             raise error

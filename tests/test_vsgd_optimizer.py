@@ -137,11 +137,30 @@ def test_nonfinite_gradients(name: str, bad: float) -> None:
 
 
 @every
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_gradients_of_large_models_leave_their_own_weights(name: str, bad: float) -> None:
+    """Stepped in place, span by span: what is NaN keeps its values and is counted; "skip" leaves everything."""
+    for mode in ("raise", "skip"):
+        weight = nn.Parameter(torch.ones(40))
+        weight.grad = torch.ones(40)
+        weight.grad[7] = bad
+        opt = ON_GRADIENTS[name]([weight], nonfinite=mode, backend="eager")
+        if mode == "skip":
+            opt.step()
+            assert bool((weight == 1.0).all()) and opt.diagnostics()["skipped_steps"] == 1
+            continue
+        with pytest.raises(poco.NonFiniteError, match="the step of 1 weights would not have been finite") as caught:
+            opt.step()
+        assert caught.value.stepped and weight[7] == 1.0 and int((weight < 1.0).sum()) == 39
+        assert all(bool(torch.isfinite(value).all()) for key, value in opt.state[weight].items() if key != "step")
+
+
+@every
 def test_a_gradient_too_large_to_square_moves_the_other_weights(name: str) -> None:
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.tensor([1.0, 1e30, 1.0])
     opt = ON_GRADIENTS[name]([weight])
-    with pytest.raises(poco.NonFiniteError, match=r"1 weights .* kept their values; clip the") as caught:
+    with pytest.raises(poco.NonFiniteError, match=r"1 weights .* kept their values\. Find the NaN, clip") as caught:
         opt.step()
     assert caught.value.stepped and weight[1] == 1.0 and weight[0] < 1.0
     weight.grad = torch.ones(3)
