@@ -11,6 +11,7 @@ Both have no control flow that depends on data, so they run inside compiled kern
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -68,3 +69,39 @@ def implicit(theta: Tensor, distribution: Tensor, density: Tensor) -> Tensor:
         tensor(-0.2500)
     """
     return theta.detach() - (distribution - distribution.detach()) / density.detach()
+
+
+def opaque(name: str) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], Tensor]]:
+    """Decorator: to a compiler, this function of a parameter and of noise is one operator, `expfam_poco::name`.
+
+    A root's hundreds of operations would take it minutes. The operator has no derivative: for functions that are called
+    on detached numbers, as `implicit` wants them.
+
+    Example:
+        >>> import torch
+        >>> from expfam_poco.inversion import opaque
+        >>> @opaque("doubled")
+        ... def doubled(a, u): return 2.0 * a * u
+        >>> doubled(torch.ones(2), torch.ones(3, 1)).shape
+        torch.Size([3, 2])
+    """
+
+    def decorate(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        operator = torch.library.custom_op(
+            f"expfam_poco::{name}", function, mutates_args=(), schema="(Tensor a, Tensor u) -> Tensor"
+        )
+
+        @operator.register_fake
+        def _(a: Tensor, u: Tensor) -> Tensor:
+            return u.new_empty(torch.broadcast_shapes(a.shape, u.shape))
+
+        @functools.wraps(function)
+        def call(a: Tensor, u: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():
+                found: Tensor = operator(a, u)
+                return found
+            return function(a, u)
+
+        return call
+
+    return decorate

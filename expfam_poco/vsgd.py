@@ -165,8 +165,8 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
         if count:
             error = NonFiniteError(
-                f"params: the step of {count} weights would not have been finite, for their gradients are NaN, infinite "
-                "or too large; they kept their values. Find the NaN, clip the gradients, or lower lr."
+                f"params: the step of {count} weights would not have been finite, for their gradients are NaN, "
+                "infinite or too large; they kept their values. Find the NaN, clip the gradients, or lower lr."
             )
             error.stepped = True
             raise error

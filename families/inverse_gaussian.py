@@ -29,7 +29,7 @@ from torch.distributions import constraints
 
 from expfam_poco.estimators import Draws
 from expfam_poco.family import ExponentialFamily
-from expfam_poco.inversion import increasing_root
+from expfam_poco.inversion import increasing_root, opaque
 
 LOG_2PI = math.log(2.0 * math.pi)
 EULER = 0.5772156649015329
@@ -176,6 +176,7 @@ def _slope(phi: Tensor, a: Tensor) -> Tensor:
     return 1.0 - together * _mills(b)
 
 
+@opaque("inverse_gaussian_quantile")
 def _quantile(phi: Tensor, noise: Tensor) -> Tensor:
     """w = log θ/m with F = Φ(ε), found in logarithms of the smaller tail.
 

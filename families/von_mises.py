@@ -30,7 +30,7 @@ from torch.distributions import constraints
 from expfam_poco import fields
 from expfam_poco.estimators import Draws
 from expfam_poco.family import ExponentialFamily
-from expfam_poco.inversion import increasing_root
+from expfam_poco.inversion import increasing_root, opaque
 
 LOG_2PI = math.log(2.0 * math.pi)
 SMALL, LARGE = 1.0, 150.0  # below: a power series in κ²; above: an asymptotic one in 1/κ
@@ -255,6 +255,7 @@ def _above(kappa: Tensor, x: Tensor) -> Tensor:
     return (weight * _height(kappa.unsqueeze(-1), at)).sum(-1)
 
 
+@opaque("von_mises_quantile")
 def _quantile(kappa: Tensor, u: Tensor) -> Tensor:
     """x with F(x; κ) = u. What is above |x| has the mass p = min(u, 1 − u), whose logarithm is matched.
 
