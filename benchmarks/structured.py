@@ -34,7 +34,7 @@ from torch import Tensor, nn  # noqa: E402
 import expfam_poco as poco  # noqa: E402
 from expfam_poco.families import DiagonalGaussian, KroneckerGaussian  # noqa: E402
 
-RESULTS, PAGE = HERE / "results" / "structured.json", HERE / "RESULTS.md"
+RESULTS, PAGE = HERE / "results" / "structured" / "structured.json", HERE / "RESULTS.md"
 SIDES = (64, 128, 256, 512, 1024)
 SEEDS, TUNING_SEED = (0, 1, 2), 1000
 # Operations (multiplications and additions) of one step on an m × n layer, leading terms, counted from the algorithms:

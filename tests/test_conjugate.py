@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from numpy import ndarray
-from reference import LeastSquares, gauss_hermite_rule, monte_carlo_rule, site_of, support, tensor
+from reference import FAMILIES, LeastSquares, gauss_hermite_rule, monte_carlo_rule, site_of, support, tensor
 from torch import Tensor
 
 import expfam_poco as poco
 from expfam_poco import blr, correction
 
 N, D, B = 12, 3, 2.0
-FAMILIES = poco.families_available()
 GAUSSIAN = [name for name in FAMILIES if poco.resolve_family(name).noise_kind == "normal"]
 WITH_CURVATURE = [name for name in GAUSSIAN if poco.resolve_family(name).curvature != "none"]
 
