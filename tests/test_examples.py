@@ -40,11 +40,14 @@ def test_angles_of_turned_digits_are_found() -> None:
 
 
 def test_quantised_networks_learn() -> None:
-    table = run("quantised_network.py", "--steps", "60", "--seeds", "1")
-    rows = {name.strip(): float(mean) for name, mean, _ in re.findall(r"^(.+?) {2,}([\d.]+) +([\d.]+)$", table, re.M)}
-    assert len(rows) == 7
-    assert rows["full precision, AdamW"] > 0.8
-    assert rows["ternary, BLR"] > 0.3  # chance is 0.1
+    table = run("quantised_network.py", "--quick", "--validation")
+    rows = re.findall(r"^(\S.*?) {2,}(\S.*?) {2,}(\d+) +(\d+) +([\d.]+) +[\d.]+ +[\d.]+$", table, re.M)
+    found = {(weights, method): (int(steps), float(mean)) for weights, method, steps, _, mean in rows}
+    assert len(found) == 9
+    assert {gradients for *_, gradients, _ in rows} == {"60"}
+    for (_, method), (steps, accuracy) in found.items():
+        assert steps == (34 if method == "BLR, corrected" else 60)
+        assert accuracy > 0.8  # chance is 0.1
 
 
 def test_calibration_draws_are_likelier_than_their_point_and_doubt_noisy_images(tmp_path: Path) -> None:

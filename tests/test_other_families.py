@@ -265,6 +265,29 @@ def test_straight_through_levels_are_exact_in_expectation_for_linear_losses() ->
     torch.testing.assert_close(found.level, torch.tensor([[7.5, 9.0]], dtype=F64))  # 3 (l_k − l₀)
 
 
+@pytest.mark.parametrize("precise", [True, False], ids=["prior", "flat"])
+@pytest.mark.parametrize("levels", GRIDS, ids=len)
+def test_a_prior_as_precise_as_q_makes_steps_gradient_descent_on_the_mean(
+    levels: tuple[float, ...], precise: bool
+) -> None:
+    # q ∝ exp(−½ s (l − m)²) stays so, with m ← (1−η) m + η c − η N ḡ/s; with a flat prior s shrinks as (1−η)ᵗ.
+    strength, rate, ess, slope = 9.0, 0.1, 50.0, torch.tensor([0.02, -0.05], dtype=F64)
+    table, half = torch.tensor(levels, dtype=F64), 0.5 * (levels[-1] - levels[0])
+    m, s, centre = torch.tensor([0.4, -0.3], dtype=F64), strength / half**2, 0.5 * (levels[-1] + levels[0])
+    weight, pull = torch.nn.Parameter(m.clone()), s if precise else 0.0
+    optimizer = poco.PosteriorCorrected(
+        [("weight", weight)], Categorical(levels, strength=strength), lr=rate, ess=ess, seed=0,
+        weight_decay=strength / ess if precise else 0.0, curvature="straight_through",
+    )  # fmt: skip
+    for _ in range(3):
+        optimizer.step(lambda: weight @ slope)
+        after = (1.0 - rate) * s + rate * pull
+        m, s = ((1.0 - rate) * s * m + rate * pull * centre - rate * ess * slope) / after, after
+    (state,) = optimizer.posterior_states().values()
+    expected = (-0.5 * s * (m.unsqueeze(-1) - table) ** 2).softmax(-1)
+    torch.testing.assert_close(Categorical(levels).log_odds(state).softmax(-1), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_levels_are_sound_for_extreme_log_odds_in_float32() -> None:
     family = Categorical()
     state = family.State(torch.tensor([[40.0, -40.0], [-40.0, 40.0], [-40.0, -40.0], [0.0, 0.0]]))
