@@ -12,8 +12,9 @@ hard draws, and a prior as precise as the initial posterior (`weight_decay = str
 
     python examples/quantised_network.py [--gradients 1000] [--seeds 3] [--validation] [--quick]
 
-A third of the images is the test; of the rest a quarter is for validation. Settings were chosen by `--validation`,
-which keeps the test images out.
+A third of the images is the test; of the rest a quarter is for validation. Settings were chosen on these without the
+test images. After 1000 gradients (three seeds): full precision 0.984; ternary 0.965 rounded, 0.986 by straight-through
++ Adam, 0.977 by the rule, 0.978 corrected; 4 bits 0.983, 0.983, 0.977, 0.975. The whole takes 90 seconds of one core.
 """
 
 from __future__ import annotations
@@ -47,20 +48,21 @@ class Rule:
     Args:
         lr: how far the posterior's mean moves per unit of gradient: lr · strength / ess is the optimizer's.
         strength: precision of the posterior in units of half the levels' range; the noise of a draw is 1/√strength.
+        cold: ess = cold · number of images; the prior's pull a step is lr · strength / ess.
         alpha: of the correction.
     """
 
     lr: float
     strength: float
+    cold: float
     alpha: float = 0.0
 
 
 ADAM_LR = {"full": 0.03, "ternary": 0.1, "4 bits": 0.1}
 RULES = {
-    "ternary": (Rule(30.0, 4.0), Rule(30.0, 4.0, alpha=0.5)),
-    "4 bits": (Rule(30.0, 200.0), Rule(30.0, 200.0, alpha=0.5)),
+    "ternary": (Rule(100.0, 4.0, cold=60.0), Rule(100.0, 4.0, cold=60.0, alpha=0.5)),
+    "4 bits": (Rule(30.0, 200.0, cold=250.0), Rule(30.0, 200.0, cold=250.0, alpha=0.5)),
 }
-COLD = 250.0  # ess = COLD · number of images
 GAUSSIAN = {"lr": 0.1, "hess_init": 0.1, "precision_lr": 1e-3}  # of BatchNorm's parameters
 
 
@@ -179,9 +181,10 @@ def round_best(model: nn.Module, levels: tuple[float, ...], train: Batch, valida
 
 
 def learning_rule(
-    model: nn.Module, batches: Iterator[Batch], gradients: int, rule: Rule, name: str, ess: float, seed: int
+    model: nn.Module, batches: Iterator[Batch], gradients: int, rule: Rule, name: str, images: int, seed: int
 ) -> int:
     """A categorical posterior for the layers, a Gaussian one for BatchNorm; the number of steps."""
+    ess = rule.cold * images
     layers = {
         "params": quantised(model),
         "family": Categorical(LEVELS[name], strength=rule.strength),
@@ -235,7 +238,7 @@ def run(seed: int, gradients: int, score: str) -> dict[tuple[str, str], tuple[in
         found[name, "straight-through + Adam"] = gradients, accuracy(model, train, parts[score])
         for rule in RULES[name]:
             model, batches = fresh()
-            steps = learning_rule(model, batches, gradients, rule, name, COLD * len(train[0]), seed)
+            steps = learning_rule(model, batches, gradients, rule, name, len(train[0]), seed)
             label = "BLR, corrected" if rule.alpha else "BLR"
             found[name, label] = steps, accuracy(model, train, parts[score])
     return found

@@ -45,7 +45,8 @@ class Categorical(ExponentialFamily):
         levels: the values, increasing; {−1, 0, 1} by default. `torch.linspace(-1, 1, 16).tolist()` makes 4 bits.
         point_estimate: what the model holds between steps, the "mode" (the likeliest level) or the "mean" E[θ].
         strength: of the start at the model's weights θ: a level begins with a probability like exp(−½ strength d²), d
-            its distance from θ in units of half the range of the levels. θ's nearest level is the likeliest.
+            its distance from θ in units of half the range of the levels. θ's nearest level is the likeliest. With
+            `weight_decay = strength / ess` the prior keeps q that precise; a flat prior forgets the grid's middle.
 
     Raises:
         ValueError: for levels that are fewer than two, not finite or not increasing, and for unknown choices.
