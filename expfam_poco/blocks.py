@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import fields
 from .family import ExponentialFamily
 
 
@@ -162,11 +163,22 @@ class Block:
         assert rounded is not None
         if torch.equal(rounded, present):
             return state
-        moved = torch.where(rounded == present, self.family.point(state), present)
-        return self.family.recentre(state, moved)
+        changed = rounded != present
+        new = self.family.recentre(state, torch.where(changed, present, self.family.point(state)))
+        if self.family.joint:
+            return new
+        touched = changed.flatten(len(self.batch)).any(-1) if self.family.event_dim else changed
+        return fields.map_fields(lambda old, own: _mixed(touched, own, old), state, new)
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.params]
+
+
+def _mixed(touched: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` for the weights that were touched; a field without the weights' axes is the family's constant."""
+    if new.ndim < touched.ndim:
+        return new
+    return torch.where(touched.reshape(touched.shape + (1,) * (new.ndim - touched.ndim)), new, old)
 
 
 def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:

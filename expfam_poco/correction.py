@@ -153,6 +153,13 @@ def outer_from_posterior(family: ExponentialFamily, posterior: Any, prior: Any, 
     return Outer(posterior, fields.scale(family.kl_gradient(posterior, prior), -1.0 / ess))
 
 
+def carried(family: ExponentialFamily, site_out: Any, outer: Outer, posterior: Any) -> tuple[Any, Outer]:
+    """∇̃L_B(λ_out) and q_out with both sites in the coordinates of `posterior`, which a curved family's depend on."""
+    sites = (family.carry(site, outer.posterior, posterior) for site in (site_out, outer.site))
+    moved, mean = sites
+    return moved, Outer(outer.posterior, mean)
+
+
 def variance_terms(site_in: Any, site_out: Any, outer: Outer) -> Any:
     """For every field, what the variance meter sums up; see `VarianceTerms`."""
 

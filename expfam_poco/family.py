@@ -56,6 +56,8 @@ class ExponentialFamily(ABC):
     * `support`: the constraint on θ; `domain`: constraints on fields of `State` (missing: real).
     * `noise_kind`: "normal", "logistic" or "uniform", the standardised noise that `sample` transforms.
     * `noise_dims`: further axes of the noise of one entry of θ, for samples that need several numbers each.
+    * `delta_method`: natural gradients at the noise's median are those of the delta method; else the family learns its
+      width from the noise, and noise="zero" is refused.
     * `momentum_block`: the fields of `Site` that momentum averages (default: all).
     * `curvature`: what an estimator must measure beside the gradient: "none", "diagonal", "dense" (of a joint
       family), or "factor" (K × P, vectors c of which the curvature is the mean of c cᵀ).
@@ -92,6 +94,7 @@ class ExponentialFamily(ABC):
     levels: ClassVar[tuple[float, ...] | None] = None
     noise_kind: ClassVar[str] = "normal"
     noise_dims: ClassVar[tuple[int, ...]] = ()
+    delta_method: ClassVar[bool] = False
     momentum_block: ClassVar[tuple[str, ...]] = ()
     curvature: ClassVar[str] = "none"
     default_estimator: ClassVar[str] = "reparam"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import correction
 from .blocks import Block
-from .estimators import LOSSES_ALONE, Estimator, resolve_estimator
+from .estimators import LOSSES_ALONE, Estimator, available, resolve_estimator
+from .family import ExponentialFamily
 from .registry import resolve_family
 from .schedules import AdaptiveAlpha, resolve_alpha
 
@@ -207,7 +208,8 @@ def _check_strength(group: Mapping[str, Any]) -> None:
     middle = family.reference_like(torch.zeros((1,) * max(1, family.event_dim), dtype=torch.float64))
     state = family.centred_at(middle, group["ess"] * (group["hess_init"] + group["weight_decay"]))
     again = family.from_nat(family.to_nat(state))
-    if not all(torch.allclose(a, b) for a, b in zip(state, again, strict=True)):
+    centred = bool(family.levels) or not family.in_domain(state) or torch.allclose(family.point(state), middle)
+    if not centred or not all(torch.allclose(a, b) for a, b in zip(state, again, strict=True)):
         raise ValueError(
             f"hess_init={group['hess_init']}: {type(family).__name__} has a precision of its own; leave it out, and "
             "give the family its precision."
@@ -257,11 +259,15 @@ def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
     """Refuse noise modes under which an estimator measures nothing, or measures it wrongly."""
     estimator: Estimator = group["curvature"]
     losses = estimator.needs in LOSSES_ALONE
-    vanishing = estimator.needs_noise and (group["family"].curvature != "none" or losses)
-    if noise == "zero" and vanishing:
+    family = group["family"]
+    if noise == "zero" and estimator.needs_noise and (losses or not family.delta_method):
+        others = [name for name, other in available(family).items() if not other.needs_noise]
+        remedy = (
+            f"choose another curvature ({', '.join(others)}) or another noise" if others else "choose another noise"
+        )
         raise ValueError(
-            f"noise='zero': {type(estimator).__name__} measures with the noise and would find nothing; choose "
-            "another curvature (such as 'exact') or another noise."
+            f"noise='zero': {type(estimator).__name__} measures with the noise and would find nothing of the width of "
+            f"{type(family).__name__}; {remedy}."
         )
     if estimator.antithetic and noise != "antithetic":
         raise ValueError(
@@ -286,12 +292,21 @@ def initial_posterior(block: Block) -> Any:
         strength = group["ess"] * (group["hess_init"] + group["weight_decay"])
     weights = block.read()
     state = block.family.centred_at(weights, strength)
-    if not bool(block.family.in_domain(state)) and bool(torch.isfinite(weights).all()):
+    if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
+        torch.isfinite(weights).all()
+    ):
         raise ValueError(
             f"params: {block.name!r} holds weights on which no {type(block.family).__name__} can be centred "
             f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
         )
     return state
+
+
+def _is_centre(family: ExponentialFamily, state: Any, weights: Tensor) -> bool:
+    """Whether a weight of several numbers is where its posterior is centred: rows of a simplex have to sum to one."""
+    if not family.event_dim or family.levels is not None or family.default_estimator != "reparam":
+        return True
+    return torch.allclose(family.point(state), weights, rtol=0.02, atol=0.02)
 
 
 def check_device(block: Block, posterior: Any) -> None:

@@ -90,7 +90,8 @@ class WholeStep:
     def meter(self, meter: VarianceMeter, number: int, keep: float | None = None) -> None:
         """Show the meter the pair; `keep` is of an adaptive α, which looks at every pair."""
         if self._pair is not None and meter.samples(number, keep is not None):
-            terms = correction.variance_terms(*self._pair, self.state["outer"])
+            there = correction.carried(self.block.family, self._pair[1], self.state["outer"], self.inner.state)
+            terms = correction.variance_terms(self._pair[0], *there)
             meter.add(self.block.name, terms, self.block.family.per_block(*self.alpha), keep)
         if meter.samples(number):
             meter.add_square(number, self.block.name, self.gradient_square())

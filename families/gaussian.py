@@ -394,6 +394,7 @@ class IsotropicGaussian(ExponentialFamily):
 
     precision: float = 1.0
 
+    delta_method: ClassVar[bool] = True
     State: ClassVar[type[Any]] = GaussianState
 
     def __post_init__(self) -> None:

@@ -47,6 +47,9 @@ class Reciprocal(NamedTuple):
 class InverseGaussian(ExponentialFamily):
     """Positive weights with mean m and variance m²/φ; long to the right, with a sharp end to the left.
 
+    Args:
+        strength: φ = mean²/variance at the start, where the optimizer's `hess_init` does not set it.
+
     Example:
         >>> import torch
         >>> from expfam_poco.families import InverseGaussian
@@ -54,6 +57,8 @@ class InverseGaussian(ExponentialFamily):
         >>> q.point(q.centred_at(torch.tensor([0.5, 2.0]), 10.0))
         tensor([0.5000, 2.0000])
     """
+
+    strength: float = 100.0
 
     Statistics: ClassVar[type[Any]] = Reciprocal
     support: ClassVar[constraints.Constraint] = constraints.positive
@@ -119,8 +124,9 @@ class InverseGaussian(ExponentialFamily):
         return Reciprocal(both / mean + phi * vector.theta / (mean * mean), both * mean)
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Reciprocal:
-        """Mean θ and φ = `precision` (1 if None)."""
-        phi = torch.as_tensor(1.0 if precision is None else precision, dtype=theta.dtype, device=theta.device)
+        """Mean θ and φ = `precision` (`strength` if None)."""
+        strength = self.strength if precision is None else precision
+        phi = torch.as_tensor(strength, dtype=theta.dtype, device=theta.device)
         return _state(theta, phi)
 
     def point(self, state: Any) -> Tensor:

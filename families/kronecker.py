@@ -28,7 +28,7 @@ from .factors import cholesky, positive_definite
 from .gaussian import DiagonalGaussian
 from .structured import StructuredGaussian
 
-ROUNDING = 4.0  # units of rounding of the trace by which a step raises every eigenvalue of a factor
+ROUNDING = 16.0  # units of rounding of the trace by which eigenvalues are raised where rounding has made one negative
 
 
 class KroneckerState(NamedTuple):
@@ -257,14 +257,17 @@ def _broadcast(factor: Tensor, like: Tensor) -> Tensor:
 
 
 def _moved(factor: Tensor, step: Tensor, variant: str) -> Tensor:
-    """F + D, or F + D + ½ D F⁻¹ D with eigenvalues above what rounding can take, exactly symmetric."""
+    """F + D, or F + D + ½ D F⁻¹ D, which is positive definite; exactly symmetric."""
     moved = factor + step
     if variant == "second_order":
         half = torch.linalg.solve_triangular(cholesky(factor), step, upper=False)
         moved = moved + 0.5 * half.mT @ half
-        floor = ROUNDING * torch.finfo(moved.dtype).eps * _trace(moved)
+    moved = 0.5 * (moved + moved.mT)
+    if variant == "second_order":  # definite but for rounding: where that wins, it is undone
+        lost = torch.linalg.cholesky_ex(moved)[1] != 0
+        floor = torch.where(lost, ROUNDING * torch.finfo(moved.dtype).eps * _trace(moved), 0.0)
         moved = moved + torch.diag_embed(floor.unsqueeze(-1).expand(moved.shape[:-1]))
-    return 0.5 * (moved + moved.mT)
+    return moved
 
 
 def _balanced(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

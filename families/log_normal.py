@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -24,6 +25,9 @@ class LogNormal(DiagonalGaussian):
 
     The point is the median e^m, which stays where it is when the precision moves; E[θ] = e^{m + 1/2S} would not.
 
+    Args:
+        strength: S at the start, 1/(relative width)², where the optimizer's `hess_init` does not set it.
+
     Example:
         >>> import torch
         >>> from expfam_poco.families import LogNormal
@@ -32,6 +36,8 @@ class LogNormal(DiagonalGaussian):
         >>> q.point(state), q.distribution(state).base_dist.scale
         (tensor([0.5000, 2.0000]), tensor([0.5000, 0.5000]))
     """
+
+    strength: float = 100.0
 
     support: ClassVar[constraints.Constraint] = constraints.positive
     curvature: ClassVar[str] = "none"  # a measured Hessian would be that of ℓ, not of ℓ(eˣ)
@@ -49,8 +55,9 @@ class LogNormal(DiagonalGaussian):
         return -state.mean
 
     def sample(self, state: Any, noise: Tensor) -> Tensor:
-        """exp(m + ε/√S)."""
-        return super().sample(state, noise).exp()
+        """exp(m + ε/√S), within the positive finite numbers."""
+        limits = torch.finfo(noise.dtype)
+        return super().sample(state, noise).exp().clamp(limits.tiny, limits.max)
 
     def natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
         """The averages of θ∇ℓ and of θ∇ℓ √S ε."""
@@ -65,8 +72,8 @@ class LogNormal(DiagonalGaussian):
         return super().entropy(state) + state.mean
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> GaussianState:
-        """Median θ, precision of log θ everywhere `precision` (1 if None)."""
-        return super().centred_at(theta.log(), precision)
+        """Median θ, precision of log θ everywhere `precision` (`strength` if None)."""
+        return super().centred_at(theta.log(), self.strength if precision is None else precision)
 
     def point(self, state: Any) -> Tensor:
         """The median e^m."""

@@ -99,7 +99,7 @@ class LowRankGaussian(StructuredGaussian):
     # ---- coordinates -----------------------------------------------------------------------------------------------
 
     def _basis(self, state: Any) -> _Basis:
-        root = state.diagonal.sqrt()
+        root = state.diagonal.sqrt().clamp_min(torch.finfo(state.diagonal.dtype).tiny ** 0.5)  # 0 for a flat prior
         return _Basis(root, *torch.linalg.qr(state.factor / root.unsqueeze(-1)))
 
     def _power(self, basis: _Basis, vectors: Tensor, exponent: float) -> Tensor:
