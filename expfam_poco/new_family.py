@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .compare.errors import InputError
 
+TAKEN = ("ClassVar", "FamilyLaws", "NamedTuple", "Tensor")  # what the two files import
+
 FAMILY = '''"""The NAME family; say here what its weights are.
 
 Written below is the exponential density q(θ) = r e^(−rθ) of positive weights. In the general form
@@ -66,8 +68,9 @@ class CLASS(poco.ExponentialFamily):
         return torch.log(noise) / state.theta  # differentiable in λ, and inside the support for every noise
 
     def centred_at(self, theta, precision=None):
-        """The member whose point is θ."""
-        return CLASSStatistics(-1.0 / theta)  # λ; a family with a width of its own makes it 1/√precision
+        """The member whose point is θ; with a `precision`, the prior of that strength around θ (0: no pull)."""
+        strength = 1.0 if precision is None else precision  # what `weight_decay` becomes: ess · weight_decay
+        return CLASSStatistics(-strength / theta)  # λ
 
     def point(self, state):
         """What the model holds between steps."""
@@ -118,8 +121,8 @@ def write_family(name: str, folder: Path) -> tuple[str, Path, Path]:
     for file in files:
         if file.exists():
             raise InputError(f"{file} exists, and is not overwritten; choose another name or another --folder.")
-    _check_free(name, module)
     made = "".join(word.capitalize() for word in module.split("_"))
+    _check_free(name, module, made)
     for file, template in zip(files, (FAMILY, TESTS), strict=True):
         text = template.replace("NAME", name).replace("MODULE", module).replace("CLASS", made)
         try:
@@ -135,11 +138,13 @@ def _check_name(name: str, module: str) -> None:
         raise InputError(f"name {name!r}: use lower-case letters, digits, - and _, such as 'half-normal'.")
 
 
-def _check_free(name: str, module: str) -> None:
-    """A file of a module's name would hide the module."""
+def _check_free(name: str, module: str, made: str) -> None:
+    """A file of a module's name would hide the module, and a class another one."""
     from .registry import families_available
 
     if name in families_available():
         raise InputError(f"name {name!r}: a family of this name is registered already; choose another one.")
     if module in sys.stdlib_module_names or find_spec(module) is not None:
         raise InputError(f"name {name!r}: {module}.py would hide the module {module!r}; choose another name.")
+    if module == "conftest" or made in TAKEN:
+        raise InputError(f"name {name!r}: the files it writes use this name for something else; choose another one.")

@@ -264,6 +264,8 @@ def test_new_family_writes_a_family_that_keeps_the_laws(
         (["bernoulli"], "a family of this name is registered already"),
         (["statistics"], "statistics.py would hide the module 'statistics'"),
         (["torch"], "torch.py would hide the module 'torch'"),
+        (["family-laws"], "the files it writes use this name for something else"),
+        (["conftest"], "the files it writes use this name for something else"),
         (["mine", "--folder", "nowhere"], "--folder nowhere: there is no such folder"),
         (["taken"], "taken.py exists, and is not overwritten"),
         (["tested"], "test_tested.py exists, and is not overwritten"),
