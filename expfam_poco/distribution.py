@@ -35,7 +35,7 @@ class FamilyDistribution(dist.TorchDistribution):
         """Keep the family and the state."""
         self.family = family
         self.state = state
-        self._like = family.point(state)
+        self._like = family.point(state) if family.curved else family.middle(family.to_nat(state))
         super().__init__(torch.Size(), self._like.shape, validate_args=False)
 
     @property

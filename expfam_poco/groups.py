@@ -263,7 +263,9 @@ def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
     if noise == "zero" and estimator.needs_noise and (losses or not family.delta_method):
         others = [name for name, other in available(family).items() if not other.needs_noise]
         remedy = (
-            f"choose another curvature ({', '.join(others)}) or another noise" if others else "choose another noise"
+            f"choose another curvature ({', '.join(map(repr, others))}) or another noise"
+            if others
+            else "choose another noise"
         )
         raise ValueError(
             f"noise='zero': {type(estimator).__name__} measures with the noise and would find nothing of the width of "

@@ -349,7 +349,9 @@ def test_sign_bernoulli_shapes_support_and_moments() -> None:
 @pytest.mark.parametrize("name", poco.families_available())
 def test_distributions_of_posteriors_are_sampled_in_pyro(name: str) -> None:
     family = poco.resolve_family(name)
-    state = family.centred_at(torch.distributions.transform_to(family.support)(torch.tensor([0.4, -0.8, 1.2])), None)
+    numbers = torch.tensor([0.4, -0.8, 1.2], dtype=torch.float64)
+    numbers = numbers.expand(2, 3) if family.event_dim == 2 else numbers
+    state = family.centred_at(torch.distributions.transform_to(family.support)(numbers), None)
 
     def model() -> Tensor:
         return pyro.sample("w", family.distribution(state))

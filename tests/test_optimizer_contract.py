@@ -30,7 +30,7 @@ from torch.distributions import transform_to
 
 import expfam_poco as poco
 from expfam_poco import blr, correction
-from expfam_poco.estimators import LOSSES_ALONE, Draws, available
+from expfam_poco.estimators import LOSSES_ALONE, Draws, available, curvature_of_gradient
 from expfam_poco.measurement import INNER, MEGA, PROBE_INNER, PROBE_MEGA
 from expfam_poco.noise import NoiseKey, noise
 
@@ -113,8 +113,8 @@ class Pure:
                     curvature = full if dense else full.diagonal().reshape(theta.shape)
                 elif estimator.needs == "hvp":
                     curvature = estimator.curvature_of_product(signs[i][k], products[i], dense)
-                elif family.curvature != "none":
-                    curvature = estimator.curvature_of_gradient(grad.detach(), 50.0, dense)
+                else:
+                    curvature = curvature_of_gradient(estimator, family, grad.detach(), 50.0)
                 for record, value in zip(measured[i], (theta, grad.detach(), curvature), strict=True):
                     record.append(value)
         sites = []
@@ -160,10 +160,12 @@ class Pure:
 
 
 def pairs() -> list[Any]:
-    """Every registered family with every estimator that fits it."""
+    """Every registered family that is the same for all parameters, with every estimator that fits it."""
     found = []
     for name in poco.families_available():
         family = poco.resolve_family(name)
+        if family.for_shape(torch.Size([3])) != family or family.parts_of(["any"]) is not None:
+            continue
         found += [pytest.param(family, e, id=f"{name}-{label}") for label, e in sorted(available(family).items())]
     return found
 
