@@ -144,7 +144,7 @@ def _check_free(name: str, module: str, made: str) -> None:
 
     if name in families_available():
         raise InputError(f"name {name!r}: a family of this name is registered already; choose another one.")
-    if module in sys.stdlib_module_names or find_spec(module) is not None:
-        raise InputError(f"name {name!r}: {module}.py would hide the module {module!r}; choose another name.")
     if module == "conftest" or made in TAKEN:
         raise InputError(f"name {name!r}: the files it writes use this name for something else; choose another one.")
+    if module in sys.stdlib_module_names or find_spec(module) is not None:
+        raise InputError(f"name {name!r}: {module}.py would hide the module {module!r}; choose another name.")
