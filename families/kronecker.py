@@ -28,7 +28,7 @@ from .factors import cholesky, positive_definite
 from .gaussian import DiagonalGaussian
 from .structured import StructuredGaussian
 
-ROUNDING = 16.0  # units of rounding of the trace by which eigenvalues are raised where rounding has made one negative
+ROUNDING = 16.0  # units of rounding of the trace: by this eigenvalues are raised where a pivot has fallen below it
 
 
 class KroneckerState(NamedTuple):
@@ -264,8 +264,9 @@ def _moved(factor: Tensor, step: Tensor, variant: str) -> Tensor:
         moved = moved + 0.5 * half.mT @ half
     moved = 0.5 * (moved + moved.mT)
     if variant == "second_order":  # definite but for rounding: where that wins, it is undone
-        lost = torch.linalg.cholesky_ex(moved)[1] != 0
-        floor = torch.where(lost, ROUNDING * torch.finfo(moved.dtype).eps * _trace(moved), 0.0)
+        floor = ROUNDING * torch.finfo(moved.dtype).eps * _trace(moved)
+        pivot = cholesky(moved).diagonal(dim1=-2, dim2=-1).square().amin(-1)  # NaN where it is indefinite
+        floor = torch.where(pivot > floor, 0.0, floor)
         moved = moved + torch.diag_embed(floor.unsqueeze(-1).expand(moved.shape[:-1]))
     return moved
 
