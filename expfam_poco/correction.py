@@ -155,8 +155,7 @@ def outer_from_posterior(family: ExponentialFamily, posterior: Any, prior: Any, 
 
 def carried(family: ExponentialFamily, site_out: Any, outer: Outer, posterior: Any) -> tuple[Any, Outer]:
     """∇̃L_B(λ_out) and q_out with both sites in the coordinates of `posterior`, which a curved family's depend on."""
-    sites = (family.carry(site, outer.posterior, posterior) for site in (site_out, outer.site))
-    moved, mean = sites
+    moved, mean = (family.carry(site, outer.posterior, posterior) for site in (site_out, outer.site))
     return moved, Outer(outer.posterior, mean)
 
 

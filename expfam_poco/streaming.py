@@ -373,7 +373,7 @@ class StreamedStep:
         state, like = span.cut(self.state["posterior"]), self.inner.like(span)
         pair = site_pair(recipe, state, q_out, inside, outside, like, self.block.group["ess"])
         if q_out is not None:
-            terms = correction.variance_terms(*pair, q_out)
+            terms = correction.variance_terms(pair[0], *correction.carried(self.block.family, pair[1], q_out, state))
             meter.add(self.block.name, terms, self.block.family.per_block(*self.alpha), keep)
         if meter.samples(number):
             site = corrected(recipe, state, q_out, *pair, self._numbers(1.0), like).site

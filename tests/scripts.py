@@ -1,10 +1,12 @@
 """Scripts as a user runs them, but in this process, where what they import has been imported already."""
 
+import importlib.util
 import io
 import runpy
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -33,3 +35,14 @@ def run_script(path: Path, *options: str) -> Done:
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module, for tests of its functions; its processes find it by name."""
+    name = f"{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -1,13 +1,12 @@
 """`benchmarks/RESULTS.md` shows what `benchmarks/results/*.json` hold, and they hold the targets."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from expfam_poco.compare.tasks import load_task
 
@@ -16,12 +15,7 @@ HERE = Path(__file__).resolve().parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_logistic", HERE / "logistic.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(HERE / "logistic.py")
 
 
 def stored(name: str) -> dict[str, Any]:

@@ -12,21 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.xdist_group("language model")  # the corpus is read once
 SHORT = {"preset": "nano", "batch": 4, "context": 32, "burn_in": 2, "every": 2, "mega": 2, "validation": 8, "warmup": 2}
-
-
-def module(path: Path) -> ModuleType:
-    name = f"{path.parent.name}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +50,7 @@ def stdlib(texts: ModuleType) -> Any:
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    return module(ROOT / "benchmarks" / "language_model.py")
+    return load_script(ROOT / "benchmarks" / "language_model.py")
 
 
 def training(lm: ModuleType, corpus: Any, **changes: Any) -> Any:

@@ -3,7 +3,6 @@
 One thread, because compiled kernels wait for threads that other tests have taken the core from.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,10 +63,7 @@ def test_importing_costs_little_beside_torch() -> None:
 
 def test_results_show_what_was_measured() -> None:
     """Every stored part has its table in RESULTS.md."""
-    spec = importlib.util.spec_from_file_location("benchmarks_speed", ROOT / "benchmarks" / "speed.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(ROOT / "benchmarks" / "speed.py")
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     for part in ("cycle", "memory", "growth", "batched", "full"):
         content = json.loads((ROOT / "benchmarks" / "results" / f"speed-{part}.json").read_text(encoding="utf-8"))

@@ -1,24 +1,18 @@
 """`benchmarks/structured.py` runs in its short setting, and RESULTS.md shows what its JSON holds."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 HERE = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_structured", HERE / "structured.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(HERE / "structured.py")
 
 
 def test_every_part_has_its_table(script: ModuleType) -> None:

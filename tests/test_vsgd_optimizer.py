@@ -1,7 +1,6 @@
 """VSGD and Constant VSGD as torch optimizers: loops, groups, checkpoints, errors, corrected gradients, large models."""
 
 import copy
-import importlib.util
 import io
 import json
 import math
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import ON_GRADIENTS, Task, equal, flat, network, same, weights
+from scripts import load_script
 from torch import Tensor, nn
 
 import expfam_poco as poco
@@ -315,11 +315,7 @@ def test_spans_and_compiled_kernels_give_the_same_numbers(kind: Any, backend: st
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_vsgd", BENCHMARKS / "vsgd.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / "vsgd.py")
 
 
 @pytest.mark.parametrize("name", ["VSGD", "AlphaSVRG over VSGD"])
