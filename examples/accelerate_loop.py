@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import expfam_poco as poco
 from expfam_poco.integrations.accelerate import unwrap_optimizer
-from expfam_poco.integrations.megabatches import MegaBatches
+from expfam_poco.tools.megabatches import MegaBatches
 
 
 def data() -> tuple[TensorDataset, Tensor, Tensor]:

@@ -8,27 +8,26 @@ Example:
     DiagonalGaussian()
 """
 
-from . import blr, checks, correction, estimators, family, gradient_model, noise
-from .alpha_svrg import AlphaSVRG
-from .batched import BatchedDraws, PerExample
-from .batchnorm import recalibrate_batchnorm
-from .binary import binarize_groups, export_binary, load_binary, save_binary
-from .checkpoint import CheckpointError
-from .checks import LawError, check_family
-from .conversion import load_ivon_opt
-from .data import megabatches
-from .errors import NonFiniteError
-from .estimators import Draws, Estimator
-from .family import ExponentialFamily
-from .optimizer import PosteriorCorrected
-from .optimizers import IVON, SVRG, VON, BayesBiNN, BayesBiNNPoCo, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
-from .posterior import Objective
-from .prediction import ClassPrediction, predict, predict_classes, predict_samples
-from .registry import families_available, get_family, register, resolve_family
-from .saving import load, save
-from .schedules import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha
-from .tracking import log_diagnostics
-from .vsgd import VSGD, ConstantVSGD
+from expfam_poco import blr, checks, correction, estimators, family, gradient_model, noise
+from expfam_poco.checks import check_family
+from expfam_poco.closures.batched import BatchedDraws, PerExample
+from expfam_poco.correction.alpha import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha
+from expfam_poco.errors import CheckpointError, LawError, NonFiniteError
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.draws import Draws, Estimator
+from expfam_poco.family.registry import families_available, get_family, register, resolve_family
+from expfam_poco.optim.alpha_svrg import AlphaSVRG
+from expfam_poco.optim.inspection import Objective
+from expfam_poco.optim.named import IVON, SVRG, VON, BayesBiNN, BayesBiNNPoCo, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
+from expfam_poco.optim.optimizer import PosteriorCorrected
+from expfam_poco.optim.vsgd import VSGD, ConstantVSGD
+from expfam_poco.tools.batchnorm import recalibrate_batchnorm
+from expfam_poco.tools.binary import binarize_groups, export_binary, load_binary, save_binary
+from expfam_poco.tools.ivon_opt import load_ivon_opt
+from expfam_poco.tools.megabatches import megabatches
+from expfam_poco.tools.predict import ClassPrediction, predict, predict_classes, predict_samples
+from expfam_poco.tools.saving import load, save
+from expfam_poco.tools.tracking import log_diagnostics
 
 __version__ = "0.1.0"
 

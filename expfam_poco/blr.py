@@ -1,196 +1,27 @@
-r"""The Bayesian learning rule as pure functions on tensors, usable without any optimizer class.
+"""The Bayesian learning rule as pure functions: the public names of `expfam_poco.rule.blr`."""
 
-In natural coordinates (`natural_step`, PC Eq. 6 and 13) with prior λ₀ in the family and N = `ess`:
+from expfam_poco.rule.blr import (
+    BLRState,
+    bayes_log_density,
+    init,
+    init_momentum,
+    natural_step,
+    norm_clip_factor,
+    site,
+    square_of,
+    unbias_of,
+    update,
+)
 
-    λ ← λ − η (λ − λ₀ + N ĝ) = (1−η) λ + η λ₀ − η N ĝ
-
-In a family's chart (`init`, `update`) the same step is the family's `retract` along ∇̃KL(q ‖ p₀) + N ĝ, with a
-rate for each block, momentum on the family's `momentum_block` and the anchor term of a corrected gradient
-added after it, as Algorithm 4 does. With equal rates, no momentum and the plain retraction both are equal.
-
-As functions of θ (`site`, `bayes_log_density`, Eq. 6 right, 9, 10, 11, 18), the step is Bayes' rule with prior
-q^{1−η} and the sites as log-likelihoods.
-
-PC Eq. 13 and Alg. 2 merge the regulariser into the losses and then lack the base measure's term; the form here
-takes ∇̃KL, in which it cancels.
-"""
-
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import Tensor
-
-from . import fields
-
-if TYPE_CHECKING:
-    from .family import ExponentialFamily
-
-
-class BLRState(NamedTuple):
-    """What a step carries on: the posterior in its chart, and the average of each momentum field (or ())."""
-
-    posterior: Any
-    momentum: tuple[Tensor, ...]
-
-
-def natural_step(nat: Any, prior: Any, natural_gradient: Any, *, rate: float, ess: float) -> Any:
-    """λ ← (1−η) λ + η λ₀ − η N ĝ (PC Eq. 6, 13) in natural coordinates, for a prior in the family.
-
-    Args:
-        nat: λ.
-        prior: λ₀.
-        natural_gradient: ĝ = ∇_μ E_q[mean loss], plain or corrected, in natural coordinates.
-        rate: η.
-        ess: N, the number of examples that the mean loss stands for.
-
-    Example:
-        >>> import torch, expfam_poco as poco
-        >>> nat = poco.family.Theta(torch.tensor(1.0))
-        >>> poco.blr.natural_step(nat, nat, poco.family.Theta(torch.tensor(0.5)), rate=0.1, ess=10.0).theta
-        tensor(0.5000)
-    """
-    return fields.map_fields(
-        lambda lam, lam0, g: (1.0 - rate) * lam + rate * lam0 - rate * ess * g, nat, prior, natural_gradient
-    )
-
-
-def site(family: ExponentialFamily, natural_gradient: Any, theta: Tensor) -> Tensor:
-    """The site ℓ̂(θ) = ⟨∇̃L, T(θ)⟩ (PC Eq. 6, 9), for a natural gradient in natural coordinates."""
-    return family.inner(natural_gradient, family.statistics(theta))
-
-
-def bayes_log_density(
-    family: ExponentialFamily,
-    nat: Any,
-    prior: Any,
-    sites: Sequence[tuple[float, Any]],
-    theta: Tensor,
-    *,
-    rate: float,
-) -> Tensor:
-    """log of q^{1−η} p₀^η Π exp(−η w ℓ̂)(θ) up to a constant: the Bayes form of a step (Eq. 6, 10, 11, 18).
-
-    Args:
-        family: the exponential family.
-        nat: λ of q.
-        prior: λ₀ of p₀.
-        sites: pairs (w, ∇̃L): the corrected step of Eq. 18 is (N, ∇̃L_i(λ_in)), (−αN, ∇̃L_i(λ_out)) and
-            (α, Σ_j ∇̃L_j(λ_out)), the last being q̂_out^{ηα}: λ̂_out = −Σ_j ∇̃L_j(λ_out) (Eq. 9 with its sign).
-        theta: where.
-        rate: η.
-    """
-    statistics = family.statistics(theta)
-    value = (1.0 - rate) * family.inner(nat, statistics) + rate * family.inner(prior, statistics)
-    for weight, natural_gradient in sites:
-        value = value - rate * weight * site(family, natural_gradient, theta)
-    return value + family.log_base_measure(theta)
-
-
-def init(
-    family: ExponentialFamily,
-    theta: Tensor,
-    precision: float | Tensor | None = None,
-    *,
-    momentum: float = 0.0,
-) -> BLRState:
-    """The state to start from: q centred at `theta`, momentum at zero. Pure: runs under `torch.func.vmap`."""
-    posterior = family.centred_at(theta, precision)
-    return BLRState(posterior, init_momentum(family, posterior, momentum))
-
-
-def init_momentum(family: ExponentialFamily, posterior: Any, momentum: float) -> tuple[Tensor, ...]:
-    """One zero tensor for each momentum field, none when momentum is off."""
-    if momentum == 0.0:
-        return ()
-    zero = family.kl_gradient(posterior, posterior)
-    return tuple(torch.zeros_like(getattr(zero, name)) for name in family.momentum_block)
-
-
-def update(
-    family: ExponentialFamily,
-    blr_state: BLRState,
-    prior: Any,
-    site: Any,
-    *,
-    rates: Any,
-    ess: float | Tensor,
-    anchor: Any = None,
-    momentum: float | Tensor = 0.0,
-    debias: bool = True,
-    step: int = 1,
-    unbias: float | Tensor | None = None,
-    clip_radius: float = math.inf,
-    retraction: str = "second_order",
-    prior_in_momentum: bool = False,
-) -> BLRState:
-    """One step of the Bayesian learning rule in the family's chart.
-
-        ḡ ← β ḡ + (1−β) ĝ   on the momentum block,      D = ∇̃KL(q ‖ p₀) + N (ḡ/(1−βᵗ) + anchor)
-        q ← retract(q, D, rates)
-
-    Args:
-        family: the exponential family.
-        blr_state: posterior and momentum.
-        prior: p₀ as a State (fields may broadcast).
-        site: the natural gradient of the mean loss at the posterior, plain or corrected, as a Site.
-        rates: a Site of numbers, one step size for each field.
-        ess: N.
-        anchor: the anchor term of a corrected gradient (`correction.correct`), added after the momentum.
-        momentum: β, 0 for none.
-        debias: divide the average by 1−βᵗ.
-        step: t ≥ 1, the momentum's age: counted over the whole training, never restarted in an inner loop (only
-            when momentum was off, which forgets the average).
-        unbias: 1−βᵗ itself, in place of `debias` and `step`.
-        clip_radius: ξ, the largest entry of the step before its rate.
-        retraction: "second_order" or "plain"; ask `family.in_domain` after a plain one.
-        prior_in_momentum: average ∇̃KL/N + ĝ in place of ĝ, as BayesBiNN does.
-
-    Example:
-        >>> import torch, expfam_poco as poco
-        >>> family = poco.resolve_family("bernoulli")
-        >>> state = poco.blr.init(family, torch.zeros(2))
-        >>> prior = family.centred_at(torch.zeros(2))
-        >>> gradient = family.Site(torch.tensor([1.0, -1.0]))
-        >>> poco.blr.update(family, state, prior, gradient, rates=(0.1,), ess=10.0).posterior.theta
-        tensor([-1.,  1.])
-    """
-    memory: tuple[Tensor, ...] = ()
-    kl = family.kl_gradient(blr_state.posterior, prior)
-    if prior_in_momentum:
-        site = fields.map_fields(lambda pull, g: g + pull / ess, kl, site)
-        kl = fields.scale(kl, 0.0)
-    if isinstance(momentum, Tensor) or momentum > 0.0:
-        begun = blr_state.momentum or tuple(torch.zeros_like(getattr(site, name)) for name in family.momentum_block)
-        memory = tuple(
-            momentum * old + (1.0 - momentum) * getattr(site, name)
-            for name, old in zip(family.momentum_block, begun, strict=True)
-        )
-        if unbias is None:
-            unbias = unbias_of(float(momentum), step, debias)
-        averages = {name: value / unbias for name, value in zip(family.momentum_block, memory, strict=True)}
-        site = site._replace(**averages)
-    if anchor is not None:
-        site = fields.add(site, anchor)
-    direction = fields.map_fields(lambda pull, g: pull + ess * g, kl, site)
-    posterior = family.retract(blr_state.posterior, direction, rates, variant=retraction, clip_radius=clip_radius)
-    return BLRState(posterior, memory)
-
-
-def unbias_of(momentum: float, step: int, debias: bool) -> float:
-    """1 − βᵗ, or 1 without debiasing."""
-    return 1.0 - momentum**step if debias else 1.0
-
-
-def square_of(values: Sequence[Tensor]) -> Tensor:
-    """‖values together‖² in float64 on the CPU."""
-    norms = torch.stack([torch.linalg.vector_norm(value).to(torch.float64).cpu() for value in values])
-    return (norms * norms).sum()
-
-
-def norm_clip_factor(squares: Sequence[Tensor], max_norm: float) -> Tensor:
-    """min(1, max_norm / ‖all gradients together‖), the factor of clipping by global norm, from their squares."""
-    return (max_norm / (torch.stack(list(squares)).sum().sqrt() + 1e-300)).clamp(max=1.0)
+__all__ = [
+    "BLRState",
+    "bayes_log_density",
+    "init",
+    "init_momentum",
+    "natural_step",
+    "norm_clip_factor",
+    "site",
+    "square_of",
+    "unbias_of",
+    "update",
+]

@@ -19,7 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .family import ExponentialFamily
+    from expfam_poco.family.base import ExponentialFamily
 
 app = typer.Typer(
     name="expfam-poco",
@@ -39,7 +39,7 @@ def main() -> None:
 @contextmanager
 def _sentences(err: Console) -> Iterator[None]:
     """Turn wrong input into one sentence and exit code 2, and Ctrl-C into 130."""
-    from .compare.errors import InputError
+    from expfam_poco.errors import InputError
 
     try:
         yield
@@ -112,9 +112,9 @@ def compare(
         if methods == "help":
             _list_methods(out)
             return
-        from .compare.job import Options
-        from .compare.job import compare as run
-        from .compare.pool import WorkerError
+        from expfam_poco.compare.job import Options
+        from expfam_poco.compare.job import compare as run
+        from expfam_poco.compare.pool import WorkerError
 
         options = Options(
             task=task,
@@ -143,7 +143,7 @@ def compare(
 
 
 def _list_methods(out: Console) -> None:
-    from .compare.methods import DEFAULT_METHODS, METHODS
+    from expfam_poco.compare.methods import DEFAULT_METHODS, METHODS
 
     table = _table("method", "what it is", "default")
     for method in METHODS.values():
@@ -155,7 +155,7 @@ def _list_methods(out: Console) -> None:
 def families() -> None:
     """List the registered families."""
     out = Console()
-    from .registry import families_available, get_family
+    from expfam_poco.family.registry import families_available, get_family
 
     table = _table("name", "one posterior for", "curvature", "what it is")
     for name in families_available():
@@ -189,7 +189,7 @@ def check(
     out, err = Console(), Console(stderr=True)
     with _sentences(err):
         found = _find_family(family)
-        from .checks import check_family
+        from expfam_poco.checks.suite import check_family
 
         report = check_family(found, seed=seed, raise_on_failure=False)
         table = _table("law", "result", "error", "tolerance")
@@ -214,7 +214,7 @@ def new_family(
     """Write a small family that keeps the laws, with comments on what to change, and its tests."""
     out, err = Console(), Console(stderr=True)
     with _sentences(err):
-        from .new_family import write_family
+        from expfam_poco.tools.new_family import write_family
 
         made, family, tests = write_family(name, folder)
         for line in (
@@ -230,8 +230,8 @@ def _find_family(name: str) -> ExponentialFamily:
     Raises:
         InputError: where there is none, or it cannot be made without arguments.
     """
-    from .compare.errors import InputError
-    from .registry import resolve_family
+    from expfam_poco.errors import InputError
+    from expfam_poco.family.registry import resolve_family
 
     module_name, colon, class_name = name.rpartition(":")
     chosen: Any = name
@@ -247,7 +247,7 @@ def _import_class(name: str, module_name: str, class_name: str) -> Any:
     """An object from a module that is installed or lies in the current folder, or from a file."""
     from importlib import import_module
 
-    from .compare.errors import InputError
+    from expfam_poco.errors import InputError
 
     here = Path.cwd()
     if module_name.endswith(".py"):

@@ -1,6 +1,8 @@
-"""Errors that several modules raise."""
+"""What can go wrong, as exceptions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,3 +27,41 @@ class NonFiniteError(FloatingPointError):
 
     loss: Tensor = torch.tensor(float("nan"))
     stepped: bool = False
+
+
+class CheckpointError(ValueError):
+    """A state_dict does not belong to this optimizer; the sentence names the entry. Nothing was loaded.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> opt = poco.IVON([torch.nn.Parameter(torch.zeros(2))], lr=0.1, ess=8.0)
+        >>> try:
+        ...     opt.load_state_dict({"state": {}, "param_groups": []})
+        ... except poco.CheckpointError as error:
+        ...     print(str(error).split(":")[0])
+        state_dict['poco']
+    """
+
+
+class LawError(AssertionError):
+    """A family breaks a law; `report` holds all results.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> issubclass(poco.LawError, AssertionError)
+        True
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class InputError(ValueError):
+    """Wrong input from the user: one sentence that names the argument, its value and the remedy.
+
+    Example:
+        >>> import expfam_poco.errors
+        >>> issubclass(expfam_poco.errors.InputError, ValueError)
+        True
+    """

@@ -1,19 +1,19 @@
 """The built-in families. Each is a plug-in of the engine, registered by an entry point of this package."""
 
-from .bernoulli import Bernoulli
-from .beta import Beta
-from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
-from .block_diagonal import BlockDiagonalGaussian
-from .categorical import Categorical
-from .categorical_estimators import RelaxedLevels, StraightThroughLevels
-from .dirichlet import Dirichlet
-from .exponential import Exponential
-from .gamma import Gamma
-from .gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
-from .inverse_gaussian import InverseGaussian
-from .kronecker import KroneckerGaussian, KroneckerSite, KroneckerState
-from .log_normal import LogNormal
-from .low_rank import LowRankGaussian, LowRankSite, LowRankState
+from .discrete.bernoulli import Bernoulli
+from .discrete.binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
+from .discrete.categorical import Categorical
+from .discrete.categorical_estimators import RelaxedLevels, StraightThroughLevels
+from .gaussian.block_diagonal import BlockDiagonalGaussian
+from .gaussian.gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
+from .gaussian.kronecker import KroneckerGaussian, KroneckerSite, KroneckerState
+from .gaussian.low_rank import LowRankGaussian, LowRankSite, LowRankState
+from .positive.beta import Beta
+from .positive.dirichlet import Dirichlet
+from .positive.exponential import Exponential
+from .positive.gamma import Gamma
+from .positive.inverse_gaussian import InverseGaussian
+from .positive.log_normal import LogNormal
 from .product import ProductFamily
 from .von_mises import VonMises
 

@@ -16,19 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from math import inf, prod
+from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco.estimators import Draws
-from expfam_poco.family import ExponentialFamily
-from expfam_poco.noise import NoiseKey
-from expfam_poco.registry import resolve_family
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.draws import Draws
+from expfam_poco.family.noise import NoiseKey
+from expfam_poco.family.registry import resolve_family
 
-from .gaussian import DiagonalGaussian
+from .gaussian.gaussian import DiagonalGaussian
 
 
 class Part(NamedTuple):
@@ -37,6 +37,20 @@ class Part(NamedTuple):
     pattern: str
     family: ExponentialFamily
     settings: dict[str, Any]
+
+
+def _parted(name: str, *takes: str, gives: str) -> Any:
+    """A method that every part does for itself: what kinds of arguments it takes, and what it gives."""
+
+    def method(self: ProductFamily, *arguments: Any, **choices: Any) -> Any:
+        arguments = (*arguments, *(None,) * (len(takes) - len(arguments)))
+        own = zip(
+            self._flat(), *(self._take(kind, value) for kind, value in zip(takes, arguments, strict=True)), strict=True
+        )
+        return self._give(gives, [getattr(family, name)(*rest, **choices) for (family, _), *rest in own])
+
+    method.__name__, method.__doc__ = name, f"Part by part, as `ExponentialFamily.{name}`."
+    return method
 
 
 @dataclass(frozen=True)
@@ -213,74 +227,65 @@ class ProductFamily(ExponentialFamily):
 
         return torch.cat(self._each(wide, noises), -2)
 
-    # ---- what defines the family -----------------------------------------------------------------------------
+    # ---- part by part ----------------------------------------------------------------------------------------
 
-    def statistics(self, theta: Tensor) -> Any:
-        """Those of the parts, side by side."""
-        return self._join("Mean", self._each(lambda f, t: f.statistics(t), self._cut(theta)))
+    statistics = _parted("statistics", "theta", gives="Mean")
+    sample = _parted("sample", "State", "noise", gives="theta")
+    centred_at = _parted("centred_at", "theta", "number", gives="State")
+    to_mean = _parted("to_mean", "Nat", gives="Mean")
+    to_natural = _parted("to_natural", "Mean", gives="Nat")
+    to_nat = _parted("to_nat", "State", gives="Nat")
+    from_nat = _parted("from_nat", "Nat", gives="State")
+    site_to_nat = _parted("site_to_nat", "Site", "State", gives="Nat")
+    site_from_nat = _parted("site_from_nat", "Nat", "State", gives="Site")
+    reanchor = _parted("reanchor", "Site", "State", "State", gives="Site")
+    reflect = _parted("reflect", "noise", gives="noise")
+    neutral_noise = _parted("neutral_noise", "theta", gives="noise")
+    point = _parted("point", "State", gives="theta")
+    recentre = _parted("recentre", "State", "theta", gives="State")
+    reference_like = _parted("reference_like", "theta", gives="theta")
+    middle = _parted("middle", "Mean", gives="theta")
+    distributions = _parted("distribution", "State", gives="list")
+    natural_gradient = _parted("natural_gradient", "State", "draws", gives="Site")
+    score_natural_gradient = _parted("score_natural_gradient", "State", "draws", gives="Site")
+    kl_gradient = _parted("kl_gradient", "State", "State", gives="Site")
+    retract = _parted("retract", "State", "Site", "Site", gives="State")
+    fisher_vector_product = _parted("fisher_vector_product", "Nat", "Nat", gives="Nat")
+    fisher_solve = _parted("fisher_solve", "Nat", "Nat", gives="Nat")
+    in_domain = _parted("in_domain", "State", gives="all")
+    # Sums over all weights:
+    log_partition = _parted("log_partition", "Nat", gives="sum")
+    log_base_measure = _parted("log_base_measure", "theta", gives="sum")
+    expected_log_base_measure = _parted("expected_log_base_measure", "State", gives="sum")
+    entropy = _parted("entropy", "State", gives="sum")
+    kl = _parted("kl", "State", "State", gives="sum")
+    log_prob = _parted("log_prob", "State", "theta", gives="sum")
 
-    def log_partition(self, nat: Any) -> Tensor:
-        """Σ A_i(λ_i)."""
-        return self._total(self._each(lambda f, n: f.log_partition(n), self._values("Nat", nat)))
+    def _take(self, kind: str, value: Any) -> list[Any]:
+        """An argument of this kind, as the parts have it."""
+        if kind in ("theta", "number"):
+            return self._cut(value)
+        if kind == "noise":
+            return self._noises(value)
+        if kind == "draws":
+            first, second = value.pairs or (None, None)
+            each = map(self._cut, (value.theta, value.grad, value.hessian, first, second))
+            pieces = zip(self._noises(value.noise), *each, strict=True)
+            return [Draws(e, t, value.loss, g, h, None if a is None else (a, b)) for e, t, g, h, a, b in pieces]
+        return self._values(kind, value)
 
-    def sample(self, state: Any, noise: Tensor) -> Tensor:
-        """Each part's own."""
-        parts = self._each(lambda f, s, e: f.sample(s, e), self._values("State", state), self._noises(noise))
-        return torch.cat(parts, -1)
-
-    def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Any:
-        """Each part's own."""
-        return self._join(
-            "State", self._each(lambda f, t, p: f.centred_at(t, p), self._cut(theta), self._cut(precision))
-        )
-
-    def log_base_measure(self, theta: Tensor) -> Tensor:
-        """Σ log h_i."""
-        return self._total(self._each(lambda f, t: f.log_base_measure(t), self._cut(theta)))
-
-    def expected_log_base_measure(self, state: Any) -> Tensor:
-        """Σ E[log h_i]."""
-        return self._total(self._each(lambda f, s: f.expected_log_base_measure(s), self._values("State", state)))
-
-    def _total(self, values: Sequence[Tensor]) -> Tensor:
-        """The sum over the weights of all parts."""
-        return torch.stack([value.sum(-1) for value in values]).sum(0)
-
-    # ---- coordinates -----------------------------------------------------------------------------------------
-
-    def to_mean(self, nat: Any) -> Any:
-        """Each part's own."""
-        return self._join("Mean", self._each(lambda f, n: f.to_mean(n), self._values("Nat", nat)))
-
-    def to_natural(self, mean: Any) -> Any:
-        """Each part's own."""
-        return self._join("Nat", self._each(lambda f, m: f.to_natural(m), self._values("Mean", mean)))
-
-    def to_nat(self, state: Any) -> Any:
-        """Each part's own."""
-        return self._join("Nat", self._each(lambda f, s: f.to_nat(s), self._values("State", state)))
-
-    def from_nat(self, nat: Any) -> Any:
-        """Each part's own."""
-        return self._join("State", self._each(lambda f, n: f.from_nat(n), self._values("Nat", nat)))
-
-    def site_to_nat(self, site: Any, state: Any) -> Any:
-        """Each part's own."""
-        sites, states = self._values("Site", site), self._values("State", state)
-        return self._join("Nat", self._each(lambda f, g, s: f.site_to_nat(g, s), sites, states))
-
-    def site_from_nat(self, site: Any, state: Any) -> Any:
-        """Each part's own."""
-        sites, states = self._values("Nat", site), self._values("State", state)
-        return self._join("Site", self._each(lambda f, g, s: f.site_from_nat(g, s), sites, states))
-
-    def reanchor(self, site: Any, state_from: Any, state_to: Any) -> Any:
-        """Each part's own."""
-        sites = self._values("Site", site)
-        ends = self._values("State", state_from), self._values("State", state_to)
-        return self._join("Site", self._each(lambda f, g, a, b: f.reanchor(g, a, b), sites, *ends))
-
-    # ---- noise and points ------------------------------------------------------------------------------------
+    def _give(self, kind: str, values: list[Any]) -> Any:
+        """The parts' results of this kind, as one."""
+        if kind in ("Nat", "Mean", "State", "Site"):
+            return self._join(kind, values)
+        whole = {
+            "theta": lambda: torch.cat(values, -1),
+            "noise": lambda: self._padded(values),
+            "sum": lambda: torch.stack([value.sum(-1) for value in values]).sum(0),
+            "all": lambda: torch.stack(values).all(),
+            "list": lambda: values,
+        }
+        return whole[kind]()
 
     def noise(
         self,
@@ -300,105 +305,11 @@ class ProductFamily(ExponentialFamily):
             start += prod((*own, *family.noise_dims))
         return self._padded(made)
 
-    def reflect(self, noise: Tensor) -> Tensor:
-        """Each part's own."""
-        return self._padded(self._each(lambda f, e: f.reflect(e), self._noises(noise)))
-
-    def neutral_noise(self, like: Tensor) -> Tensor:
-        """Each part's own."""
-        return self._padded(self._each(lambda f, t: f.neutral_noise(t), self._cut(like)))
-
-    def point(self, state: Any) -> Tensor:
-        """Each part's own."""
-        return torch.cat(self._each(lambda f, s: f.point(s), self._values("State", state)), -1)
-
-    def recentre(self, state: Any, theta: Tensor) -> Any:
-        """Each part's own."""
-        states = self._values("State", state)
-        return self._join("State", self._each(lambda f, s, t: f.recentre(s, t), states, self._cut(theta)))
-
-    def reference_like(self, like: Tensor) -> Tensor:
-        """Each part's own."""
-        return torch.cat(self._each(lambda f, t: f.reference_like(t), self._cut(like)), -1)
-
-    def middle(self, statistics: Any) -> Tensor:
-        """Each part's own."""
-        return torch.cat(self._each(lambda f, m: f.middle(m), self._values("Mean", statistics)), -1)
-
-    def distributions(self, state: Any) -> list[Any]:
-        """The parts' distributions."""
-        return self._each(lambda f, s: f.distribution(s), self._values("State", state))
-
     def distribution(self, state: Any) -> Any:
         """The parts' distributions, side by side."""
         from .product_distribution import ProductDistribution
 
         return ProductDistribution(self, state)
-
-    # ---- the Bayesian learning rule --------------------------------------------------------------------------
-
-    def _draws(self, draws: Draws) -> list[Draws]:
-        """The parts' measurements: the loss is common, the rest is theirs."""
-        curvature = self._cut(draws.curvature)
-        pieces = zip(self._noises(draws.noise), self._cut(draws.theta), self._cut(draws.grad), curvature, strict=True)
-        return [Draws(noise, theta, draws.loss, grad, own) for noise, theta, grad, own in pieces]
-
-    def natural_gradient(self, state: Any, draws: Draws) -> Any:
-        """Each part's own."""
-        states = self._values("State", state)
-        return self._join("Site", self._each(lambda f, s, d: f.natural_gradient(s, d), states, self._draws(draws)))
-
-    def score_natural_gradient(self, state: Any, draws: Draws) -> Any:
-        """Each part's own, all from the common loss."""
-        states = self._values("State", state)
-        sites = self._each(lambda f, s, d: f.score_natural_gradient(s, d), states, self._draws(draws))
-        return self._join("Site", sites)
-
-    def kl_gradient(self, state: Any, prior: Any) -> Any:
-        """Each part's own."""
-        pairs = self._values("State", state), self._values("State", prior)
-        return self._join("Site", self._each(lambda f, s, p: f.kl_gradient(s, p), *pairs))
-
-    def retract(
-        self, state: Any, direction: Any, rates: Any, *, variant: str = "second_order", clip_radius: float = inf
-    ) -> Any:
-        """Each part's own."""
-        values = (self._values("State", state), self._values("Site", direction), self._values("Site", rates))
-
-        def moved(family: ExponentialFamily, *own: Any) -> Any:
-            return family.retract(*own, variant=variant, clip_radius=clip_radius)
-
-        return self._join("State", self._each(moved, *values))
-
-    def in_domain(self, state: Any) -> Tensor:
-        """Every part is in its own."""
-        return torch.stack(self._each(lambda f, s: f.in_domain(s), self._values("State", state))).all()
-
-    # ---- values ----------------------------------------------------------------------------------------------
-
-    def entropy(self, state: Any) -> Tensor:
-        """The sum of the parts'."""
-        return self._total(self._each(lambda f, s: f.entropy(s), self._values("State", state)))
-
-    def kl(self, state: Any, prior: Any) -> Tensor:
-        """The sum of the parts'."""
-        pairs = self._values("State", state), self._values("State", prior)
-        return self._total(self._each(lambda f, s, p: f.kl(s, p), *pairs))
-
-    def log_prob(self, state: Any, theta: Tensor) -> Tensor:
-        """The sum of the parts'."""
-        values = self._values("State", state), self._cut(theta)
-        return self._total(self._each(lambda f, s, t: f.log_prob(s, t), *values))
-
-    def fisher_vector_product(self, nat: Any, vector: Any) -> Any:
-        """Each part's own."""
-        values = self._values("Nat", nat), self._values("Nat", vector)
-        return self._join("Nat", self._each(lambda f, n, v: f.fisher_vector_product(n, v), *values))
-
-    def fisher_solve(self, nat: Any, vector: Any) -> Any:
-        """Each part's own."""
-        values = self._values("Nat", nat), self._values("Nat", vector)
-        return self._join("Nat", self._each(lambda f, n, v: f.fisher_solve(n, v), *values))
 
 
 def _part(pattern: str, value: Any) -> Part:

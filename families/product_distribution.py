@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco.distribution import FamilyDistribution
+from expfam_poco.family.distribution import FamilyDistribution
 
 if TYPE_CHECKING:
     from .product import ProductFamily

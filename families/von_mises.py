@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco import fields
-from expfam_poco.estimators import Draws
-from expfam_poco.family import ExponentialFamily
-from expfam_poco.inversion import increasing_root, opaque
+from expfam_poco.family import fields
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.draws import Draws
+from expfam_poco.family.inversion import increasing_root, opaque
 
 LOG_2PI = math.log(2.0 * math.pi)
 SMALL, LARGE = 1.0, 150.0  # below: a power series in κ²; above: an asymptotic one in 1/κ

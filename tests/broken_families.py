@@ -242,7 +242,7 @@ class SquareOfGradient(FullGaussian):
 
     def natural_gradient(self, state, draws):
         curvature = self._outer(draws.grad, draws.grad)
-        return super().natural_gradient(state, draws._replace(curvature=curvature))
+        return super().natural_gradient(state, draws._replace(hessian=curvature))
 
 
 @dataclasses.dataclass(frozen=True)

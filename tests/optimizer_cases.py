@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import expfam_poco as poco
+from expfam_poco.engine.noise_plan import draw_noise
 from expfam_poco.estimators import LOSSES_ALONE
-from expfam_poco.measurement import draw_noise
 from expfam_poco.noise import NoiseKey
 
 Make = Callable[..., torch.optim.Optimizer]

@@ -424,26 +424,24 @@ def weighted_draws(
     theta = estimator.points(family, state, noise)
     values = torch.func.vmap(loss)(theta)
     grad = torch.func.vmap(torch.func.grad(loss))(theta)
-    dense, curvature = family.curvature == "dense", None
+    dense, curvature, pairs = family.curvature == "dense", None, None
     if family.curvature != "none" and estimator.needs == "hessian":
         curvature = torch.func.vmap(torch.func.jacrev(torch.func.grad(loss)))(theta)
         curvature = curvature if dense else curvature.diagonal(dim1=-2, dim2=-1)
     elif family.curvature != "none" and estimator.needs == "hvp":
         hessian = torch.func.vmap(torch.func.jacrev(torch.func.grad(loss)))(theta)
         product = (hessian @ probes.unsqueeze(-1)).squeeze(-1)
-        curvature = torch.stack(
-            [estimator.curvature_of_product(z, p, dense) for z, p in zip(probes, product, strict=True)]
-        )
+        pairs = product, probes
     elif family.curvature != "none":
-        made = [estimator.curvature_of_gradient(g, ess, dense) for g in grad]
-        curvature = None if made[0] is None else torch.stack(made)
+        pairs = estimator.pair(grad, ess)
 
     def weigh(value: torch.Tensor | None) -> torch.Tensor | None:
         if weights is None or value is None:
             return value
         return value * (len(weights) * weights).reshape(-1, *(1,) * (value.ndim - 1))
 
-    return Draws(noise, theta, values, weigh(grad), weigh(curvature))
+    pairs = None if pairs is None else (weigh(pairs[0]), pairs[1])
+    return Draws(noise, theta, values, weigh(grad), weigh(curvature), pairs)
 
 
 def site_of(

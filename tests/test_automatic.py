@@ -14,9 +14,9 @@ from torch import Tensor
 
 import expfam_poco as poco
 from expfam_poco import checks
-from expfam_poco.derive import fisher
+from expfam_poco.checks.specimens import SIGMAS, Specimen, as_fields, standard_errors
 from expfam_poco.family import ExponentialFamily
-from expfam_poco.specimens import SIGMAS, Specimen, as_fields, standard_errors
+from expfam_poco.family.derived import fisher
 
 DERIVED = (
     "to_mean to_natural natural_gradient score_natural_gradient kl_gradient log_prob entropy kl score "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import expfam_poco as poco
 from expfam_poco.estimators import Draws, available
 from expfam_poco.families import Bernoulli, Relaxed, SingleFlip, StraightThrough
-from expfam_poco.families.binary_estimators import log_sech_squared
+from expfam_poco.families.discrete.binary_estimators import log_sech_squared
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = Bernoulli()

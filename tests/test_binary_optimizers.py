@@ -9,9 +9,9 @@ from optimizer_cases import named
 from torch import Tensor, nn
 
 import expfam_poco as poco
+from expfam_poco.engine.noise_plan import INNER, MEGA, draw_noise
 from expfam_poco.families import Bernoulli, Relaxed
-from expfam_poco.families.binary_estimators import log_sech_squared
-from expfam_poco.measurement import INNER, MEGA, draw_noise
+from expfam_poco.families.discrete.binary_estimators import log_sech_squared
 from expfam_poco.noise import NoiseKey
 
 N, TAU, BETA, DRAWS, LR, STRENGTH = 40.0, 0.5, 0.9, 3, 1e-3, 2.0

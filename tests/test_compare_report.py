@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from expfam_poco.compare import plot
-from expfam_poco.compare.errors import InputError
 from expfam_poco.compare.job import Options, compare, writable_folder
 from expfam_poco.compare.report import LEVELS, Report, Result, show_gap
 from expfam_poco.compare.runner import Curve
 from expfam_poco.compare.tasks import load_task
+from expfam_poco.errors import InputError
 
 
 def small(folder: Path, **changes: Any) -> tuple[Report, str, str]:

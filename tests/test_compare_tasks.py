@@ -10,9 +10,9 @@ import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from expfam_poco.compare.errors import InputError
 from expfam_poco.compare.table import read_table
 from expfam_poco.compare.tasks import BUILT_IN, Task, load_csv, load_task
+from expfam_poco.errors import InputError
 
 SHAPES = {"breast-cancer": (569, (31,)), "digits": (1797, (65, 10)), "wine": (178, (14, 3))}
 

@@ -14,7 +14,7 @@ from test_optimizers_parity import TorchWithGivenNoise, two_groups
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.measurement import INNER
+from expfam_poco.engine.noise_plan import INNER
 
 SHELL_ONLY = ("hess_approx", "rescale_lr", "debias", "mc_samples")
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {

@@ -24,8 +24,8 @@ from expfam_poco.families import (
     Relaxed,
     StraightThrough,
 )
-from expfam_poco.families.binary_estimators import log_sech_squared
-from expfam_poco.families.sign_bernoulli import SignBernoulli
+from expfam_poco.families.discrete.binary_estimators import log_sech_squared
+from expfam_poco.families.discrete.level_categorical import SignBernoulli
 from expfam_poco.noise import NoiseKey
 
 

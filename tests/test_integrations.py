@@ -20,8 +20,8 @@ from transformers import TrainingArguments, set_seed
 import expfam_poco as poco
 from expfam_poco.integrations.accelerate import unwrap_optimizer
 from expfam_poco.integrations.lightning import PoCoModule
-from expfam_poco.integrations.megabatches import MegaBatches
 from expfam_poco.integrations.transformers import PoCoTrainer
+from expfam_poco.tools.megabatches import MegaBatches
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from optimizer_cases import OPTIMIZERS, SHELL, Task, equal, flat, network, run, 
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.meter import EVERY
+from expfam_poco.correction.variance import EVERY
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 every_shell = pytest.mark.parametrize("name", SHELL)

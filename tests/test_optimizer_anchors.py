@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import expfam_poco as poco
-from expfam_poco.meter import EVERY
+from expfam_poco.correction.variance import EVERY
 
 every_shell = pytest.mark.parametrize("name", SHELL)
 

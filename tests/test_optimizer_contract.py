@@ -30,8 +30,8 @@ from torch.distributions import transform_to
 
 import expfam_poco as poco
 from expfam_poco import blr, correction
-from expfam_poco.estimators import LOSSES_ALONE, Draws, available, curvature_of_gradient
-from expfam_poco.measurement import INNER, MEGA, PROBE_INNER, PROBE_MEGA
+from expfam_poco.engine.noise_plan import INNER, MEGA, PROBE_INNER, PROBE_MEGA
+from expfam_poco.estimators import LOSSES_ALONE, Draws, available
 from expfam_poco.noise import NoiseKey, noise
 
 # ---- the shell on a model, and the pure functions ----------------------------------------------------------
@@ -87,7 +87,7 @@ class Pure:
             noise("rademacher", shape, self.draws, key.at(stream=probes), dtype=torch.float64)
             for shape, key in zip(shapes, keys, strict=True)
         ]
-        losses, measured = [], [([], [], []) for _ in states]
+        losses, measured = [], [([], [], [], []) for _ in states]
         varied: list[list[Tensor]] = [[] for _ in states]
         for k in range(self.draws):
             thetas = [estimator.points(family, s, e[k : k + 1])[0] for s, e in zip(states, eps, strict=True)]
@@ -102,7 +102,7 @@ class Pure:
             inner = sum((g * z[k]).sum() for g, z in zip(grads, signs, strict=True))
             products = torch.autograd.grad(inner, leaves, retain_graph=True)
             for i, (theta, grad) in enumerate(zip(thetas, grads, strict=True)):
-                curvature = None
+                curvature, pair = None, None
                 dense = family.curvature == "dense"
                 if family.curvature != "none" and estimator.needs == "hessian":
                     rows = [
@@ -112,17 +112,18 @@ class Pure:
                     full = torch.stack(rows)
                     curvature = full if dense else full.diagonal().reshape(theta.shape)
                 elif estimator.needs == "hvp":
-                    curvature = estimator.curvature_of_product(signs[i][k], products[i], dense)
+                    pair = products[i], signs[i][k]
                 else:
-                    curvature = curvature_of_gradient(estimator, family, grad.detach(), 50.0)
-                for record, value in zip(measured[i], (theta, grad.detach(), curvature), strict=True):
+                    pair = None if family.curvature == "none" else estimator.pair(grad.detach(), 50.0)
+                for record, value in zip(measured[i], (theta, grad.detach(), curvature, pair), strict=True):
                     record.append(value)
         sites = []
-        for state, e, (theta, grad, curvature), other in zip(states, eps, measured, varied, strict=True):
+        for state, e, (theta, grad, curvature, pair), other in zip(states, eps, measured, varied, strict=True):
             stacked = None if curvature[0] is None else torch.stack(curvature)
+            pairs = None if pair[0] is None else tuple(map(torch.stack, zip(*pair, strict=True)))
             gradient = None if estimator.needs in LOSSES_ALONE else torch.stack(grad)
             variations = torch.stack(other) if other else None
-            draws = Draws(e, torch.stack(theta), torch.stack(losses), gradient, stacked, variations)
+            draws = Draws(e, torch.stack(theta), torch.stack(losses), gradient, stacked, pairs, variations)
             sites.append(estimator.natural_gradient(family, state, draws))
         return sites
 

@@ -9,8 +9,8 @@ from optimizer_cases import Task, equal, network, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
+from expfam_poco.engine.noise_plan import INNER, MEGA
 from expfam_poco.estimators import Draws
-from expfam_poco.measurement import INNER, MEGA
 from expfam_poco.noise import NoiseKey
 
 

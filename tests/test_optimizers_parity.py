@@ -11,7 +11,7 @@ from optimizer_cases import Task, equal, flat, network, noises, run, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.measurement import INNER, MEGA, OUTER
+from expfam_poco.engine.noise_plan import INNER, MEGA, OUTER
 
 # ---- IVON against ivon-opt 0.1.3 ---------------------------------------------------------------------------
 

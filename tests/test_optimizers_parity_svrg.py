@@ -10,7 +10,7 @@ from optimizer_cases import Task, equal, flat, network, noises, run, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.measurement import FIXED, INNER, MEGA, OUTER
+from expfam_poco.engine.noise_plan import FIXED, INNER, MEGA, OUTER
 
 
 class Logistic:

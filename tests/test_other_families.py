@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import expfam_poco as poco
-from expfam_poco.derive import fisher, pathwise_natural_gradient
 from expfam_poco.families import (
     Bernoulli,
     Categorical,
@@ -25,6 +24,7 @@ from expfam_poco.families import (
     von_mises,
 )
 from expfam_poco.families import Relaxed as RelaxedSigns
+from expfam_poco.family.derived import fisher, pathwise_natural_gradient
 
 F64 = torch.float64
 KAPPAS = (0.0, 1e-3, 0.5, 3.0, 17.0, 149.0, 151.0, 1e4, 1e6)

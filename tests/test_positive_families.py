@@ -14,7 +14,7 @@ import expfam_poco as poco
 from expfam_poco import derive
 from expfam_poco.estimators import Draws
 from expfam_poco.families import Beta, Dirichlet, Exponential, Gamma
-from expfam_poco.families.gamma_functions import (
+from expfam_poco.families.positive.gamma_functions import (
     LARGE,
     log_gamma,
     log_less_digamma,

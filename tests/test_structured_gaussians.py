@@ -16,8 +16,8 @@ from expfam_poco.families import (
     KroneckerGaussian,
     LowRankGaussian,
 )
-from expfam_poco.families.kronecker import KroneckerState
-from expfam_poco.families.low_rank import LowRankState
+from expfam_poco.families.gaussian.kronecker import KroneckerState
+from expfam_poco.families.gaussian.low_rank import LowRankState
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from .errors import InputError
-from .tasks import Task
+from expfam_poco.compare.tasks import Task
+from expfam_poco.errors import InputError
 
 Settings = dict[str, Any]
 Build = Callable[[Parameter, Settings, int], torch.optim.Optimizer]

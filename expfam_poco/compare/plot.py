@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import InputError
-from .report import Report, Result
+from expfam_poco.compare.report import Report, Result
+from expfam_poco.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,10 +17,10 @@ from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
-from .errors import InputError
-from .methods import METHODS, Settings
-from .runner import Budget, Curve, train
-from .tasks import Task
+from expfam_poco.compare.methods import METHODS, Settings
+from expfam_poco.compare.runner import Budget, Curve, train
+from expfam_poco.compare.tasks import Task
+from expfam_poco.errors import InputError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 POLL_SECONDS = 0.2

@@ -8,9 +8,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from .pool import Run
-from .report import show_gap
-from .runner import Curve
+from expfam_poco.compare.pool import Run
+from expfam_poco.compare.report import show_gap
+from expfam_poco.compare.runner import Curve
 
 
 class Display:

@@ -17,9 +17,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .methods import METHODS, Settings
-from .runner import Curve
-from .tasks import Task
+from expfam_poco.compare.methods import METHODS, Settings
+from expfam_poco.compare.runner import Curve
+from expfam_poco.compare.tasks import Task
 
 LEVELS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 FLOOR = 1e-16

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .methods import Method, Settings
-from .tasks import Task
+from expfam_poco.compare.methods import Method, Settings
+from expfam_poco.compare.tasks import Task
 
 RECORD_EVERY = 0.1
 """Passes between two records of the gap."""

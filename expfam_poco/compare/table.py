@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import InputError
+from expfam_poco.errors import InputError
 
 DELIMITERS = ",;\t"
 MOST_CLASSES = 50

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import InputError
-from .table import read_table
+from expfam_poco.compare.table import read_table
+from expfam_poco.errors import InputError
 
 BUILT_IN = {"breast-cancer": 1e-2, "digits": 1e-3, "wine": 1e-2}
 """The built-in tasks, and the regularisation δ they have by default."""

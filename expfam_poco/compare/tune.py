@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .methods import Method, Settings
-from .pool import Run, Watch, run_all
-from .runner import Budget, Curve
-from .tasks import Task
+from expfam_poco.compare.methods import Method, Settings
+from expfam_poco.compare.pool import Run, Watch, run_all
+from expfam_poco.compare.runner import Budget, Curve
+from expfam_poco.compare.tasks import Task
 
 FIRST_SEED = 1_000_000
 """Tuning seeds count up from here; reported seeds must stay below."""

@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from ..alpha_svrg import AlphaSVRG
-from ..optimizer import PosteriorCorrected
+from expfam_poco.optim.alpha_svrg import AlphaSVRG
+from expfam_poco.optim.optimizer import PosteriorCorrected
 
 
 def unwrap_optimizer(accelerator: Accelerator, optimizer: Any) -> PosteriorCorrected | AlphaSVRG:

@@ -8,9 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from ..alpha_svrg import AlphaSVRG
-from ..optimizer import PosteriorCorrected
-from .megabatches import MegaBatches
+from expfam_poco.optim.alpha_svrg import AlphaSVRG
+from expfam_poco.optim.optimizer import PosteriorCorrected
+from expfam_poco.tools.megabatches import MegaBatches
 
 
 class PoCoModule(LightningModule):

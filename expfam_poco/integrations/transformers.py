@@ -14,11 +14,11 @@ from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..alpha_svrg import AlphaSVRG
-from ..evaluation import Closure
-from ..optimizer import PosteriorCorrected
-from .accelerate import check_accelerator, unwrap_optimizer
-from .megabatches import MegaBatches
+from expfam_poco.closures.evaluate import Closure
+from expfam_poco.integrations.accelerate import check_accelerator, unwrap_optimizer
+from expfam_poco.optim.alpha_svrg import AlphaSVRG
+from expfam_poco.optim.optimizer import PosteriorCorrected
+from expfam_poco.tools.megabatches import MegaBatches
 
 
 class PoCoTrainer(Trainer):

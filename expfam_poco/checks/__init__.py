@@ -1,0 +1,11 @@
+"""Does a family, an estimator or a correction keep its laws?
+
+`check_family` runs every law on a family and says which fails, by how much, and where to look; `FamilyLaws` is the same
+as tests for pytest. Imports `family`, `rule` and `correction`.
+"""
+
+from expfam_poco.checks.pytest_laws import FamilyLaws
+from expfam_poco.checks.suite import LAWS, LawResult, Report, check_family
+from expfam_poco.errors import LawError
+
+__all__ = ["LAWS", "FamilyLaws", "LawError", "LawResult", "Report", "check_family"]

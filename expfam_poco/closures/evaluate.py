@@ -1,0 +1,349 @@
+"""Calling closures: gradients and curvatures of a mini-batch at given weights. No optimizer state, no update.
+
+A closure returns the mean loss of its batch at the current weights. It may call `backward()` itself, or return
+the loss with its graph; second derivatives need the latter. `Accumulated` closures stand for one batch in parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from expfam_poco.closures.batched import Batched
+from expfam_poco.closures.fp16 import Scaling
+from expfam_poco.errors import NonFiniteError
+
+Closure = Callable[[], Any]
+ROWS_AT_ONCE = 256
+
+
+class Measured(NamedTuple):
+    """One evaluation: the loss, a gradient per parameter (None: unused), and what else was requested, by its key."""
+
+    loss: Tensor
+    grads: list[Tensor | None]
+    products: list[list[Tensor]]
+    hessians: dict[int, Tensor]
+
+
+class Request(NamedTuple):
+    """What an evaluation measures beside the loss.
+
+    `gradient`: any gradients at all. `vectors`: lists of one vector per parameter, each for one product with the
+    Hessian of the whole. `hessian`: groups of parameter positions, by any key, each with True for its dense block,
+    False for its diagonal.
+    """
+
+    gradient: bool = True
+    vectors: Sequence[Sequence[Tensor]] = ()
+    hessian: Mapping[int, tuple[list[int], bool]] = MappingProxyType({})
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the loss must come with its graph."""
+        return len(self.vectors) > 0 or len(self.hessian) > 0
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Closures of micro-batches that are evaluated, at the same weights, as one batch of their weighted mean loss.
+
+    `shares` sum to 1. With `scaling`, gradients are taken of the scaled loss and unscaled (fp16).
+    """
+
+    closures: Sequence[Closure]
+    shares: Sequence[float]
+    scaling: Scaling | None = None
+
+    def __call__(self) -> Any:
+        """Not a function: `evaluate` calls the parts one by one."""
+        raise TypeError("Accumulated closures are evaluated by the optimizer.")
+
+
+def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -> Measured:
+    """Call the closure at the current weights and measure what was requested.
+
+    Raises:
+        TypeError: if the closure does not return a scalar loss, or has none to differentiate.
+        NonFiniteError: if the loss or a gradient is NaN or infinite.
+    """
+    if not isinstance(closure, Accumulated):
+        return _evaluate(closure, params, request)
+    total: Measured | None = None
+    for part, share in zip(closure.closures, closure.shares, strict=True):
+        if closure.scaling is None:
+            measured = _evaluate(part, params, request)
+        else:
+            measured = _evaluate_scaled(part, params, request, closure.scaling)
+        if len(closure.closures) == 1:
+            return measured
+        total = _accumulate(total, measured, share)
+    assert total is not None
+    return total
+
+
+def _accumulate(total: Measured | None, part: Measured, share: float) -> Measured:
+    """total + share · part, sums of gradients in float32 at least."""
+
+    def weighed(value: Tensor) -> Tensor:
+        return value.to(torch.promote_types(value.dtype, torch.float32)).mul(share)
+
+    def add(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if new is None:
+            return old
+        return weighed(new) if old is None else old.add_(new, alpha=share)
+
+    if total is None:
+        grads = [add(None, new) for new in part.grads]
+        products = [[weighed(new) for new in news] for news in part.products]
+        hessians = {key: weighed(value) for key, value in part.hessians.items()}
+        return Measured(share * part.loss, grads, products, hessians)
+    grads = [add(old, new) for old, new in zip(total.grads, part.grads, strict=True)]
+    products = [
+        [_present(add(old, new)) for old, new in zip(olds, news, strict=True)]
+        for olds, news in zip(total.products, part.products, strict=True)
+    ]
+    hessians = {key: _present(add(total.hessians.get(key), value)) for key, value in part.hessians.items()}
+    return Measured(total.loss + share * part.loss, grads, products, hessians)
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _evaluate_scaled(closure: Closure, params: Sequence[Parameter], request: Request, scaling: Scaling) -> Measured:
+    """Gradients by way of the scaled loss, in the range of fp16."""
+    if request.second_order:
+        raise TypeError(
+            "scaler: this curvature or anchor estimator differentiates twice, which loss scaling does not cover; use "
+            "curvature='reparam' or 'gradsq', or bfloat16 without a scaler."
+        )
+    if not request.gradient:
+        raise TypeError(
+            "scaler: this estimator takes no gradients, so there is nothing to scale; leave the scaler out."
+        )
+    loss, by_closure = _call(closure, params)
+    value = loss.detach()
+    if all(grad is None for grad in by_closure):
+        by_closure = _differentiate(scaling.scale(loss), params, create_graph=False)
+    grads = scaling.unscale(params, [None if grad is None else _dense(grad) for grad in by_closure])
+    require_finite(grads)
+    return Measured(_finite_loss(value), grads, [], {})
+
+
+def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -> Measured:
+    loss, by_closure = _call(closure, params)
+    called_backward = any(grad is not None for grad in by_closure)
+    value = _finite_loss(loss)
+    if not request.gradient:
+        return Measured(value, [None] * len(params), [], {})
+    if called_backward:
+        if request.second_order:
+            raise TypeError(
+                "closure: this curvature or anchor estimator differentiates the gradient again; return the loss "
+                "without calling backward()."
+            )
+        grads = by_closure
+    else:
+        grads = _differentiate(loss, params, create_graph=request.second_order)
+    products = [hessian_product(grads, params, vectors) for vectors in request.vectors]
+    hessians = {key: _hessian_block(grads, params, *asked) for key, asked in request.hessian.items()}
+    detached = [None if grad is None else _dense(grad.detach()) for grad in grads]
+    require_finite(detached)
+    _require_finite_curvature([*(part for product in products for part in product), *hessians.values()])
+    return Measured(value, detached, products, hessians)
+
+
+def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss, and the gradients that the closure left; whatever happens, none stay on the parameters."""
+    for p in params:
+        p.grad = None
+    try:
+        with torch.enable_grad():
+            loss = _checked_loss(closure())
+        return loss, [p.grad for p in params]
+    finally:
+        for p in params:
+            p.grad = None
+
+
+def hessian_product(
+    grads: Sequence[Tensor | None], params: Sequence[Parameter], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """∇²ℓ v over all parameters at once, from gradients that carry their graph."""
+    pairs = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(p) for p in params]
+    with torch.enable_grad():
+        inner = torch.stack([(g * v.to(g.dtype)).sum() for g, v in pairs]).sum()
+    found = torch.autograd.grad(inner, list(params), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if f is None else f for p, f in zip(params, found, strict=True)]
+
+
+def _hessian_block(
+    grads: Sequence[Tensor | None], params: Sequence[Parameter], where: list[int], dense: bool
+) -> Tensor:
+    """The Hessian of the parameters at `where` (flat, d × d) or its diagonal (d), by batched products."""
+    chosen = [params[i] for i in where]
+    size = sum(p.numel() for p in chosen)
+    like = chosen[0]
+    with torch.enable_grad():
+        parts = [grads[i] for i in where]
+        flat = torch.cat([torch.zeros_like(p) if g is None else g for g, p in _zip(parts, chosen)])
+    out = like.new_zeros((size, size) if dense else (size,))
+    if not flat.requires_grad:
+        return out
+    for start in range(0, size, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, size)
+        picks = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
+        picks[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        found = torch.autograd.grad(flat, chosen, picks, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        rows = torch.cat(
+            [
+                picks.new_zeros(stop - start, p.numel()) if f is None else f.reshape(stop - start, -1)
+                for f, p in zip(found, chosen, strict=True)
+            ],
+            dim=1,
+        )
+        if dense:
+            out[start:stop] = rows
+        else:
+            out[start:stop] = rows[torch.arange(stop - start), torch.arange(start, stop)]
+    return out
+
+
+def _zip(parts: list[Tensor | None], chosen: list[Parameter]) -> Iterator[tuple[Tensor | None, Tensor]]:
+    for part, p in zip(parts, chosen, strict=True):
+        yield (None if part is None else part.reshape(-1)), p.reshape(-1)
+
+
+def _checked_loss(returned: Any) -> Tensor:
+    if isinstance(returned, (int, float)):
+        return torch.tensor(float(returned))
+    if not isinstance(returned, Tensor) or returned.numel() != 1 or returned.is_complex():
+        what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else repr(returned)
+        raise TypeError(f"closure: it returned {what}; return the mean loss of the batch as a real scalar.")
+    return returned.reshape(())
+
+
+def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: bool) -> list[Tensor | None]:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("step: gradients cannot be taken inside torch.inference_mode(); call it outside.")
+    if not loss.requires_grad:
+        raise TypeError(
+            "closure: its loss has no graph and no gradients were left on the parameters; return the loss of a "
+            "model that uses this optimizer's parameters, or call backward() inside."
+        )
+    return list(torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True))
+
+
+def _finite_loss(loss: Tensor) -> Tensor:
+    value = loss.detach()
+    if not bool(torch.isfinite(value)):
+        raise NonFiniteError(
+            f"closure: its loss is {float(value)}; lower lr or the noise (raise ess), or check the batch for NaN. "
+            "The weights and the posterior are as before the step."
+        )
+    return value
+
+
+def require_finite(grads: Sequence[Tensor | None]) -> None:
+    """Raise a `NonFiniteError` that names the first gradient with a NaN or infinity."""
+    sums = [grad.sum(dtype=torch.float32 if grad.dtype.itemsize < 4 else None) for grad in grads if grad is not None]
+    if not sums or math.isfinite(sum(torch.stack(values).sum().item() for values in by_device(sums))):
+        return  # a NaN or infinity survives summing; finite numbers whose sum overflows are looked at one by one
+    for position, grad in enumerate(grads):
+        if grad is not None and not bool(torch.isfinite(grad).all()):
+            raise NonFiniteError(
+                f"closure: the gradient of parameter {position} has a NaN or infinite entry; lower lr or check the "
+                "batch. The weights and the posterior are as before the step."
+            )
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Sparse gradients (of embeddings) as what they stand for: rows without one move by the prior."""
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def by_device(values: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The values in groups of one device and dtype."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for value in values:
+        found.setdefault((value.device, value.dtype), []).append(value)
+    return list(found.values())
+
+
+def _require_finite_curvature(values: Sequence[Tensor]) -> None:
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise NonFiniteError(
+            "closure: a second derivative of its loss is NaN or infinite; use a curvature made of gradients alone, or "
+            "check the model for functions without one. The weights and the posterior are as before the step."
+        )
+
+
+def check_chunks(closures: Sequence[Closure], weights: Sequence[float] | None) -> tuple[list[Closure], list[float]]:
+    """The chunks of a batch as a list, and their shares of it (summing to 1)."""
+    if callable(closures):
+        closures = [closures]
+    closures = list(closures)
+    if len(closures) == 0 or not all(callable(closure) for closure in closures):
+        raise ValueError("closures: give a list of functions, one for each chunk, at least one.")
+    try:
+        values = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"weights={weights!r}: give one positive number (of examples) for each of the {len(closures)} closures."
+        ) from None
+    if len(values) != len(closures) or not all(0.0 < value < float("inf") for value in values):
+        raise ValueError(
+            f"weights={values}: give one positive number (of examples) for each of the {len(closures)} closures."
+        )
+    total = sum(values)
+    return closures, [value / total for value in values]
+
+
+def unused_error() -> Exception:
+    """The error for a batch that depends on nothing that is optimised."""
+    return ValueError(
+        "closure: its loss depends on none of this optimizer's trainable parameters; give it the model that the "
+        "optimizer was made for."
+    )
+
+
+def parts_of(
+    closure: Any, weights: Sequence[float] | None, *, fresh_noise: bool = False, scaler: Any = None
+) -> list[tuple[Closure, float]]:
+    """What one step evaluates, and the shares: one closure for all micro-batches, or several with noise of their own.
+
+    Raises:
+        TypeError: without a closure: the loss must be evaluated at weights chosen by the optimizer.
+    """
+    if closure is None or not (callable(closure) or isinstance(closure, list | tuple)):
+        raise TypeError(
+            f"closure={closure!r}: step() evaluates the loss itself; call step(closure) with a function that returns "
+            "the mini-batch's mean loss, or with a list of such functions."
+        )
+    if weights is not None and callable(closure):
+        raise ValueError("weights: they are for a list of closures; leave them out for one closure.")
+    closures, shares = check_chunks(closure, weights)
+    scaling = None if scaler is None else Scaling(scaler)
+    batched = [part for part in closures if isinstance(part, Batched)]
+    if batched and (len(closures) > 1 or scaling is not None):
+        raise TypeError(
+            f"closure: {type(batched[0]).__name__} can be neither accumulated nor scaled; give one with all examples, "
+            "or ordinary closures."
+        )
+    if fresh_noise:
+        pairs = zip(closures, shares, strict=True)
+        return [(c if scaling is None else Accumulated([c], [1.0], scaling), share) for c, share in pairs]
+    if len(closures) == 1 and scaling is None:
+        return [(closures[0], 1.0)]
+    return [(Accumulated(closures, shares, scaling), 1.0)]

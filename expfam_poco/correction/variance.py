@@ -1,0 +1,104 @@
+"""The live variance meter: by how much the correction lowers the spread of gradients and curvatures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expfam_poco.correction.alpha import AdaptiveAlpha
+from expfam_poco.correction.snapshot import VarianceTerms, optimal_alpha, variance_ratio
+
+# Prime, so that refreshes every 10 or 20 steps do not always show it the same step after them.
+EVERY = 11
+KEEP = 0.9
+SUMS = len(VarianceTerms._fields)
+
+
+class VarianceMeter:
+    """Moving averages of the sums in `correction.variance_terms`, for every tensor and field of its sites.
+
+    Tensors with a fixed α are looked at every eleventh step, those with an adaptive one at every step that measures a
+    pair.
+    """
+
+    def __init__(self) -> None:
+        # Per tensor and field: ⟨a,a⟩, ⟨a,d⟩, ⟨d,d⟩, and ‖a − α d‖² with the α that was used.
+        self._averages: dict[str, dict[str, list[float]]] = {}
+        self._squares: dict[str, float] = {}
+        self._square_step = 0
+
+    @staticmethod
+    def samples(step: int, adaptive: bool = False) -> bool:
+        """Whether this step is one of those that are sampled."""
+        return adaptive or step % EVERY == 0
+
+    def add(self, name: str, terms: Any, alphas: Iterable[float], keep: float | None = None) -> None:
+        """Take in one tensor's `VarianceTerms` of every field, and the α that was used for each."""
+        keep = KEEP if keep is None else keep
+        numbers = torch.stack([torch.stack([value.double().cpu() for value in term]) for term in terms]).tolist()
+        known = self._averages.setdefault(name, {})
+        for field, (plain, cross, outer), alpha in zip(terms._fields, numbers, alphas, strict=True):
+            corrected = variance_ratio(plain, cross, outer, alpha) * plain if plain > 0.0 else 0.0
+            new = [plain, cross, outer, corrected]
+            old = known.get(field, new)
+            known[field] = [keep * a + (1.0 - keep) * b for a, b in zip(old, new, strict=True)]
+
+    def add_square(self, step: int, name: str, square: Tensor | float) -> None:
+        """Take in ‖corrected gradient‖² of one tensor."""
+        if step != self._square_step:
+            self._squares, self._square_step = {}, step
+        self._squares[name] = float(square)
+
+    def alpha(self, name: str, momentum_block: Iterable[str], adaptive: AdaptiveAlpha) -> tuple[float, float]:
+        """α* of a tensor's gradient (the fields that momentum averages) and of its curvature; 0 before any look."""
+        first = set(momentum_block)
+        pair = []
+        for belongs in (lambda field: field in first, lambda field: field not in first):
+            sums = [values[:SUMS] for field, values in self._averages.get(name, {}).items() if belongs(field)]
+            _, cross, outer = (sum(values) for values in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
+            pair.append(optimal_alpha(cross, outer, adaptive.least_gain, adaptive.share))
+        return pair[0], pair[1]
+
+    def probes(self, step: int, names: Iterable[str], adaptive: AdaptiveAlpha) -> bool:
+        """Whether pairs are to be measured though α may be 0: none of these tensors has been, or it is time to."""
+        return step % adaptive.probe_every == 0 or not any(name in self._averages for name in names)
+
+    def read(self) -> dict[str, float]:
+        """For every field, over all tensors: the ratio corrected/plain and the α that would minimise it; norms."""
+        totals: dict[str, list[float]] = {}
+        for fields in self._averages.values():
+            for field, values in fields.items():
+                old = totals.get(field, [0.0] * len(values))
+                totals[field] = [a + b for a, b in zip(old, values, strict=True)]
+        numbers = {}
+        for field, (plain, cross, outer, corrected) in totals.items():
+            numbers[f"variance_ratio.{field}"] = corrected / plain if plain > 0.0 else float("nan")
+            numbers[f"optimal_alpha.{field}"] = cross / outer if outer > 0.0 else float("nan")
+        if self._squares:
+            numbers["gradient_norm"] = math.sqrt(sum(self._squares.values()))
+        return numbers
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        averages = {name: {f: list(v) for f, v in fields.items()} for name, fields in self._averages.items()}
+        return {"averages": averages, "squares": dict(self._squares), "square_step": self._square_step}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self._averages = {name: {f: list(v) for f, v in fs.items()} for name, fs in state["averages"].items()}
+        self._squares, self._square_step = dict(state["squares"]), state["square_step"]
+
+
+def is_meter_state(state: Any) -> bool:
+    """Whether it has the form of `VarianceMeter.state()`."""
+    if not isinstance(state, Mapping) or not all(isinstance(state.get(n), Mapping) for n in ("averages", "squares")):
+        return False
+    if not all(isinstance(fields, Mapping) for fields in state["averages"].values()):
+        return False
+    rows = [row for fields in state["averages"].values() for row in fields.values()]
+    whole = all(isinstance(row, list) and [type(v) for v in row] == [float] * (SUMS + 1) for row in rows)
+    return whole and all(type(v) is float for v in state["squares"].values()) and type(state.get("square_step")) is int

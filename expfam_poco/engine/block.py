@@ -1,0 +1,221 @@
+"""The tensors that families see: one parameter, or the flat vector of all parameters of a joint group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from expfam_poco.family import fields
+from expfam_poco.family.base import ExponentialFamily
+
+
+class Block:
+    """One tensor with one posterior: reads the model's weights, and writes points and samples into them.
+
+    Attributes:
+        params: the parameters it consists of (several only for joint families).
+        group: the parameter group, a dictionary of hyperparameters.
+        index: number of its first parameter in the optimizer; with the key it determines the noise.
+        name: the parameter's name, or the group's for a joint block.
+        group_number: which group it is in.
+        at_point: whether the model is known to hold the posterior's point.
+        drawn: the key of the draw that the model holds, if it is known to hold one.
+    """
+
+    def __init__(
+        self, params: Sequence[Parameter], group: dict[str, Any], index: int, name: str, group_number: int
+    ) -> None:
+        self.params = list(params)
+        self.group = group
+        self.index = index
+        self.name = name
+        self.group_number = group_number
+        self.at_point = False
+        self.drawn: Any = None
+        self._seen: list[tuple[int, int]] | None = None
+        self._fitted: tuple[ExponentialFamily, ExponentialFamily] | None = None
+
+    @property
+    def family(self) -> ExponentialFamily:
+        """The family of the group, as it is for a parameter of this shape."""
+        family: ExponentialFamily = self.group["family"]
+        if family.joint:
+            return family
+        if self._fitted is None or self._fitted[0] is not family:
+            self._fitted = family, family.for_shape(self.params[0].shape)
+        return self._fitted[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the family sees."""
+        return torch.Size([self.numel]) if self.family.joint else self.params[0].shape
+
+    @property
+    def batch(self) -> torch.Size:
+        """The axes along which the weights stand."""
+        return self.shape[: len(self.shape) - self.family.event_dim]
+
+    @property
+    def numel(self) -> int:
+        """The number of entries."""
+        return sum(p.numel() for p in self.params)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the posterior: that of the weights, but at least float32."""
+        dtype = torch.float32
+        for p in self.params:
+            dtype = torch.promote_types(dtype, p.dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.params[0].device
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step."""
+        return self.numel > 0 and all(p.requires_grad for p in self.params)
+
+    def check_members(self) -> None:
+        """A joint posterior is over the parameters that were trainable when it was made; refuse another set."""
+        if not self.family.joint:
+            return
+        now = [p for p in self.group["params"] if p.requires_grad]
+        if now and [id(p) for p in now] != [id(p) for p in self.params]:
+            raise ValueError(
+                f"params: {type(self.family).__name__} is joint over the parameters of {self.name!r} that were "
+                "trainable at first; freeze all of them or none, or make a new optimizer."
+            )
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        """One tensor per parameter → the family's tensor, in the posterior's dtype. None if all are None."""
+        if all(tensor is None for tensor in tensors):
+            return None
+        if not self.family.joint:
+            (tensor,) = tensors
+            return None if tensor is None else tensor.to(self.dtype)
+        parts = [
+            p.new_zeros(p.numel(), dtype=self.dtype) if t is None else t.reshape(-1).to(self.dtype)
+            for t, p in zip(tensors, self.params, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def split(self, value: Tensor) -> list[Tensor]:
+        """The family's tensor → one tensor per parameter (in the shape and dtype of each)."""
+        if not self.family.joint:
+            return [value.to(self.params[0].dtype)]
+        parts = value.split([p.numel() for p in self.params])
+        return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
+
+    def read(self) -> Tensor:
+        """The model's present weights."""
+        value = self.gather([p.detach() for p in self.params])
+        assert value is not None
+        return value.clone(memory_format=torch.contiguous_format)
+
+    def write(self, value: Tensor) -> None:
+        """Put values into the model. Version counters change, so that another optimizer on it notices."""
+        with torch.no_grad():
+            for p, part in zip(self.params, self.split(value), strict=True):
+                p.copy_(part)
+        self.at_point, self.drawn = False, None
+        self.note_weights()
+
+    @contextmanager
+    def rewritten(self) -> Iterator[Tensor]:
+        """A contiguous tensor to write the weights of a leafwise block into, in the parameter's dtype."""
+        (p,) = self.params
+        out = p.data if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        self.at_point, self.drawn = False, None
+        try:
+            yield out
+        finally:
+            if not p.is_contiguous():
+                p.data.copy_(out)
+            torch.autograd.graph.increment_version(p)
+            self.note_weights()
+
+    def note_weights(self) -> None:
+        """Remember that the present weights are known here, to notice later changes from outside."""
+        self._seen = self._versions()
+
+    def forget_weights(self) -> None:
+        """Compare weights and posterior at the next use, as after loading a checkpoint."""
+        self._seen = None
+        self.at_point, self.drawn = False, None
+
+    def weights_changed(self) -> bool:
+        """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
+        return self._seen != self._versions()
+
+    def reconcile(self, state: Any) -> Any:
+        """The posterior with its centre moved to where somebody else has put the weights."""
+        self.at_point, self.drawn = False, None
+        rounded = self.gather(self.split(self.family.point(state)))
+        present = self.read()
+        assert rounded is not None
+        if torch.equal(rounded, present):
+            return state
+        changed = rounded != present
+        new = self.family.recentre(state, torch.where(changed, present, self.family.point(state)))
+        if self.family.joint:
+            return new
+        touched = changed.flatten(len(self.batch)).any(-1) if self.family.event_dim else changed
+        return fields.map_fields(lambda old, own: _mixed(touched, own, old), state, new)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self.params]
+
+
+def _mixed(touched: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` for the weights that were touched; a field without the weights' axes is the family's constant."""
+    if new.ndim < touched.ndim:
+        return new
+    return torch.where(touched.reshape(touched.shape + (1,) * (new.ndim - touched.ndim)), new, old)
+
+
+def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:
+    """The blocks of the `number`th group, whose first parameter is the optimizer's `start`th."""
+    names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(group["params"]))]
+    for p, name in zip(group["params"], names, strict=True):
+        check_parameter(p, name)
+    places = [p.data_ptr() for p in group["params"] if p.numel() and p.data_ptr()]
+    if len(set(places)) < len(places):
+        raise ValueError(
+            "params: two parameters of a group share their storage; tie weights by using one Parameter twice in the "
+            "model instead."
+        )
+    if not group["family"].joint:
+        pairs = enumerate(zip(group["params"], names, strict=True))
+        blocks = [Block([p], group, start + i, name, number) for i, (p, name) in pairs]
+        for block in blocks:
+            if block.family.event_dim > len(block.shape):
+                raise ValueError(
+                    f"params: a weight of {type(block.family).__name__} has {block.family.event_dim} axes, but "
+                    f"{block.name} has shape {tuple(block.shape)}; give it to another family in a group of its own."
+                )
+        return blocks
+    members = [p for p in group["params"] if p.requires_grad]
+    if len({p.device for p in members}) > 1:
+        raise ValueError(
+            f"params: a joint family ({type(group['family']).__name__}) needs all parameters of its group on one "
+            "device; make a group for each device."
+        )
+    return [Block(members, group, start, f"group{number}", number)] if members else []
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Refuse tensors that no family can be about."""
+    if p.is_complex():
+        raise ValueError(f"params: {name} is complex; split it into real and imaginary parts.")
+    if not p.is_floating_point():
+        raise ValueError(f"params: {name} has dtype {p.dtype}; only floating-point parameters have posteriors.")
+    if p.layout != torch.strided:
+        raise ValueError(f"params: {name} has layout {p.layout}; only dense (strided) parameters are supported.")

@@ -1,0 +1,398 @@
+"""Hyperparameters of a parameter group: their defaults, their ranges, and what is derived from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expfam_poco.correction import snapshot
+from expfam_poco.correction.alpha import AdaptiveAlpha, resolve_alpha
+from expfam_poco.engine.block import Block
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.draws import LOSSES_ALONE, Estimator
+from expfam_poco.family.registry import resolve_family
+from expfam_poco.rule.estimators import available, resolve_estimator
+
+RETRACTIONS = ("second_order", "plain")
+SHELL_WIDE = ("noise", "mc_samples", "anchor", "max_grad_norm", "nonfinite", "seed", "rescale_lr")
+HESS_APPROX = {"price": "reparam", "gradsq": "gradsq"}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def number_in(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Callable[[Any], bool]:
+    """A test whether something is a number (or a tensor with one) in a range."""
+
+    def inside(value: Any) -> bool:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = float(value)
+        if not _is_number(value):
+            return False
+        above = value > low if low_open else value >= low
+        below = value < high if high_open else value <= high
+        return above and below
+
+    return inside
+
+
+def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _pair_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: len(value) == 2 and all(map(test, value)) if isinstance(value, tuple) else test(value)
+
+
+INF = math.inf
+INITIAL_HESSIAN = "initial_hessian"
+MEAN_LOSS = "mean_loss"
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (number_in(0.0, INF, high_open=True), "a finite number, 0 or larger"),
+    "precision_lr": (_optional(number_in(0.0, 1.0)), "a number between 0 and 1, or None for lr"),
+    "ess": (
+        number_in(0.0, INF, low_open=True, high_open=True),
+        "a positive number, usually the number of examples",
+    ),
+    "weight_decay": (number_in(0.0, INF, high_open=True), "a finite number, 0 or larger"),
+    "hess_init": (_optional(number_in(0.0, INF, low_open=True, high_open=True)), "a positive number, or None"),
+    "rho": (_pair_or(number_in(0.0, 1.0, high_open=True)), "a number in [0, 1), or a pair of them"),
+    "anchor_weight": (_optional(number_in(0.0, 1.0)), "a number between 0 and 1, or None for the estimator's"),
+    "momentum": (number_in(0.0, 1.0, high_open=True), "a number in [0, 1)"),
+    "clip_radius": (number_in(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
+    # Last, because named optimizers derive it from the others.
+    "lr_scale": (
+        lambda value: (
+            value in (INITIAL_HESSIAN, MEAN_LOSS) or number_in(0.0, INF, low_open=True, high_open=True)(value)
+        ),
+        f"a positive number, {INITIAL_HESSIAN!r} or {MEAN_LOSS!r}",
+    ),
+}
+
+
+# All that a group holds beside its parameters; what a checkpoint must have.
+HYPERPARAMETERS = (
+    *_RULES,
+    "family",
+    "curvature",
+    "prior",
+    "alpha",
+    "retraction",
+    "debias",
+    "reanchor_average",
+    "prior_in_momentum",
+)
+
+
+# What torch, its schedulers and users keep in groups beside.
+OTHERS_KEYS = frozenset(
+    """params param_names name initial_lr max_lr min_lr swa_lr base_momentum max_momentum warmup_lr lr_mult
+    differentiable foreach fused capturable maximize""".split()
+)
+
+
+def precision_rate(beta2: float) -> float:
+    """1 − β₂, the rate of the precision in IVON's terms."""
+    if not number_in(0.0, 1.0)(beta2):
+        raise ValueError(f"beta2={beta2!r}: it must be a number between 0 and 1.")
+    return 1.0 - beta2
+
+
+def estimator_of(hess_approx: str) -> str:
+    """The estimator that `ivon-opt` calls "price" or "gradsq"."""
+    if hess_approx not in HESS_APPROX:
+        raise ValueError(
+            f"hess_approx={hess_approx!r}: choose 'price' or 'gradsq', or name any other estimator by curvature=."
+        )
+    return HESS_APPROX[hess_approx]
+
+
+def translate(group: dict[str, Any]) -> None:
+    """Give `ivon-opt`'s names in a parameter group their meaning here, so that none is silently ignored."""
+    if "beta1" in group:
+        group.setdefault("momentum", group.pop("beta1"))
+    if "beta2" in group:
+        group.setdefault("precision_lr", precision_rate(group.pop("beta2")))
+    if "rho1" in group or "rho2" in group:
+        group.setdefault("rho", (group.pop("rho1", 0.0), group.pop("rho2", 0.0)))
+    for name in SHELL_WIDE:
+        if name in group:
+            raise ValueError(f"{name}={group[name]!r} in a group: it holds for all groups; give it to the optimizer.")
+    if "hess_approx" in group:
+        group.setdefault("curvature", estimator_of(group.pop("hess_approx")))
+    for name in group:
+        if name not in HYPERPARAMETERS and name not in OTHERS_KEYS:
+            raise ValueError(
+                f"{name}={group[name]!r} in a group: groups know {', '.join(sorted(HYPERPARAMETERS))}; what makes a "
+                "family or an estimator goes into one (family=…, curvature=…), the rest to the optimizer."
+            )
+
+
+def split_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups that a group stands for: itself, or one for each part of a family that consists of several.
+
+    Raises:
+        ValueError: if the family cannot tell which part a parameter belongs to.
+    """
+    family = resolve_family(group.get("family", defaults["family"]))
+    if isinstance(group["params"], (Tensor, set, frozenset)):
+        params, named = [group["params"]], False
+    else:
+        params = group["params"] = list(group["params"])
+        named = bool(params) and all(isinstance(p, tuple) for p in params)
+    names = [name for name, _ in params] if named else group.get("param_names")
+    parts = family.parts_of(names)
+    if parts is None:
+        return [group]
+    own = {key: value for key, value in group.items() if key not in ("params", "param_names", "family")}
+    chosen = [({names[i] for i in indices}, indices) for _, _, indices in parts] if names else []
+    made = []
+    for (part, settings, _), (mine, indices) in zip(parts, chosen, strict=True):
+        others = set(names or ()) - mine
+        prior = {**defaults, **own, **settings}["prior"]
+        if isinstance(prior, dict):
+            settings = {**settings, "prior": {name: value for name, value in prior.items() if name not in others}}
+        new = {**own, **settings, "family": part, "params": [params[i] for i in indices]}
+        if "param_names" in group:
+            new["param_names"] = [group["param_names"][i] for i in indices]
+        made += split_group(new, defaults)
+    return made
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Turn names into objects and refuse what is out of range, one sentence each.
+
+    Raises:
+        ValueError: names the argument, its value and what it should be.
+    """
+    group["family"] = resolve_family(group["family"])
+    group["curvature"] = resolve_estimator(group["curvature"], group["family"])
+    check_numbers(group)
+    _check_strength(group)
+    if group["retraction"] not in RETRACTIONS:
+        raise ValueError(f"retraction={group['retraction']!r}: choose one of {', '.join(RETRACTIONS)}.")
+    if group["lr_scale"] == INITIAL_HESSIAN and group["hess_init"] is None:
+        raise ValueError(f"hess_init=None: lr_scale={INITIAL_HESSIAN!r} needs it; give a positive number.")
+    if group["lr_scale"] == MEAN_LOSS and not isinstance(getattr(group["family"], "precision", None), float):
+        raise ValueError(
+            f"lr_scale={MEAN_LOSS!r}: it is for families of a fixed precision, not {type(group['family']).__name__}; "
+            "give a number."
+        )
+    for name in ("debias", "reanchor_average", "prior_in_momentum"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r}: give True or False.")
+    group["alpha"] = checked_alpha(group["alpha"])
+
+
+def checked_alpha(alpha: Any) -> Any:
+    """α, with "adaptive" resolved; a function is looked at when it is called.
+
+    Raises:
+        ValueError: for anything but a number or pair in [0, 1], a schedule, or "adaptive".
+    """
+    alpha = resolve_alpha(alpha)
+    if not callable(alpha) and not isinstance(alpha, AdaptiveAlpha):
+        snapshot.alpha_at(alpha, 1)
+    return alpha
+
+
+def _check_strength(group: Mapping[str, Any]) -> None:
+    """Refuse `hess_init` for a family whose precision is its own: such a state would not be a member of it."""
+    family = group["family"]
+    if group["hess_init"] is None or family.curved:
+        return
+    middle = family.reference_like(torch.zeros((1,) * max(1, family.event_dim), dtype=torch.float64))
+    state = family.centred_at(middle, group["ess"] * (group["hess_init"] + group["weight_decay"]))
+    again = family.from_nat(family.to_nat(state))
+    centred = bool(family.levels) or not family.in_domain(state) or torch.allclose(family.point(state), middle)
+    if not centred or not all(torch.allclose(a, b) for a, b in zip(state, again, strict=True)):
+        raise ValueError(
+            f"hess_init={group['hess_init']}: {type(family).__name__} has a precision of its own; leave it out, and "
+            "give the family its precision."
+        )
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """The ranges of the numbers in a group; called again at every step, since schedulers change them."""
+    for name, (test, remedy) in _RULES.items():
+        value = group[name]
+        ok = False
+        try:
+            ok = test(value)
+        except TypeError:
+            ok = False
+        if not ok:
+            raise ValueError(f"{name}={value!r}: it must be {remedy}.")
+
+
+def check_shell(
+    noise: str,
+    modes: Sequence[str],
+    mc_samples: int,
+    max_grad_norm: float | None,
+    nonfinite: str,
+    one_pass: bool,
+) -> None:
+    """The ranges of what holds for all groups."""
+    if not isinstance(one_pass, bool):
+        raise ValueError(f"one_pass={one_pass!r}: give True or False.")
+    if nonfinite not in ("raise", "skip"):
+        raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")
+    if noise not in modes:
+        raise ValueError(f"noise={noise!r}: choose one of {', '.join(modes)}.")
+    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
+        raise ValueError(f"mc_samples={mc_samples!r}: give an integer, 1 or larger.")
+    check_max_grad_norm(max_grad_norm)
+
+
+def check_max_grad_norm(max_grad_norm: Any) -> None:
+    """Refuse what is no positive number nor None."""
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0.0):
+        raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a positive number, or None for no clipping.")
+
+
+def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
+    """Refuse noise modes under which an estimator measures nothing, or measures it wrongly."""
+    estimator: Estimator = group["curvature"]
+    losses = estimator.needs in LOSSES_ALONE
+    family = group["family"]
+    if noise == "zero" and estimator.needs_noise and (losses or not family.delta_method):
+        others = [name for name, other in available(family).items() if not other.needs_noise]
+        remedy = (
+            f"choose another curvature ({', '.join(map(repr, others))}) or another noise"
+            if others
+            else "choose another noise"
+        )
+        raise ValueError(
+            f"noise='zero': {type(estimator).__name__} measures with the noise and would find nothing of the width of "
+            f"{type(family).__name__}; {remedy}."
+        )
+    if estimator.antithetic and noise != "antithetic":
+        raise ValueError(
+            f"noise={noise!r}: {type(estimator).__name__} compares pairs of draws ±ε; give noise='antithetic'."
+        )
+    if estimator.independent_draws and (mc_samples < 2 or noise == "antithetic"):
+        raise ValueError(
+            f"mc_samples={mc_samples}, noise={noise!r}: {type(estimator).__name__} compares independent draws; "
+            "give mc_samples of 2 or more and a noise other than 'antithetic'."
+        )
+
+
+def initial_posterior(block: Block) -> Any:
+    """q centred at the model's weights, of precision ess·(hess_init + weight_decay) or the family's own.
+
+    Raises:
+        ValueError: where finite weights are no centre of a member, as negative ones of a family of positive weights.
+    """
+    group = block.group
+    strength = None
+    if group["hess_init"] is not None:
+        strength = group["ess"] * (group["hess_init"] + group["weight_decay"])
+    weights = block.read()
+    state = block.family.centred_at(weights, strength)
+    if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
+        torch.isfinite(weights).all()
+    ):
+        raise ValueError(
+            f"params: {block.name!r} holds weights on which no {type(block.family).__name__} can be centred "
+            f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
+        )
+    return state
+
+
+def _is_centre(family: ExponentialFamily, state: Any, weights: Tensor) -> bool:
+    """Whether a weight of several numbers is where its posterior is centred: rows of a simplex have to sum to one."""
+    if not family.event_dim or family.levels is not None or family.default_estimator != "reparam":
+        return True
+    return torch.allclose(family.point(state), weights, rtol=0.02, atol=0.02)
+
+
+def check_device(block: Block, posterior: Any) -> None:
+    """Refuse a block whose parameters have moved to another device than their posterior.
+
+    Raises:
+        RuntimeError: names the parameter and both devices.
+    """
+    where = posterior[0].device
+    if where != block.device:
+        raise RuntimeError(
+            f"params: {block.name!r} is on {block.device} but its posterior on {where}; move the model before the "
+            "first step, or call optimizer.load_state_dict(optimizer.state_dict()) after moving it."
+        )
+
+
+def prior_of(block: Block) -> Any:
+    """The block's prior: the given State, or precision ess·weight_decay around the middle of the support."""
+    group = block.group
+    prior = group["prior"]
+    if isinstance(prior, dict):
+        prior = prior.get(block.name)
+    if prior is not None:
+        return type(prior)(*(v.to(device=block.device, dtype=block.dtype) for v in prior))
+    event = block.family.event_dim
+    shape = block.shape[len(block.shape) - event :] if event else ()
+    like = torch.zeros(shape, dtype=block.dtype, device=block.device)
+    middle = block.family.reference_like(like)
+    return block.family.centred_at(middle, group["ess"] * group["weight_decay"])
+
+
+def check_prior(block: Block) -> None:
+    """Refuse a prior of another type, of a shape that does not broadcast to the block, or with NaN."""
+    prior = block.group["prior"]
+    if isinstance(prior, dict):
+        prior = prior.get(block.name)
+    if prior is None:
+        return
+    family = block.family
+    if not isinstance(prior, family.State):
+        raise ValueError(
+            f"prior={type(prior).__name__}: {type(family).__name__} needs a prior of type "
+            f"{family.State.__name__} (or a dictionary of them by parameter name)."
+        )
+    own = family.centred_at(torch.zeros(block.shape, dtype=block.dtype, device=block.device))
+    for name, value, reference in zip(prior._fields, prior, own, strict=True):
+        try:
+            fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape
+        except RuntimeError:
+            fits = False
+        if not fits or not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"prior.{name} has shape {tuple(value.shape)} for a block {block.name!r} of shape "
+                f"{tuple(reference.shape)}, or holds NaN or infinities; give finite values that broadcast to it."
+            )
+
+
+def check_prior_names(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Refuse dictionaries of priors with a name that no block has."""
+    for group in param_groups:
+        unknown = [name for name in group["prior"] if name not in names] if isinstance(group["prior"], dict) else []
+        if unknown:
+            raise ValueError(f"prior[{unknown[0]!r}]: no such parameter; the known names are {', '.join(names)}.")
+
+
+def rates(group: Mapping[str, Any], block: Block) -> Any:
+    """The step sizes of a block's fields: lr·lr_scale, and `precision_lr` for the others."""
+    scale = group["lr_scale"]
+    if scale == INITIAL_HESSIAN:
+        scale = group["hess_init"] + group["weight_decay"]
+    elif scale == MEAN_LOSS:
+        scale = group["family"].precision / group["ess"]
+    lr = float(group["lr"]) * float(scale)
+    other = group["precision_lr"]
+    return block.family.per_block(lr, lr if other is None else float(other))
+
+
+def anchor_weight(group: Mapping[str, Any]) -> float:
+    """The group's, or the one that its curvature estimator bears."""
+    value = group["anchor_weight"]
+    return float(group["curvature"].anchor_weight if value is None else value)
+
+
+def pair(value: Any) -> tuple[float, float]:
+    """A number twice, or the pair itself."""
+    return (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), float(value))

@@ -1,0 +1,80 @@
+"""Any family as a Pyro distribution. Imported only when a distribution is asked for, because Pyro is large."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from expfam_poco.family.noise import quantile
+
+if TYPE_CHECKING:
+    from expfam_poco.family.base import ExponentialFamily
+
+
+class FamilyDistribution(dist.TorchDistribution):
+    """q with the family's own density and samples; the batch and event axes of the tensor are one event.
+
+    Samples are drawn with torch's global generator, and are reparameterised where the family's `sample` is.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> from expfam_poco.family.distribution import FamilyDistribution
+        >>> family = poco.resolve_family("diagonal_gaussian")
+        >>> q = FamilyDistribution(family, family.centred_at(torch.zeros(3)))
+        >>> q.event_shape, q.rsample().shape
+        (torch.Size([3]), torch.Size([3]))
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, family: ExponentialFamily, state: Any) -> None:
+        """Keep the family and the state."""
+        self.family = family
+        self.state = state
+        self._like = family.point(state) if family.curved else family.middle(family.to_nat(state))
+        super().__init__(torch.Size(), self._like.shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The family's support, one event."""
+        support = self.family.support
+        return constraints.independent(support, self._like.ndim - support.event_dim)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """Expanding is left to Pyro's wrapper."""
+        from pyro.distributions.torch_distribution import ExpandedDistribution
+
+        return ExpandedDistribution(self, torch.Size(batch_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """θ by transforming noise drawn from torch's global generator."""
+        shape = (torch.Size(sample_shape).numel(), *self._like.shape, *self.family.noise_dims)
+        tiny = torch.finfo(self._like.dtype).tiny
+        uniform = torch.rand(shape, dtype=self._like.dtype, device=self._like.device).clamp_min(tiny)
+        theta = self.family.sample(self.state, quantile(self.family.noise_kind, uniform))
+        return theta.reshape((*torch.Size(sample_shape), *self._like.shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The sum of the weights' log densities."""
+        each = self.family.log_prob(self.state, value)
+        axes = self._like.ndim - self.family.event_dim
+        return each.flatten(-axes).sum(-1) if axes else each
+
+    @property
+    def mean(self) -> Tensor:
+        """E_q[θ], where θ is a statistic of the family."""
+        if self.family.curved:
+            return self.family.point(self.state)
+        mean = self.family.to_mean(self.family.to_nat(self.state))
+        if not hasattr(mean, "theta"):
+            raise NotImplementedError(f"{type(self.family).__name__} has no statistic named theta; average samples.")
+        return torch.as_tensor(mean.theta)
+
+    def entropy(self) -> Tensor:
+        """The sum of the weights' entropies."""
+        return self.family.entropy(self.state).sum()

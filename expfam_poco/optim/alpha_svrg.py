@@ -1,0 +1,181 @@
+"""α-SVRG over any torch optimizer: corrected gradients for SGD, AdamW, … before their moments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expfam_poco.closures.evaluate import Closure, parts_of
+from expfam_poco.closures.fp16 import ScaledOverflow
+from expfam_poco.correction import snapshot
+from expfam_poco.correction.alpha import AdaptiveAlpha
+from expfam_poco.engine.settings import check_max_grad_norm
+from expfam_poco.errors import CheckpointError, NonFiniteError
+from expfam_poco.family.registry import get_family
+from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.optimizer import PosteriorCorrected
+
+
+class AlphaSVRG(torch.optim.Optimizer):
+    """α-SVRG (Yin et al. 2025), the isotropic case of PC Eq. 18 without noise, handing its gradient to `base`.
+
+        g = ∇ℓ_B(θ) − α (∇ℓ_B(θ_out) − g_out),     then base.step() with g as the parameters' gradients
+
+    It shares `param_groups` and `state` with the base, so that schedulers and wrappers see a real optimizer.
+    Weight decay, momentum and moments are the base's.
+
+    Args:
+        base_optimizer: any torch optimizer whose step needs only gradients.
+        alpha: α in [0, 1], a schedule step → α (`schedules`), or "adaptive" (the α of least variance, measured for
+            every tensor); no effect before `refresh`.
+        max_grad_norm: clip the *corrected* gradient of all parameters together to this norm.
+        stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = poco.AlphaSVRG(torch.optim.AdamW(model.parameters(), lr=1e-2), alpha=0.5)
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+        >>> closure = lambda: torch.nn.functional.mse_loss(model(x), y)
+        >>> _ = opt.refresh([closure])
+        >>> loss = opt.step(closure)
+    """
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        alpha: snapshot.Alpha = 1.0,
+        max_grad_norm: float | None = None,
+        stale_after: int | None = 1000,
+    ) -> None:
+        if not isinstance(base_optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"base_optimizer={type(base_optimizer).__name__}: give a torch.optim.Optimizer, made for the "
+                "model's parameters."
+            )
+        takes = inspect.signature(base_optimizer.step).parameters.get("closure")
+        if takes is not None and takes.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"base_optimizer={type(base_optimizer).__name__}: its step needs a closure of its own, whose gradients "
+                "would not be corrected; give one that steps with the gradients it finds, such as SGD or AdamW."
+            )
+        check_max_grad_norm(max_grad_norm)
+        self.base = base_optimizer
+        self.max_grad_norm = max_grad_norm
+        groups = [_bare(group) for group in base_optimizer.param_groups]
+        family = get_family("isotropic_gaussian")()
+        self._engine = PosteriorCorrected(
+            groups, family, 0.0, 1.0, alpha=alpha, noise="zero", stale_after=stale_after, seed=0
+        )
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self.param_groups = base_optimizer.param_groups
+        self.state = base_optimizer.state
+
+    @property
+    def alpha(self) -> Any:
+        """α, as it was given."""
+        return self._engine.param_groups[0]["alpha"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
+        return without_hooks(self.__dict__)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; steps are plain until the next `refresh`."""
+        if not any(param_group is group for group in self.base.param_groups):
+            self.base.add_param_group(param_group)
+            self._engine.add_param_group(_bare(self.base.param_groups[-1]))
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+        scaler: Any = None,
+    ) -> Tensor:
+        """Evaluate the closure here and, after a `refresh`, at the snapshot; correct; let the base step.
+
+        Args:
+            closure: returns the mean loss of the mini-batch; a list of closures accumulates micro-batches.
+            weights: the micro-batches' numbers of examples; None counts them equally.
+            scaler: a `torch.amp.GradScaler` for fp16; a step whose gradients overflow is skipped.
+
+        Returns:
+            the mini-batch loss at the current weights.
+        """
+        engine, parts = self._engine, parts_of(closure, weights, scaler=scaler)
+        blocks = engine._trainable()
+        params = [block.params[0] for block in blocks]
+        number = engine._clock["step"] + 1
+        try:
+            with engine._pairs.undone_on_error():
+                with engine._weights_restored(blocks):
+                    loss, steps = engine._corrected_sites(parts, blocks, number)
+                    for step in steps:
+                        alpha = step.block.group["alpha"]
+                        keep = alpha.keep if isinstance(alpha, AdaptiveAlpha) else None
+                        step.meter(engine._meter, number, keep)
+                for step in steps:
+                    step.block.params[0].grad = step.gradient()
+                if self.max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+                self.base.step()
+        except ScaledOverflow:
+            engine._clock["skipped"] += 1
+            loss = NonFiniteError.loss
+        finally:
+            for p in params:
+                p.grad = None
+        engine._clock["step"] = number
+        return loss
+
+    def refresh(
+        self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
+    ) -> Tensor:
+        """Take the snapshot: θ_out ← θ, g_out ← mean of the chunks' gradients there (weighted by `weights`).
+
+        With `scaler`, gradients are taken of the scaled loss; if they overflow, the snapshot stays as it was and the
+        loss is NaN. No buffers are moved.
+        """
+        return self._engine.refresh(closures, weights, scaler=scaler)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Plain numbers worth logging, those of `PosteriorCorrected.diagnostics` that are not about a posterior."""
+        numbers = self._engine.diagnostics()
+        return {name: value for name, value in numbers.items() if name not in ("mean_stddev", "compile_seconds")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state, and the snapshot with what else belongs to the correction."""
+        return {**self.base.state_dict(), "alpha_svrg": self._engine.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            CheckpointError: if it belongs to another model or base optimizer, or is damaged; nothing is changed.
+        """
+        before = self._engine.state_dict()
+        self._engine.load_state_dict(state_dict.get("alpha_svrg") or {})
+        try:
+            self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
+        except (ValueError, KeyError) as error:
+            self._engine.load_state_dict(before)
+            raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's."""
+        self.base.zero_grad(set_to_none)
+
+
+def _bare(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's parameters and their names, without the base's hyperparameters."""
+    return {key: list(group[key]) for key in ("params", "param_names") if key in group}

@@ -1,0 +1,69 @@
+"""What the parts of the optimizer shell share: the attributes and methods that one of them has for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from expfam_poco.closures.evaluate import Closure
+    from expfam_poco.correction.alpha import Staleness
+    from expfam_poco.correction.variance import VarianceMeter
+    from expfam_poco.engine.anchors import Anchor
+    from expfam_poco.engine.backend import Backend
+    from expfam_poco.engine.block import Block
+    from expfam_poco.engine.pairs import Pairs
+
+
+def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's attributes without what others have hung on it: hooks, and a scheduler's wrapped `step`."""
+    return {name: v for name, v in attributes.items() if name != "step" and not name.startswith("_optimizer_")}
+
+
+class Shell:
+    """The interface between `PosteriorCorrected` and what is mixed into it, which asks no more of it than this."""
+
+    seed: int
+    noise: str
+    mc_samples: int
+    max_grad_norm: float | None
+    nonfinite: str
+    backend: Backend
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _blocks: list[Block]
+    _clock: dict[str, int]
+    _anchor: Anchor
+    _pairs: Pairs
+    _meter: VarianceMeter
+    _stale: Staleness
+    _alphas: dict[str, tuple[float, float]]
+
+    def _active(self) -> list[Block]:
+        raise NotImplementedError("the optimizer knows its blocks")
+
+    def _trainable(self) -> list[Block]:
+        raise NotImplementedError("the optimizer checks its blocks")
+
+    def _state(self, block: Block) -> dict[str, Any]:
+        raise NotImplementedError("the optimizer keeps the state")
+
+    def _outer_is_of(self, blocks: Sequence[Block]) -> bool:
+        raise NotImplementedError("the optimizer knows its refreshes")
+
+    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
+        raise NotImplementedError("the optimizer restores the weights")
+
+    def _streaming(self, blocks: Sequence[Block]) -> Backend | None:
+        raise NotImplementedError("the optimizer knows its backend")
+
+    def _write_point(self, block: Block) -> None:
+        raise NotImplementedError("the optimizer restores the weights")
+
+    def _corrected_sites(
+        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
+    ) -> tuple[Tensor, list[Any]]:
+        raise NotImplementedError("the optimizer evaluates its steps")

@@ -1,0 +1,240 @@
+"""What can be asked of an optimizer: draws and distributions of its posterior, its objective, its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expfam_poco.closures.evaluate import Closure, Request, check_chunks, evaluate
+from expfam_poco.correction import snapshot
+from expfam_poco.correction.alpha import AdaptiveAlpha, Staleness
+from expfam_poco.correction.paired_variance import PairedVariance
+from expfam_poco.engine import buckets, settings
+from expfam_poco.engine.block import Block
+from expfam_poco.engine.noise_plan import ELBO, SAMPLE, draw_noise
+from expfam_poco.family import fields
+from expfam_poco.family.noise import NoiseKey
+from expfam_poco.optim.base import Shell
+
+
+class Objective(NamedTuple):
+    """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)) with its Monte Carlo standard error, and its two parts.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = poco.IVON(model.parameters(), lr=0.1, ess=8.0, weight_decay=0.1)
+        >>> found = opt.objective([lambda: model(torch.ones(8, 2)).square().mean()], samples=4)
+        >>> abs(found.elbo + 8.0 * found.expected_loss + found.kl) < 1e-6
+        True
+    """
+
+    elbo: float
+    standard_error: float
+    expected_loss: float
+    kl: float
+
+
+def objective(
+    blocks: Sequence[Block],
+    states: Mapping[str, Any],
+    closures: Sequence[Closure],
+    weights: Sequence[float] | None,
+    *,
+    samples: int,
+    seed: int,
+) -> Objective:
+    """Monte Carlo estimate of the objective over `samples` draws; the caller restores the weights."""
+    closures, shares = check_chunks(closures, weights)
+    if samples < 2:
+        raise ValueError(f"samples={samples}: a standard error needs 2 draws or more.")
+    sizes = {float(block.group["ess"]) for block in blocks}
+    if len(sizes) != 1:
+        raise ValueError(f"ess: the groups differ ({sorted(sizes)}), so there is no one objective; give all one ess.")
+    (ess,) = sizes
+    kl = sum(_kl(block, states[block.name]) for block in blocks)
+    noises = [draw_noise(b, "shared", samples, NoiseKey(seed, ELBO)) for b in blocks]
+    params = [p for block in blocks for p in block.params]
+
+    def loss(closure: Closure) -> Tensor:
+        return evaluate(closure, params, Request(gradient=False)).loss
+
+    losses = []
+    for number in range(samples):
+        for block, noise in zip(blocks, noises, strict=True):
+            block.write(block.family.sample(states[block.name], noise[number : number + 1])[0])
+        losses.append(sum(share * float(value) for share, value in zip(shares, map(loss, closures), strict=True)))
+    draws = torch.tensor(losses, dtype=torch.float64)
+    mean, error = float(draws.mean()), float(draws.std() / samples**0.5)
+    return Objective(-(ess * mean + kl), ess * error, mean, kl)
+
+
+def mean_stddev(distributions: Mapping[str, Any]) -> float | None:
+    """The mean standard deviation over all weights whose distribution knows its variance, or None."""
+    total, count = 0.0, 0
+    for distribution in distributions.values():
+        try:
+            deviation = distribution.variance.sqrt()
+        except (NotImplementedError, AttributeError):
+            continue
+        total, count = total + float(deviation.sum()), count + deviation.numel()
+    return total / count if count else None
+
+
+def _kl(block: Block, state: Any) -> float:
+    value = float(block.family.kl(state, settings.prior_of(block)).sum())
+    if not math.isfinite(value):
+        raise ValueError(
+            f"weight_decay={block.group['weight_decay']}: the KL divergence from the prior of {block.name!r} is "
+            f"{value}; the objective needs a proper prior."
+        )
+    return value
+
+
+class Inspection(Shell):
+    """The questions that a `PosteriorCorrected` answers; mixed into it."""
+
+    @contextmanager
+    def sampled(self, seed: int | None = None, *, at_point: bool = False) -> Iterator[None]:
+        """Inside, the weights are a draw from q (with `at_point`, the point); outside, the point again.
+
+        Args:
+            seed: fixes the draw; None takes the next of the optimizer's own.
+            at_point: no draw at all.
+        """
+        blocks = self._active()
+        if seed is None and not at_point:
+            self._clock["sample"] += 1
+        key = NoiseKey(self.seed, SAMPLE, self._clock["sample"]) if seed is None else NoiseKey(seed, SAMPLE)
+        with self._weights_restored(blocks, clear_grad=False):
+            for block in blocks:
+                state = self._state(block)["posterior"]
+                if at_point:
+                    self._write_point(block)
+                else:
+                    buckets.draw_into(block, state, key, self._streaming(blocks))
+            yield
+
+    def posterior(self) -> dict[str, Any]:
+        """The trained q as Pyro distributions, by parameter name (by "group<i>" for joint families)."""
+        return {b.name: b.family.distribution(_copied(self._state(b)["posterior"])) for b in self._active()}
+
+    def posterior_states(self) -> dict[str, Any]:
+        """The trained q as `State`s by the same names: a prior for the next task, or q_out for `set_outer`."""
+        return {b.name: _copied(self._state(b)["posterior"]) for b in self._active()}
+
+    @torch.no_grad()
+    def objective(
+        self,
+        closures: Sequence[Closure],
+        weights: Sequence[float] | None = None,
+        *,
+        samples: int = 32,
+        seed: int = 0,
+    ) -> Objective:
+        """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)) and its standard error over `samples` draws.
+
+        Args:
+            closures: chunks that together are the data, each giving its mean loss.
+            weights: their numbers of examples.
+            samples: draws from q, at least 2.
+            seed: of the draws.
+        """
+        blocks = self._active()
+        with self._weights_restored(blocks, clear_grad=False):
+            states = {b.name: self._state(b)["posterior"] for b in blocks}
+            return objective(blocks, states, closures, weights, samples=samples, seed=seed)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Plain numbers worth logging.
+
+        Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
+        corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
+        every eleventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
+        has one.
+        """
+        numbers: dict[str, float] = {
+            "steps": self._clock["step"],
+            "refreshes": self._clock["refresh"],
+            "skipped_steps": self._clock["skipped"],
+        }
+        for i, group in enumerate(self.param_groups):
+            suffix = f".group{i}" if len(self.param_groups) > 1 else ""
+            used = self._mean_alpha(i, group)
+            numbers[f"alpha{suffix}"] = used[0]
+            apart = set(group["family"].Site._fields) - set(group["family"].momentum_block)
+            if used[1] != used[0] and apart:
+                numbers[f"alpha_curvature{suffix}"] = used[1]
+        numbers.update(self._meter.read())
+        numbers["compile_seconds"] = self.backend.compile_seconds
+        present = {b.name: b.family.distribution(self._state(b)["posterior"]) for b in self._active()}
+        numbers["weight_norm"] = weight_norm(p for block in self._active() for p in block.params)
+        deviation = mean_stddev(present)
+        if deviation is not None:
+            numbers["mean_stddev"] = deviation
+        return numbers
+
+    def _mean_alpha(self, number: int, group: dict[str, Any]) -> tuple[float, float]:
+        """α of the last step, the mean over a group's weights (adaptive ones differ from tensor to tensor)."""
+        blocks = [b for b in self._blocks if b.group_number == number and b.name in self._alphas]
+        weights = sum(b.numel for b in blocks)
+        if not blocks:
+            adaptive = isinstance(group["alpha"], AdaptiveAlpha)
+            return (0.0, 0.0) if adaptive else snapshot.alpha_at(group["alpha"], 1)
+        pairs = [self._alphas[b.name] for b in blocks]
+        if len(set(pairs)) == 1:
+            return pairs[0]
+        first, second = (sum(p[k] * b.numel for p, b in zip(pairs, blocks, strict=True)) / weights for k in (0, 1))
+        return first, second
+
+    @torch.no_grad()
+    def measure_variance(self, closures: Sequence[Closure]) -> dict[str, float]:
+        """The variances, at the present q_in and q_out, of plain and corrected estimates over mini-batches.
+
+        Nothing is changed: the pair is evaluated for every closure, with the noise of a step of its own. All numbers
+        are for the q_out that there is: the error of a mega-batch's own mean, α² Var(ḡ_out), is not in them. With M
+        mini-batches in it that is about α²/M of the plain variance.
+
+        Args:
+            closures: mini-batches, at least two (some twenty for a useful number).
+
+        Returns:
+            for every field of the sites ("gradient" and "curvature" of Gaussians): "variance.…" of the plain estimate,
+            "variance_ratio.…" corrected/plain, "anchored_variance_ratio.…" with the anchor term, "optimal_alpha.…"
+            (Cov/Var) and "optimal_variance_ratio.…" with it. Variances are summed over all weights.
+
+        Raises:
+            ValueError: with fewer than two closures, or without a q_out to correct with.
+        """
+        chunks, _ = check_chunks(closures, None)
+        blocks = self._trainable()
+        if len(chunks) < 2:
+            raise ValueError(f"closures: a variance needs two mini-batches or more, not {len(chunks)}.")
+        if not self._outer_is_of(blocks):
+            raise ValueError("closures: there is no q_out of the present parameters; call refresh(closures) first.")
+        collected, alphas, known = PairedVariance(), self._alphas, self._stale
+        self._stale = Staleness(None)
+        params = [p for block in blocks for p in block.params]
+        try:
+            with self._weights_restored(blocks), self._pairs.undone(params, chunks):
+                for number, closure in enumerate(chunks, self._clock["step"] + 1):
+                    collected.add(self._corrected_sites([(closure, 1.0)], blocks, number, always=True)[1])
+        finally:
+            self._alphas, self._stale = alphas, known
+        return collected.read()
+
+
+def weight_norm(params: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all weights together."""
+    norms = torch._foreach_norm([p.detach() for p in params if p.numel()])
+    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
+
+
+def _copied(state: Any) -> Any:
+    """A state that later steps, which may work in place, do not reach."""
+    return fields.map_fields(torch.clone, state)

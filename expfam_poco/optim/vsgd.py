@@ -1,0 +1,494 @@
+"""VSGD and Constant VSGD (Chen, Kuzina, Esmaeili and Tomczak, "Variational Stochastic Gradient Descent").
+
+Ordinary torch optimizers, stepped with the gradients that `backward()` leaves. What they compute stands in
+`gradient_model`; here are groups, state, checkpoints, and the passes over large tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from expfam_poco.closures.evaluate import by_device, require_finite
+from expfam_poco.engine import settings
+from expfam_poco.engine.backend import Backend, plainly, span_size
+from expfam_poco.engine.block import check_parameter
+from expfam_poco.errors import CheckpointError, NonFiniteError
+from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.checkpoint import check_groups
+from expfam_poco.rule import gradient_model
+from expfam_poco.rule.gradient_model import Belief, ConstantBelief, Families, Number
+
+FORMAT = 1
+EAGER_SPAN = 2**16  # some thirty operations follow each other, whose temporaries should stay in a CPU's caches
+SHAPE_OFFSET = 5e-5  # half of the 1e-4 that the published code adds to 2γ + 1
+INITIAL: dict[str, dict[str, float]] = {
+    "paper": {"kappa1": 0.9, "kappa2": 0.81, "eps": 0.0, "shape_offset": 0.0},
+    "official": {"kappa1": 0.81, "kappa2": 0.9, "eps": 1e-8, "shape_offset": SHAPE_OFFSET},
+}
+_rate = (settings.number_in(0.0, 1.0), "a number between 0 and 1")
+_prior = (settings.number_in(1e-30, 1e30), "a number from 1e-30 to 1e30")
+_positive = (settings.number_in(0.0, settings.INF, high_open=True), "a finite number, 0 or larger")
+
+
+class GradientModelOptimizer(torch.optim.Optimizer):
+    """What VSGD and Constant VSGD share: an optimizer whose direction is read off a model of the gradient.
+
+    Args:
+        params: parameters, named parameters or groups.
+        defaults: the hyperparameters of a group.
+        nonfinite: see `VSGD`.
+        backend: see `VSGD`.
+    """
+
+    state_names: ClassVar[tuple[str, ...]]
+    rules: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]]
+    kernel: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, params: Any, defaults: dict[str, Any], nonfinite: str, backend: str) -> None:
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")
+        self.nonfinite = nonfinite
+        self.backend = Backend(backend)
+        self._families = Families.named()
+        self._clock = {"steps": 0, "skipped": 0}
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
+        return without_hooks(self.__dict__)
+
+    # ---- what the two differ in --------------------------------------------------------------------------
+
+    def start(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """The values that the state's tensors begin with."""
+        raise NotImplementedError("VSGD and ConstantVSGD have their own")
+
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+        """What the kernel needs beside tensors at step t."""
+        raise NotImplementedError("VSGD and ConstantVSGD have their own")
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Refuse hyperparameters out of range, one sentence each; again at every step, since schedulers set them."""
+        for name, (test, remedy) in self.rules.items():
+            if not test(group[name]):
+                raise ValueError(f"{name}={group[name]!r}: it must be {remedy}.")
+
+    # ---- groups --------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its hyperparameters are checked.
+
+        Raises:
+            ValueError: for a name that groups do not know, a value out of range, or a parameter that is complex or
+                sparse.
+        """
+        for name in param_group:
+            if name not in self.defaults and name not in settings.OTHERS_KEYS:
+                known = ", ".join(sorted(self.defaults))
+                raise ValueError(f"{name}={param_group[name]!r} in a group: groups of this optimizer know {known}.")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check(group)
+            for number, p in enumerate(group["params"]):
+                check_parameter(p, f"parameter {number} of group {len(self.param_groups) - 1}")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _used(self) -> list[tuple[dict[str, Any], Parameter]]:
+        """The parameters that have a gradient; the others, and frozen ones, are left alone."""
+        found = []
+        for group in self.param_groups:
+            self.check(group)
+            for p in group["params"]:
+                if p.grad is None or not p.requires_grad or not p.numel():
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"params: a gradient has layout {p.grad.layout}; only dense gradients are supported, so make "
+                        "embeddings with sparse=False."
+                    )
+                found.append((group, p))
+        return found
+
+    # ---- a step --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, calls `backward()` and returns the loss; not needed.
+
+        Returns:
+            what the closure returns, or None.
+
+        Raises:
+            NonFiniteError: if a gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or after
+                the step, where the weights concerned have kept their values: if a gradient was too large, and for
+                large models, which are stepped span by span in place, also if one was NaN or infinite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self._step(self._used())
+        except NonFiniteError as error:
+            self._clock["skipped"] += not error.stepped
+            if self.nonfinite == "raise":
+                raise
+        return loss
+
+    @plainly
+    def _step(self, used: list[tuple[dict[str, Any], Parameter]]) -> None:
+        streamed = self.backend.streams(sum(p.numel() for _, p in used))
+        if not streamed or self.nonfinite == "skip":  # else the kernels look, in the same pass over the weights
+            require_finite([p.grad for _, p in used])
+        known: dict[Any, Tensor] = {}
+        unsound = []
+        for group, p in used:
+            state = self._started(p, group)
+            state["step"] += 1
+            key = (id(group), state["step"], state["mu"].dtype)
+            if key not in known:
+                common = (group["lr"], group["weight_decay"], group["eps"])
+                values = [float(value) for value in (*common, *self.numbers(group, state["step"]))]
+                known[key] = torch.tensor(values, dtype=state["mu"].dtype)
+            unsound.append(self._advance(p, state, known[key], streamed))
+        self._clock["steps"] += 1
+        count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
+        if count:
+            error = NonFiniteError(
+                f"params: the step of {count} weights would not have been finite, for their gradients are NaN, "
+                "infinite or too large; they kept their values. Find the NaN, clip the gradients, or lower lr."
+            )
+            error.stepped = True
+            raise error
+
+    def _started(self, p: Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a parameter, which begins with the prior."""
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            tensors = (torch.full_like(p, value, dtype=dtype) for value in self.start(group))
+            state.update(step=0, **dict(zip(self.state_names, tensors, strict=True)))
+        elif state["mu"].device != p.device:
+            raise RuntimeError(
+                f"params: a parameter is on {p.device} but its state on {state['mu'].device}; move the model before "
+                "the first step, or call optimizer.load_state_dict(optimizer.state_dict()) after moving it."
+            )
+        return state
+
+    def _advance(self, p: Parameter, state: Mapping[str, Any], numbers: Tensor, streamed: bool) -> Tensor:
+        """Step one parameter in place, span by span where the model is large; the number of unsound weights."""
+        theta, grad, *own = p.detach(), p.grad, *(state[name] for name in self.state_names)
+        assert grad is not None
+        grad = grad.detach()
+        kernel, families = type(self).kernel, self._families
+        plain = type(theta) is Tensor and type(grad) is Tensor
+        if not streamed or not plain or not all(value.is_contiguous() for value in (theta, grad, *own)):
+            return kernel(families, theta, grad, *own, numbers)
+        flat = [value if value.ndim == 1 else value.view(-1) for value in (theta, grad, *own)]
+        size = span_size(self.backend.mode, theta.device)
+        if self.backend.mode != "compiled" and theta.device.type == "cpu":
+            size = min(size, EAGER_SPAN)
+        if theta.numel() <= size:
+            return self.backend.run(kernel, (families,), *flat, numbers)
+        pieces = zip(*(value.split(size) for value in flat), strict=True)
+        return torch.stack([self.backend.run(kernel, (families,), *piece, numbers) for piece in pieces]).sum()
+
+    def diagnostics(self) -> dict[str, float]:
+        """Plain numbers worth logging: steps, skipped steps, the seconds spent on compiling."""
+        numbers: dict[str, float] = {"steps": self._clock["steps"], "skipped_steps": self._clock["skipped"]}
+        return {**numbers, "compile_seconds": self.backend.compile_seconds}
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run continues from, bit for bit, in plain types (`torch.load(weights_only=True)`)."""
+        plain: dict[str, Any] = super().state_dict()
+        plain["state"] = {
+            number: {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+            for number, state in plain["state"].items()
+        }
+        header = {
+            "format": FORMAT,
+            "kind": type(self).__name__,
+            "nonfinite": self.nonfinite,
+            "clock": dict(self._clock),
+        }
+        return {**plain, "vsgd": header}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. The model's weights are the model's checkpoint's business.
+
+        Raises:
+            CheckpointError: if it belongs to another model or optimizer, or is damaged; nothing is changed.
+        """
+        self._check_header(state_dict.get("vsgd"))
+        check_groups(self.param_groups, state_dict.get("param_groups"), (), tuple(self.defaults))
+        for number, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            try:
+                self.check({**own, **saved})
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"state_dict['param_groups'][{number}]: {error}") from error
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        params = {n: p for own, saved in pairs for n, p in zip(saved["params"], own["params"], strict=True)}
+        states = self._checked_states(state_dict.get("state"), params)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "vsgd"})
+        self.state.clear()
+        for number, state in states.items():  # torch would cast them to the parameters' dtype
+            p = params[number]
+            tensors = {name: state[name].to(p.device, copy=True) for name in self.state_names}
+            self.state[p] = {"step": state["step"], **tensors}
+        self._clock = dict(state_dict["vsgd"]["clock"])
+
+    def _check_header(self, header: Any) -> None:
+        if not isinstance(header, Mapping) or header.get("format") != FORMAT:
+            raise CheckpointError(
+                f"state_dict['vsgd']: no header of format {FORMAT}; this is not a checkpoint of {type(self).__name__}, "
+                "or of another version."
+            )
+        for name, mine in (("kind", type(self).__name__), ("nonfinite", self.nonfinite)):
+            if header.get(name) != mine:
+                raise CheckpointError(
+                    f"state_dict['vsgd'][{name!r}]: {header.get(name)!r} where the optimizer has {mine!r}; make the "
+                    "optimizer in the same way."
+                )
+        clock = header.get("clock")
+        if not isinstance(clock, Mapping) or any(type(clock.get(n)) is not int or clock[n] < 0 for n in self._clock):
+            raise CheckpointError("state_dict['vsgd']['clock']: missing or damaged; use another file.")
+
+    def _checked_states(self, states: Any, params: Mapping[int, Parameter]) -> dict[int, Any]:
+        if not isinstance(states, Mapping) or any(number not in params for number in states):
+            raise CheckpointError("state_dict['state']: missing, or of other parameters; use another file.")
+        for number, state in states.items():
+            like = params[number]
+            sound = isinstance(state, Mapping) and type(state.get("step")) is int and state["step"] >= 1
+            for name in self.state_names if sound else ():
+                value = state.get(name)
+                fits = isinstance(value, Tensor) and value.shape == like.shape
+                sound = sound and fits and value.dtype in (torch.float32, torch.float64)
+                sound = sound and bool(torch.isfinite(value).all()) and (name == "mu" or bool((value > 0.0).all()))
+            if not sound:
+                raise CheckpointError(
+                    f"state_dict['state'][{number}]: entries are missing or do not fit the parameter of shape "
+                    f"{tuple(like.shape)}; load the checkpoint of this model."
+                )
+        return dict(states)
+
+
+def _values(numbers: Tensor) -> list[Number]:
+    """Python numbers; in a compiled kernel, tensors without dimensions, so that none is taken for a constant."""
+    return list(numbers.unbind()) if torch.compiler.is_compiling() else numbers.tolist()
+
+
+def _keep_sound(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
+    """Write the new values in place where they all are finite; the number of the other weights."""
+    finite = torch.isfinite(sum(new[1:], start=new[0]))
+    if not torch.compiler.is_compiling() and bool(finite.all()):
+        for place, value in zip(old, new, strict=True):
+            place.copy_(value)
+        return torch.zeros((), device=finite.device)
+    for place, value in zip(old, new, strict=True):
+        place.copy_(torch.where(finite, value.to(place.dtype), place))
+    # In float32, which counts the entries of a span (at most 2^24) exactly and keeps the kernel's vectors of one width.
+    return torch.where(finite, 0.0, 1.0).sum()
+
+
+def _vsgd(
+    families: Families, theta: Tensor, grad: Tensor, mu: Tensor, b_g: Tensor, b_ghat: Tensor, numbers: Tensor
+) -> Tensor:
+    """One step of Algorithm 1 in place; the number of unsound weights, which keep their values."""
+    lr, decay, eps, shape, prior_shape, prior_g, prior_ghat, rho1, rho2 = _values(numbers)
+    nat = families.gamma_nat
+    priors = nat(prior_shape, prior_g), nat(prior_shape, prior_ghat)
+    belief = Belief(mu, nat(shape, b_g), nat(shape, b_ghat))
+    belief, gradient = gradient_model.update(families, belief, grad.to(mu.dtype), priors, (rho1, rho2))
+    new = gradient_model.moved(theta.to(mu.dtype), gradient_model.direction(gradient, eps), lr, decay)
+    rates = -belief.system.theta, -belief.noise.theta
+    return _keep_sound((theta, mu, b_g, b_ghat), (new, belief.mean, *rates))
+
+
+def _constant_vsgd(
+    families: Families, theta: Tensor, grad: Tensor, mu: Tensor, b_ghat: Tensor, numbers: Tensor
+) -> Tensor:
+    """One step of Algorithm 2 in place; the number of unsound weights, which keep their values."""
+    lr, decay, eps, shape, prior_shape, prior_rate, rho, ratio = _values(numbers)
+    nat = families.gamma_nat
+    belief = ConstantBelief(mu, nat(shape, b_ghat))
+    belief, gradient = gradient_model.update_constant(
+        families, belief, grad.to(mu.dtype), nat(prior_shape, prior_rate), rho, ratio
+    )
+    new = gradient_model.moved(theta.to(mu.dtype), gradient_model.direction(gradient, eps), lr, decay)
+    return _keep_sound((theta, mu, b_ghat), (new, belief.mean, -belief.noise.theta))
+
+
+_COMMON = {"lr": _positive, "gamma": _prior, "K_g": _prior, "weight_decay": _positive, "eps": _positive}
+
+
+class VSGD(GradientModelOptimizer):
+    r"""Variational SGD (Algorithm 1): SGD with a posterior of the gradient, normalised by its second moment.
+
+        μ ← (s_g μ + s_ĝ ĝ)/(s_g + s_ĝ),   σ² = 1/(s_g + s_ĝ),   s = a/b = E[w]                        (Eq. 15, 16)
+        b_g ← (1−ρ₁) b_g + ρ₁ [γ + ½ (σ² + (μ − μ₋)²)],   b_ĝ ← (1−ρ₂) b_ĝ + ρ₂ [K_g γ + ½ (σ² + (μ − ĝ)²)]    (18–21)
+        θ ← (1 − η δ) θ − η μ / (√(μ² + σ²) + ε),   ρ_i = t^(−κ_i)                                   (Eq. 22–24)
+
+    The second line is `blr.natural_step` on two Gamma posteriors (see `gradient_model`). Step with the gradients that
+    `backward()` leaves, like any torch optimizer; `AlphaSVRG(VSGD(…))` feeds it posterior-corrected ones.
+
+    | | init="paper" (Algorithm 1, Table 3) | init="official" (the published code) |
+    |---|---|---|
+    | prior shape of w_g, w_ĝ | γ | γ + 5e-5 (first step from this; a = γ + ½ + 5e-5 later) |
+    | first σ² (γ = 1e-8, K_g = 30) | 0.97 | 1.9e-4: the first step is 70 times larger where ĝ is far below 0.4 |
+    | κ₁ (of w_g), κ₂ (of w_ĝ) | 0.9, 0.81 (its §3 says κ₂ > κ₁, as the code has it) | 0.81, 0.9 |
+    | ε | 0 | 1e-8 |
+
+    Args:
+        params: parameters, named parameters or groups; a group may have hyperparameters of its own.
+        lr: η, the step of a weight whose gradient is certain.
+        gamma: γ, the prior's strength in observations.
+        K_g: the prior's ratio of the noise of ĝ to the drift of g, as rates of their Gammas.
+        kappa1: κ₁ of w_g; None: as `init` has it.
+        kappa2: κ₂ of w_ĝ; None: as `init` has it.
+        weight_decay: δ, decoupled as in AdamW.
+        eps: ε; None: as `init` has it.
+        init: "paper" or "official", see the table.
+        nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
+        backend: how large models are stepped, "auto", "eager" or "compiled"; see `backend`.
+
+    Raises:
+        ValueError: for an argument out of range, or parameters that are complex or sparse.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = torch.nn.Linear(3, 1), torch.randn(64, 3)
+        >>> opt = poco.VSGD(model.parameters(), lr=0.1)
+        >>> for step in range(60):
+        ...     opt.zero_grad()
+        ...     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        ...     loss.backward()
+        ...     opt.step()
+        >>> loss.item() < 0.1
+        True
+    """
+
+    state_names = ("mu", "b_g", "b_ghat")
+    kernel = staticmethod(_vsgd)
+    rules: ClassVar = {**_COMMON, "kappa1": _rate, "kappa2": _rate}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        gamma: float = 1e-8,
+        K_g: float = 30.0,
+        kappa1: float | None = None,
+        kappa2: float | None = None,
+        weight_decay: float = 0.0,
+        eps: float | None = None,
+        init: str = "paper",
+        nonfinite: str = "raise",
+        backend: str = "auto",
+    ) -> None:
+        defaults = dict(
+            lr=lr, gamma=gamma, K_g=K_g, kappa1=kappa1, kappa2=kappa2, weight_decay=weight_decay, eps=eps, init=init
+        )
+        super().__init__(params, defaults, nonfinite, backend)
+
+    def check(self, group: dict[str, Any]) -> None:
+        """As every group; κ and ε that are None become those of `init`."""
+        if group["init"] not in INITIAL:
+            raise ValueError(f"init={group['init']!r}: choose one of {', '.join(map(repr, INITIAL))}.")
+        for name, value in INITIAL[group["init"]].items():
+            if name in group and group[name] is None:
+                group[name] = value
+        super().check(group)
+        if not _prior[0](group["gamma"] * group["K_g"]):
+            raise ValueError(f"K_g={group['K_g']!r}: K_g · gamma, the prior's rate, must be {_prior[1]}.")
+
+    def start(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """μ = 0, and the prior's rates γ and K_g γ."""
+        return 0.0, group["gamma"], group["K_g"] * group["gamma"]
+
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+        """a before the step (Eq. 17: the prior's, then ½ more), the prior's shape and rates, ρ₁ and ρ₂ (Eq. 22, 23)."""
+        prior = group["gamma"] + INITIAL[group["init"]]["shape_offset"]
+        rates = step ** -group["kappa1"], step ** -group["kappa2"]
+        return (prior if step == 1 else prior + 0.5, prior, *self.start(group)[1:], *rates)
+
+
+class ConstantVSGD(GradientModelOptimizer):
+    r"""Constant VSGD (Algorithm 2): `VSGD` with one precision ω, of ĝ, and K_g ω for the drift of the gradient.
+
+        μ ← (K_g μ + ĝ)/(K_g + 1),   σ² = (b/a)/(K_g + 1)                                              (Eq. 34, 35)
+        b ← (1−ρ) b + ρ [γ + ½ (σ² + (μ − ĝ)²) + ½ K_g (σ² + (μ − μ₋)²)],   a = γ + 1,   ρ = t^(−κ)      (Eq. 36, 37)
+        θ ← (1 − η δ) θ − η μ / (√(μ² + σ²) + ε)                                                           (Eq. 38)
+
+    With K_g = β₁/(1−β₁), μ is Adam's first moment (without debiasing); with K_g = λ/η it is the increment of SGD with
+    momentum λ divided by λ + η (the paper prints γ/η).
+
+    Args:
+        params: parameters, named parameters or groups; a group may have hyperparameters of its own.
+        lr: η.
+        gamma: γ, the prior's strength in observations.
+        K_g: the ratio of the noise's variance to the drift's.
+        kappa: κ; the paper gives no value, this is κ₂ of its Table 3.
+        weight_decay: δ, decoupled as in AdamW.
+        eps: ε.
+        nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
+        backend: how large models are stepped, "auto", "eager" or "compiled"; see `backend`.
+
+    Raises:
+        ValueError: for an argument out of range, or parameters that are complex or sparse.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+        >>> opt = poco.ConstantVSGD([weight], lr=0.1, K_g=9.0)
+        >>> for step in range(40):
+        ...     opt.zero_grad()
+        ...     (weight**2).sum().backward()
+        ...     opt.step()
+        >>> weight.abs().max().item() < 0.3
+        True
+    """
+
+    state_names = ("mu", "b_ghat")
+    kernel = staticmethod(_constant_vsgd)
+    rules: ClassVar = {**_COMMON, "kappa": _rate}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        gamma: float = 1e-8,
+        K_g: float = 30.0,
+        kappa: float = 0.81,
+        weight_decay: float = 0.0,
+        eps: float = 0.0,
+        nonfinite: str = "raise",
+        backend: str = "auto",
+    ) -> None:
+        defaults = dict(lr=lr, gamma=gamma, K_g=K_g, kappa=kappa, weight_decay=weight_decay, eps=eps)
+        super().__init__(params, defaults, nonfinite, backend)
+
+    def start(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """μ = 0, and the prior's rate γ."""
+        return 0.0, group["gamma"]
+
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+        """a before the step (Eq. 36: the prior's, then 1 more), the prior's shape and rate, ρ and K_g."""
+        prior = group["gamma"]
+        return (prior if step == 1 else prior + 1.0, prior, prior, step ** -group["kappa"], group["K_g"])

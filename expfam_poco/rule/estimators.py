@@ -1,0 +1,202 @@
+r"""Estimators of natural gradients: where the loss is evaluated, what is measured, and what is made of it.
+
+An estimator declares what it `needs` beside the loss ("loss": nothing; "gradient"; "hvp": Hessian-vector products;
+"hessian": the Hessian block of each tensor, dense or its diagonal; "variations": the loss at variations of each draw)
+and whether its natural gradient is `unbiased`. The optimizer shell measures and fills `Draws`; the family maps `Draws`
+to a `Site`.
+
+For Gaussians an estimator is an estimator of the curvature E_q[∇²ℓ]:
+
+| name        | curvature                                   | cost of one evaluation        | unbiased |
+|-------------|---------------------------------------------|-------------------------------|----------|
+| `reparam`   | ∇ℓ(θ) (S(θ−m))ᵀ, Stein's identity ("price") | a gradient                    | yes      |
+| `gradsq`    | κ ∇ℓ ∇ℓᵀ of the mini-batch                  | a gradient                    | no       |
+| `hutchinson`| z ⊙ ∇²ℓ z, z = ±1                           | a gradient and products       | yes      |
+| `exact`     | ∇²ℓ                                         | a gradient and d products     | yes      |
+| `score`     | (any family) losses alone, leave-one-out    | losses, at least two draws    | yes      |
+
+Sources: *SVRG and Beyond via Posterior Correction* App. B; Shen et al. 2024 (IVON); Hutchinson 1989; Kool et
+al. 2019 (leave-one-out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.draws import ENTRIES, Draws, Estimator
+
+
+@dataclass(frozen=True)
+class Reparameterised(Estimator):
+    """The family's own pathwise natural gradient; for Gaussians Stein's identity H = ∇ℓ (S(θ−m))ᵀ ("price").
+
+    `anchor_weight` is 0.01, as in PC App. C: one draw of this H is so noisy that full weight can diverge.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.estimators.Reparameterised().anchor_weight
+        0.01
+    """
+
+    needs_noise: ClassVar[bool] = True
+    anchor_weight: ClassVar[float] = 0.01
+
+    def check(self, family: ExponentialFamily) -> None:
+        """Families whose statistics cannot be reparameterised name other estimators."""
+        if family.default_estimator != "reparam" and "reparam" not in family.estimators:
+            known = ", ".join(sorted(available(family)))
+            raise ValueError(
+                f"curvature='reparam' does not fit {type(family).__name__}, whose samples are not "
+                f"differentiable; choose one of: {known}."
+            )
+
+
+@dataclass(frozen=True)
+class SquaredGradient(Estimator):
+    """κ ∇ℓ² of the mini-batch as curvature (`ivon-opt`'s "gradsq"): biased, cheap, never negative.
+
+    It depends on the batch size: mega-batch chunks must be as large as the mini-batch, or h stays uncorrected.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> poco.estimators.SquaredGradient().pair(torch.tensor([2.0]), 10.0)
+        (tensor([20.]), tensor([2.]))
+    """
+
+    unbiased: ClassVar[bool] = False
+    anchor_weight: ClassVar[float] = 0.01
+
+    def check(self, family: ExponentialFamily) -> None:
+        """Only families with a curvature have a use for it."""
+        _require_curvature("gradsq", family)
+
+    def pair(self, grad: Tensor, ess: float) -> tuple[Tensor, Tensor]:
+        """κ ∇ℓ ∇ℓᵀ."""
+        return ess * grad, grad
+
+
+@dataclass(frozen=True)
+class Hutchinson(Estimator):
+    """Curvature from Hessian-vector products with random signs z: the pairs (∇²ℓ z, z).
+
+    Args:
+        probes: products averaged in one evaluation.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.estimators.Hutchinson(probes=2).needs
+        'hvp'
+    """
+
+    needs: ClassVar[str] = "hvp"
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a number of probes below one."""
+        if self.probes < 1:
+            raise ValueError(f"probes={self.probes}: at least one product is needed; give a positive integer.")
+
+    def check(self, family: ExponentialFamily) -> None:
+        """Only families with a curvature have a use for it."""
+        _require_curvature("hutchinson", family)
+
+
+@dataclass(frozen=True)
+class Exact(Estimator):
+    """The exact Hessian at the samples, diagonal or dense as the family keeps it: d products, small models.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.estimators.Exact().unbiased
+        True
+    """
+
+    needs: ClassVar[str] = "hessian"
+
+    def check(self, family: ExponentialFamily) -> None:
+        """Only families with a curvature have a use for it."""
+        _require_curvature("exact", family, ENTRIES)
+
+
+@dataclass(frozen=True)
+class ScoreFunction(Estimator):
+    """REINFORCE with a leave-one-out baseline: unbiased for every family, needs losses only and two draws.
+
+    Its variance grows with the number of weights, since one loss must explain them all: for small models.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.estimators.ScoreFunction().needs
+        'loss'
+    """
+
+    needs: ClassVar[str] = "loss"
+    needs_noise: ClassVar[bool] = True
+    independent_draws: ClassVar[bool] = True
+
+    def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Any:
+        """F⁻¹ times the average of advantage × (T(θ) − μ)."""
+        if draws.loss.shape[0] < 2:
+            raise ValueError(
+                f"mc_samples={draws.loss.shape[0]}: the score-function estimator compares draws with each "
+                "other; set mc_samples to 2 or more."
+            )
+        return family.score_natural_gradient(state, draws)
+
+
+GENERAL: dict[str, Callable[[], Estimator]] = {
+    "reparam": Reparameterised,
+    "gradsq": SquaredGradient,
+    "hutchinson": Hutchinson,
+    "exact": Exact,
+    "score": ScoreFunction,
+}
+
+
+def available(family: ExponentialFamily) -> dict[str, Estimator]:
+    """The estimators that fit a family, by name: its own first, then the general ones.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> sorted(poco.estimators.available(poco.resolve_family("isotropic_gaussian")))
+        ['reparam', 'score']
+    """
+    fitting = dict(family.estimators)
+    for name, make in GENERAL.items():
+        smooth = family.default_estimator == "reparam"
+        wanted = {"score": True, "reparam": smooth, "exact": family.curvature in ENTRIES}
+        if wanted.get(name, family.curvature != "none") and name not in fitting:
+            fitting[name] = make()
+    return fitting
+
+
+def resolve_estimator(choice: str | Estimator | None, family: ExponentialFamily) -> Estimator:
+    """An estimator from a name, an object, or None (the family's default), checked against the family.
+
+    Raises:
+        ValueError: for an unknown name, or one that does not fit the family; the sentence lists those that do.
+    """
+    if isinstance(choice, Estimator):
+        choice.check(family)
+        return choice
+    name = choice or family.default_estimator
+    fitting = available(family)
+    if name not in fitting:
+        known = ", ".join(sorted(fitting))
+        raise ValueError(f"curvature={name!r} is not an estimator for {type(family).__name__}; choose one of: {known}.")
+    fitting[name].check(family)
+    return fitting[name]
+
+
+def _require_curvature(name: str, family: ExponentialFamily, kinds: tuple[str, ...] = (*ENTRIES, "pairs")) -> None:
+    if family.curvature not in kinds:
+        known = ", ".join(sorted(available(family)))
+        raise ValueError(
+            f"curvature={name!r} measures a curvature, which {type(family).__name__} does not keep; "
+            f"choose one of: {known}."
+        )

@@ -1,0 +1,1 @@
+"""Weights of few values: ±1 and levels, with their estimators and distributions."""

@@ -1,0 +1,1 @@
+"""Gaussians: isotropic, diagonal and full, and those of a structured precision."""

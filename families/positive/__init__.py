@@ -1,0 +1,1 @@
+"""Weights on the positive half-line, the unit interval and the simplex."""
