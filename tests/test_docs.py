@@ -98,7 +98,7 @@ def run_console(text: str, folder: Path) -> None:
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working folder; what the code registers or draws is forgotten afterwards."""
-    registry = importlib.import_module("expfam_poco.registry")
+    registry = importlib.import_module("expfam_poco.family.registry")
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -225,7 +225,7 @@ GRADIENTS_ALONE = ["SVRG", "VSGDPoCo", "bernoulli-relaxed", "bernoulli-mean", "A
 @pytest.mark.parametrize("name", GRADIENTS_ALONE)
 def test_while_alpha_is_zero_probes_change_nothing(name: str, uses: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trajectory of α = 0, bit for bit, also of parameters that a batch does not use."""
-    monkeypatch.setattr("expfam_poco.meter.optimal_alpha", lambda *_: 0.0)  # no pair gains enough
+    monkeypatch.setattr("expfam_poco.correction.variance.optimal_alpha", lambda *_: 0.0)  # no pair gains enough
     found = []
     for probed in (False, True):
         model = nn.ModuleDict({"net": network(), "rare": nn.Linear(3, 1).double()})
