@@ -3,10 +3,11 @@
 Imports `family` alone.
 """
 
+from expfam_poco.correction.base import Averaging, Corrected, Correction
 from expfam_poco.correction.snapshot import (
     Alpha,
-    Corrected,
     Outer,
+    Snapshot,
     VarianceTerms,
     alpha_at,
     average_sites,
@@ -23,8 +24,11 @@ from expfam_poco.correction.snapshot import (
 
 __all__ = [
     "Alpha",
+    "Averaging",
     "Corrected",
+    "Correction",
     "Outer",
+    "Snapshot",
     "VarianceTerms",
     "alpha_at",
     "average_sites",
