@@ -66,7 +66,8 @@ class Correction(ABC):
     Example:
         >>> import torch, expfam_poco as poco
         >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> opt = poco.PosteriorCorrected([weight], "diagonal_gaussian", 0.1, 8.0, correction=poco.correction.Correction())
+        >>> plain = poco.correction.Correction()
+        >>> opt = poco.PosteriorCorrected([weight], "diagonal_gaussian", 0.1, 8.0, correction=plain)
         >>> _ = opt.step(lambda: weight.square().sum())
     """
 
