@@ -150,6 +150,11 @@ class Correction(ABC):
         return type(self).after_step is not Correction.after_step
 
     @property
+    def compares(self) -> bool:
+        """Whether mini-batches are evaluated a second time, at a reference."""
+        return type(self).reference is not Correction.reference
+
+    @property
     def moves(self) -> bool:
         """Whether mini-batches are evaluated elsewhere than at λ."""
         return type(self).where is not Correction.where
