@@ -266,14 +266,8 @@ def _advance(
     like = _like(out, dtype)
     moved = kernels.advance(constants, weights, first, second, numbers, like)
     sound = kernels.sound(constants.family, moved, like)
-    old = fields.leaves((weights.memory or (), weights.state, weights.momentum))
-    new = fields.leaves((moved.memory or (), moved.state, moved.momentum))
-    # A new number may be an old one itself (a λ remembered), which must be read before that is written.
-    places = {id(value) for value in old}
-    new = [
-        value.clone() if id(value) in places and value is not own else value
-        for value, own in zip(new, old, strict=True)
-    ]
+    old = fields.leaves((weights.state, weights.momentum, weights.memory))
+    new = kernels.unshared(old, fields.leaves((moved.state, moved.momentum, moved.memory)))
     for place, value in zip(old, new, strict=True):
         if place.ndim and value is not place:  # a field without dimensions is the family's constant
             place.copy_(kernels.kept(sound, value, place))

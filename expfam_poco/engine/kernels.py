@@ -15,6 +15,7 @@ None of them stores noise: it is looked up again (`noise`). They are made of the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -250,6 +251,16 @@ def kept(sound: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     if sound is None:
         return new
     return torch.where(sound.reshape(sound.shape + (1,) * (new.ndim - sound.ndim)), new, old)
+
+
+def unshared(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    """The new values of places, a copy of each that is another place's old value (a λ remembered).
+
+    Such a value must have been read before that place is written.
+    """
+    places = {id(place) for place in old}
+    pairs = zip(old, new, strict=True)
+    return [value.clone() if id(value) in places and value is not place else value for place, value in pairs]
 
 
 def _per_weight(values: Tensor, dims: int) -> Tensor:

@@ -110,11 +110,10 @@ class Step:
         if not isinstance(self.block, FlatBlock):
             record["posterior"], record["momentum"], record["memory"] = moved
             return
-        old = fields.leaves((record["memory"] or (), record["posterior"], record["momentum"]))
-        new = fields.leaves((moved.memory or (), moved.state, moved.momentum))
+        old = fields.leaves((record["posterior"], record["momentum"], record["memory"]))
+        new = kernels.unshared(old, fields.leaves((moved.state, moved.momentum, moved.memory)))
         pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
-        if pairs:  # the memory first, which may be an old posterior
-            torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
+        torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
     def _advance_in_place(self) -> None:
         block = self.block
