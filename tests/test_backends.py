@@ -10,7 +10,7 @@ from torch import Tensor
 from user_families import Exponential, GaussianByHand, LogNormal
 
 import expfam_poco as poco
-from expfam_poco import backend
+from expfam_poco.engine import backend
 
 GAUSSIAN = poco.resolve_family("diagonal_gaussian")
 BROAD = GAUSSIAN.State(torch.tensor(0.5), torch.tensor(30.0))

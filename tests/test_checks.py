@@ -10,7 +10,7 @@ from broken_families import BROKEN, NotMinimal, ReanchorNothing, SignOfKL
 from user_families import Exponential, GaussianByHand, LogNormal
 
 import expfam_poco as poco
-from expfam_poco import checks
+from expfam_poco.checks import suite
 from expfam_poco.families import Bernoulli, DiagonalGaussian, FullGaussian, IsotropicGaussian
 from expfam_poco.noise import noise
 
@@ -22,7 +22,7 @@ def noise_is_made_once() -> Iterator[None]:
     """A hundred reports look up the same noise, which is a function of its address; making it is half of their time."""
     made = functools.lru_cache(maxsize=256)(noise)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("expfam_poco.family.noise", lambda *where, **kind: made(*where, **kind).clone())
+        patch.setattr("expfam_poco.family.base.noise", lambda *where, **kind: made(*where, **kind).clone())
         yield
 
 
@@ -68,8 +68,8 @@ def test_one_precision_alone_can_be_tested(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("broken", "law"), BROKEN, ids=[broken.__name__ for broken, _ in BROKEN])
 def test_a_broken_law_is_named(broken: type[poco.ExponentialFamily], law: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The law is the first that fails, so those after it need not run."""
-    last = [known.name for known in checks.LAWS].index(law)
-    monkeypatch.setattr(checks, "LAWS", checks.LAWS[: last + 1])
+    last = [known.name for known in suite.LAWS].index(law)
+    monkeypatch.setattr(suite, "LAWS", suite.LAWS[: last + 1])
     dtypes = (torch.float32, torch.float64) if law == "dtypes" else FLOAT64
     with pytest.raises(poco.LawError) as caught:
         poco.check_family(broken, dtypes=dtypes)
@@ -123,8 +123,8 @@ def test_a_family_without_members_ends_the_report_there() -> None:
 def test_the_report_is_a_table_with_one_line_for_each_law() -> None:
     report = poco.check_family(ReanchorNothing(), dtypes=FLOAT64, raise_on_failure=False)
     lines = str(report).splitlines()
-    assert len(lines) == 2 + len(checks.LAWS) == 2 + len(report.laws)
-    assert lines[0] == f"ReanchorNothing() breaks {len(report.failures)} of {len(checks.LAWS)} laws"
+    assert len(lines) == 2 + len(suite.LAWS) == 2 + len(report.laws)
+    assert lines[0] == f"ReanchorNothing() breaks {len(report.failures)} of {len(suite.LAWS)} laws"
     by_name = {line.split()[0]: line for line in lines[2:]}
     for law in report.laws:
         assert by_name[law.name].split()[1] == ("ok" if law.passed else "FAILS")

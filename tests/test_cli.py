@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from expfam_poco import families_available, registry
+from expfam_poco import families_available
 from expfam_poco.cli import app
+from expfam_poco.family import registry
 
 TOO_SMALL = "a,b,y\n1,2,no\n2,1,yes\n"
 BROKEN = '''

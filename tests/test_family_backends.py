@@ -9,7 +9,7 @@ import torch
 from torch.distributions import transform_to
 
 import expfam_poco as poco
-from expfam_poco import backend as backends
+from expfam_poco.engine import backend as backends
 
 FAMILIES = [name for name in poco.families_available() if name not in ("product",)]
 LEAFWISE = [

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import Task, equal, network, run, same, weights
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import expfam_poco as poco
@@ -144,6 +143,8 @@ def test_two_linear_bernoulli_tasks_add_their_evidence() -> None:
 
 
 def digits(classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     x, y = torch.tensor(data.data / 8.0 - 1.0, dtype=torch.float32), torch.tensor(data.target)
     rows = torch.isin(y, torch.tensor(classes))

@@ -12,7 +12,8 @@ from reference import FAMILIES, WITH_CURVATURE, binary_problem, plan, site_of, t
 from torch import Tensor
 
 import expfam_poco as poco
-from expfam_poco import blr, correction, fields
+from expfam_poco import blr, correction
+from expfam_poco.family import fields
 from expfam_poco.noise import NoiseKey
 
 LEAFWISE = [name for name in FAMILIES if not poco.resolve_family(name).joint]

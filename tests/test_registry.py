@@ -8,8 +8,8 @@ import pytest
 from user_families import Exponential
 
 import expfam_poco as poco
-from expfam_poco import registry
 from expfam_poco.families import Bernoulli, DiagonalGaussian
+from expfam_poco.family import registry
 
 BUILT_IN = ["bernoulli", "diagonal_gaussian", "full_gaussian", "isotropic_gaussian"]
 

@@ -15,7 +15,7 @@ from optimizer_cases import OPTIMIZERS, Task, equal, network, run, same, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco import saving
+from expfam_poco.tools import saving
 
 
 class Run:

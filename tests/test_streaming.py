@@ -14,7 +14,7 @@ from torch import nn
 from user_families import Exponential
 
 import expfam_poco as poco
-from expfam_poco import backend, spans
+from expfam_poco.engine import backend, tiles
 
 IVON = {"lr": 0.1, "ess": 100.0, "beta2": 0.99}
 CASES: dict[str, Make] = {
@@ -41,7 +41,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 def test_cut_tensors_give_the_same_numbers(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In spans of 256 and 512 entries, without buckets, as in buckets and as one span."""
     bucketed = numbers(*trained(CASES[case], 10, dtype=dtype, backend="eager")[:2])
-    monkeypatch.setattr(spans, "SMALL", 0)
+    monkeypatch.setattr(tiles, "SMALL", 0)
     expected = numbers(*trained(CASES[case], 10, dtype=dtype, backend="eager")[:2])
     assert distance(expected, bucketed) < 10 * torch.finfo(dtype).eps  # vector units round tails of tensors otherwise
     for size in (2**18, 512, 256):
@@ -66,7 +66,7 @@ def test_cut_vectors_give_what_whole_tensors_give(monkeypatch: pytest.MonkeyPatc
 
 def test_tensors_too_large_for_one_bucket_fill_several(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = numbers(*trained(CASES["IVONPoCoMo"], 10, backend="eager")[:2])
-    monkeypatch.setattr(spans, "BUCKET", 1024)
+    monkeypatch.setattr(tiles, "BUCKET", 1024)
     model, opt, _ = trained(CASES["IVONPoCoMo"], 10, backend="eager")
     assert same(numbers(model, opt), expected)
     assert all(bucket.numel <= 1024 for bucket in opt.backend.buckets.values())
