@@ -17,6 +17,7 @@ correction of one's own needs no other file (docs/add-a-correction.md).
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -60,6 +61,7 @@ class Correction(ABC):
       in a refresh (0: it is never refreshed).
     * `unbiased`: whether the corrected natural gradient's mean over mini-batches is the plain one's, for a memory that
       a refresh on all data has made.
+    * `neutral`: the values of its own settings with which, at α = 0, it is the plain rule.
     * `exact_at_reference`: whether the corrected natural gradient has no variance over mini-batches where λ is λ_ref
       (with α = 1 and one noise for both).
 
@@ -74,6 +76,7 @@ class Correction(ABC):
     Memory: ClassVar[type[Any]] = Nothing
     evaluations: ClassVar[int] = 1
     refresh_evaluations: ClassVar[int] = 0
+    neutral: ClassVar[Mapping[str, Any]] = {}
     unbiased: ClassVar[bool] = True
     exact_at_reference: ClassVar[bool] = False
 
