@@ -11,7 +11,7 @@ from optimizer_cases import Task, equal, flat, network, noises, run, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.engine.noise_plan import INNER, MEGA, OUTER
+from expfam_poco.engine.noise_plan import MEGA, REFERENCE, STEP
 
 # ---- IVON against ivon-opt 0.1.3 ---------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def test_ivon_equals_ivon_opt_step_by_step(variant: str, monkeypatch: pytest.Mon
 
     worst_mean, worst_hessian, moved = 0.0, 0.0, weights(ours)
     for step in range(1, STEPS + 1):
-        blocks = noises(mine, INNER, step)
+        blocks = noises(mine, STEP, step)
         for draw in range(mine.mc_samples):
             if second is None:
                 prepared.append(flat(noise[draw] for noise in blocks))
@@ -182,7 +182,7 @@ def test_ivon_poco_mo_equals_algorithm_4(xi: float) -> None:
             chunk += 3
         opt.step(task.closure(step))
         before = written.m
-        written.step(step % 4, flat(noises(opt, INNER, step)), flat(noises(opt, OUTER, step)))
+        written.step(step % 4, flat(noises(opt, STEP, step)), flat(noises(opt, REFERENCE, step)))
         clipped += int(((written.m - before).abs() > 0.999 * 0.05 * xi).sum())
         states = opt.posterior_states().values()
         h = flat(s.precision for s in states) / 50.0 - 0.05

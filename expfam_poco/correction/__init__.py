@@ -54,11 +54,3 @@ __all__ = [
     "variance_ratio",
     "variance_terms",
 ]
-
-
-CORRECTIONS: dict[str, type[Correction]] = {"none": Correction, "snapshot": Snapshot}
-
-
-def resolve_correction(choice: str | type[Correction] | Correction) -> Correction:
-    """A correction from its name, class or object."""
-    return choice if isinstance(choice, Correction) else CORRECTIONS[choice]() if isinstance(choice, str) else choice()
