@@ -153,7 +153,7 @@ def takes_second_derivatives(opt: Any) -> bool:
     """Whether a closure must return the loss's graph."""
     needs = {getattr(g.get("curvature"), "needs", "gradient") for g in opt.param_groups}
     return (
-        bool({"hvp", "hessian"} & needs) or getattr(getattr(opt, "_anchor", None), "kind", "curvature") != "curvature"
+        bool({"hvp", "hessian"} & needs) or getattr(getattr(opt, "_products", None), "kind", "curvature") != "curvature"
     )
 
 

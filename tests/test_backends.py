@@ -118,7 +118,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 def test_a_small_model_is_never_compiled() -> None:
     _, opt, _ = trained(CASES["IVONPoCo"], 6)
-    assert opt.diagnostics()["compile_seconds"] == 0.0 and not opt.backend.buckets
+    assert opt.diagnostics()["compile_seconds"] == 0.0
 
 
 @compiles

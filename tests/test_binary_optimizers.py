@@ -124,7 +124,7 @@ def test_the_corrected_update_by_hand() -> None:
         lam = lam - LR * N * m / (1 - BETA**t)
         torch.testing.assert_close(lam_of(opt), lam, rtol=1e-12, atol=1e-13)
     (state,) = opt.state.values()
-    torch.testing.assert_close(state["outer"].site.theta, mean, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(state["memory"].site.theta, mean, rtol=1e-11, atol=1e-13)
 
 
 def test_without_momentum_it_is_the_rule_on_natural_parameters() -> None:

@@ -107,7 +107,7 @@ def test_a_float32_posterior_of_bfloat16_weights_survives(name: str) -> None:
     for loaded, own in pairs:
         assert equal(loaded, own) and {value.dtype for value in loaded} == {torch.float32}
     states = saved["state"].values()
-    tensors = [v for s in states for v in (*s["posterior"].values(), *s["momentum"], *s["outer"]["site"].values())]
+    tensors = [v for s in states for v in (*s["posterior"].values(), *s["momentum"], *s["memory"]["site"].values())]
     assert {value.dtype for value in tensors} == {torch.float32}
 
 

@@ -70,7 +70,7 @@ def test_per_example_noise_equals_a_loop_over_examples(noise: str, draws: int) -
     for record, pair in zip(opt.state_dict()["state"].values(), means, strict=True):
         for field in ("gradient", "curvature"):
             mean = 0.5 * (getattr(pair[0], field) + getattr(pair[1], field))
-            torch.testing.assert_close(record["outer"]["site"][field], mean, rtol=1e-10, atol=1e-11)
+            torch.testing.assert_close(record["memory"]["site"][field], mean, rtol=1e-10, atol=1e-11)
     assert torch.isfinite(opt.step(batch(3)))
 
 

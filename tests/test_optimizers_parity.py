@@ -86,7 +86,7 @@ def test_ivon_equals_ivon_opt_step_by_step(variant: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
         worst_mean = max(worst_mean, float((flat(ours.parameters()) - flat(theirs.parameters())).abs().max()))
         states = list(mine.posterior_states().values())
-        owners = [block.group for block in mine._blocks]
+        owners = [mine.param_groups[block.group_number] for block in mine._blocks]
         pairs = zip(states, owners, strict=True)
         hessian = flat(s.precision / g["ess"] - g["weight_decay"] for s, g in pairs)
         difference = hessian - torch.cat([group["hess"] for group in reference.param_groups])

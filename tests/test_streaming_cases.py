@@ -66,7 +66,7 @@ def test_an_outer_posterior_of_any_layout_is_refreshed() -> None:
     opt.refresh(task.chunks())
     for p in model.parameters():
         record = opt.state[p]
-        assert all(torch.equal(a, b) for a, b in zip(record["outer"].posterior, record["posterior"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(record["memory"].posterior, record["posterior"], strict=True))
 
 
 @compiles

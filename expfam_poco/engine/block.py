@@ -195,6 +195,11 @@ class Block:
         touched = changed.flatten(len(self.batch)).any(-1) if self.family.event_dim else changed
         return fields.map_fields(lambda old, own: _mixed(touched, own, old), state, new)
 
+    def follow(self, record: Record) -> None:
+        """Centre the posterior where another optimizer has just put the weights."""
+        record["posterior"] = self.family.recentre(record["posterior"], self.read())
+        self.note_weights()
+
     def _versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.params]
 

@@ -120,6 +120,17 @@ class FlatBlock(Block):
             known = self._scratch[dtype] = flat, self.views(flat)
         return known
 
+    def follow(self, record: Record) -> None:
+        """Centre the posteriors where another optimizer has just put the weights."""
+        weights = self.gather(self.params)  # type: ignore[arg-type]
+        assert weights is not None
+        old, new = record["posterior"], self.family.recentre(record["posterior"], weights)
+        for place, value in zip(old, new, strict=True):
+            if place.ndim and value is not place:
+                place.copy_(value)
+        for block in self.members:
+            block.note_weights()
+
     def _written(self) -> None:
         self.at_point, self.drawn = False, None
         for block in self.members:

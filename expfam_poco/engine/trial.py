@@ -143,7 +143,9 @@ class Trial:
     def points(self) -> Tensor:
         """Where the loss is to be evaluated, K × P."""
         if self._points is None:
-            self._points = self.estimator.points(self.block.family, self.where, self.noise())
+            where, rows = self.where, self.noise().split(1)
+            points = [self.estimator.points(self.block.family, where, row) for row in rows]
+            self._points = points[0] if len(points) == 1 else torch.cat(points)
         return self._points
 
     def signs(self, draw: int) -> Tensor | None:

@@ -124,6 +124,7 @@ class AlphaSVRG(torch.optim.Optimizer):
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
                 self.base.step()
+                engine._follow(blocks)
         except ScaledOverflow:
             engine._clock["skipped"] += 1
             loss = NonFiniteError.loss

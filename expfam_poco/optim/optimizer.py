@@ -252,6 +252,11 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             record["posterior"] = moved
         block.note_weights()
 
+    def _follow(self, blocks: Sequence[Block]) -> None:
+        """Take the weights for the centres of the posteriors, where another optimizer has stepped them."""
+        for block, record in self._layout.units(blocks, self.state, self.correction, in_place=False):
+            block.follow(record)
+
     def _trainable(self) -> list[Block]:
         """The active blocks, at least one, with hyperparameters in their ranges."""
         blocks = self._active()
