@@ -158,8 +158,7 @@ def test_what_is_remembered_follows_what_the_closure_holds() -> None:
     reach, trainer = Reach(), Trainer()
     for _ in range(2):
         assert reach.modules(trainer.loss) == [trainer.model]
-        batch = [torch.ones(1)]
-        assert reach.modules(lambda batch=batch: trainer.loss()) == [trainer.model]
+        assert reach.modules(lambda batch=(torch.ones(1),): trainer.loss()) == [trainer.model]  # noqa: B008
     trainer.model = nn.Linear(2, 2)
     assert reach.modules(trainer.loss) == [trainer.model]
     models = [nn.Linear(1, 1)]

@@ -30,8 +30,8 @@ _MOST_LOOSE = 200  # functions and containers that a closure is taken apart into
 
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 # What holds no modules, or (a Python module) too many: of that, only what a function's code names counts.
-_PLAIN = (str, bytes, int, float, complex, type(None), Tensor, type, np.ndarray, torch.dtype, torch.device)
-_PLAIN += (types.ModuleType, types.BuiltinFunctionType)
+_NUMBERS = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, torch.dtype, torch.device)
+_PLAIN = (*_NUMBERS, type, types.ModuleType, types.BuiltinFunctionType)
 _PLAIN_TYPES = {*_PLAIN, bool, Parameter, torch.Size}
 _OBJECTS = {dict, list, tuple, set, frozenset, types.FunctionType, types.MethodType}
 _CONTAINERS = (Mapping, list, tuple, set, frozenset)
