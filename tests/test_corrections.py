@@ -445,7 +445,7 @@ def test_models_stepped_in_place_and_small_ones_agree(name: str, family: str) ->
 
 
 def test_stored_takes_a_posterior_and_rests_at_it() -> None:
-    """At λ = λ_out the stored site is what the rule's fixed point needs, whatever the mini-batch; elsewhere it is not."""
+    """At λ = λ_out the stored site is what a fixed point of the rule needs, whatever the mini-batch; elsewhere not."""
     family = poco.resolve_family("diagonal_gaussian")
     for centre, rests in ((weights_of(), True), (weights_of(7), False)):
         weight, seen = weights_of(), []
