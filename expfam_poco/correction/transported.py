@@ -16,8 +16,8 @@ with γ = 1, the average is an estimate at λ_t, and by induction always is: the
 so a_t = ∇̃L(λ_t) + Σ_s (share of s in the average) · (noise of s): the noise of momentum without its lag. On other
 losses k = 1/w_t − 1 ≈ β₁/(1 − β₁) steps reach far, and γ < 1 trades some lag for the curvature's change on the way.
 
-γ = 0 is the plain rule. γ = 1 − β₁ is Nesterov's look-ahead: then k = β₁ (once β₁ᵗ has died out, or for the average
-without its correction, w = 1 − β₁), and as m_t − m_{t−1} = −η' a_{t−1} with η' the preconditioned rate,
+γ = 0 is the plain rule. γ = 1 − β₁ is Nesterov's look-ahead: then k = β₁ − β₁ᵗ, which is β₁ once the average has
+forgotten its start, and as m_t − m_{t−1} = −η' a_{t−1} with η' the preconditioned rate,
 
     m_{t+1} = m_t − η' [β₁ a_{t−1} + (1 − β₁) g(m̃_t)] = m̃_t − η' (1 − β₁) g(m̃_t),    m̃_t = m_t + β₁ (m_t − m_{t−1}).
 

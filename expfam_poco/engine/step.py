@@ -202,7 +202,8 @@ def begin(block: Block, record: Record, correction: Correction, *, in_place: boo
         zero = empty_site(block, posterior) if laid else family.kl_gradient(posterior, posterior)
         record["momentum"] = tuple(torch.zeros_like(getattr(zero, name)) for name in family.momentum_block)
     if record["memory"] is None:
-        record["memory"] = correction.begin(family, posterior)
+        begun = correction.begin(family, posterior)  # may be λ itself, which steps in place overwrite
+        record["memory"] = fields.map_leaves(torch.clone, begun)
     return any(old is not record[role] for old, role in zip(before, ROLES, strict=True))  # type: ignore[literal-required]
 
 
