@@ -19,6 +19,8 @@ from hypothesis import settings
 # The workers of pytest-xdist share the cores, and one thread fixes the order of sums.
 torch.set_num_threads(1)
 
+CLEAN = {"resident": 0}  # bytes after the last return of freed memory
+
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.load_profile("reproducible")
 
@@ -41,9 +43,21 @@ def heap_set_aside() -> None:
     """
     gc.collect()
     gc.freeze()
-    if sys.platform == "linux":
-        # Freed tensors of the tests before stay in the allocator's heap, and of two workers both would keep the most.
-        getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def freed_memory_given_back() -> Iterator[None]:
+    """What tests free stays in the C library's heap, between small things that live on, and a worker would grow."""
+    yield
+    if sys.platform == "linux" and resident() > CLEAN["resident"] + 48 * 2**20:
+        getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)  # which only the GNU library has
+        CLEAN["resident"] = resident()
 
 
 @pytest.fixture(autouse=True)
