@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
+    INNER,
+    MEGA,
     ON_GRADIENTS,
     OPTIMIZERS,
     OVER_A_BASE,
+    PROBE_INNER,
+    PROBE_MEGA,
     SHELL,
     Task,
     differentiates,
@@ -30,7 +34,10 @@ from torch.distributions import transform_to
 
 import expfam_poco as poco
 from expfam_poco import blr, correction
+<<<<<<< HEAD
 from expfam_poco.engine.noise_plan import MEGA, SIGNS_MEGA, SIGNS_STEP, STEP
+=======
+>>>>>>> thin-tests
 from expfam_poco.estimators import LOSSES_ALONE, Draws, available
 from expfam_poco.noise import NoiseKey, noise
 

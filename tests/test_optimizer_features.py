@@ -56,7 +56,10 @@ def test_sampled_weights_inside_the_point_outside(name: str) -> None:
     assert all(math.isfinite(loss) for loss in run(opt, task, 2, start=6))
 
 
-@every_shell
+# Of every family: draws depend on nothing else of an optimizer.
+@pytest.mark.parametrize(
+    "name", ["SVRG", "VSGDPoCo", "VONPoCo", "IVONPoCoMo", "BayesBiNNPoCo", "full-reparam", "bernoulli-mean"]
+)
 def test_draws_come_from_the_posterior(name: str) -> None:
     """Means and standard deviations of 400 draws, every weight within five standard errors."""
     model, opt, _ = prepared(name)

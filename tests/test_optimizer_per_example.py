@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import Task, equal, network, weights
+from optimizer_cases import INNER, MEGA, Task, equal, network, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
+<<<<<<< HEAD
 from expfam_poco.engine.noise_plan import MEGA, STEP
+=======
+>>>>>>> thin-tests
 from expfam_poco.estimators import Draws
 from expfam_poco.noise import NoiseKey
 

@@ -56,8 +56,7 @@ def random_site(family: Any, seed: int) -> Any:
 # ---- chart and natural coordinates --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.7])
-@pytest.mark.parametrize("rho", [0.0, 0.6])
+@pytest.mark.parametrize(("rho", "alpha"), [(0.0, 1.0), (0.6, 0.7)], ids=["whole", "averaged"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_chart_and_natural_coordinates_give_the_same_steps(name: str, rho: float, alpha: float) -> None:
     family = poco.resolve_family(name)

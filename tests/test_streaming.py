@@ -165,11 +165,16 @@ def pickled(model: nn.ParameterDict, opt: Any, task: Wells) -> Trained:
 EVENTS: dict[str, Callable[[nn.ParameterDict, Any, Wells], Trained]] = {
     event.__name__: event for event in (frozen, unused, loaded, moved, joined, deep_copied, pickled)
 }
-CHANGES_NOTHING = ("loaded", "deep_copied", "pickled")
+CHANGES_NOTHING = ("loaded", "deep_copied", "pickled")  # held bit for bit, for every case, below
 
 
-@pytest.mark.parametrize("case", ["IVONPoCoMo", "antithetic", "VSGDPoCo"])
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize(
+    ("event", "case"),
+    [
+        *((event, "IVONPoCoMo") for event in EVENTS),
+        *((event, case) for event in EVENTS if event not in CHANGES_NOTHING for case in ("antithetic", "VSGDPoCo")),
+    ],
+)
 def test_whatever_happens_to_a_bucket_whole_tensors_give_the_same(event: str, case: str) -> None:
     results = []
     for name in ("auto", "eager"):

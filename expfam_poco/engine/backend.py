@@ -25,7 +25,8 @@ from torch import Tensor
 from expfam_poco.engine import kernels
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
 from expfam_poco.family import fields
-from expfam_poco.family.noise import TILE, Address, NoiseKey, address_of, tiled, traced
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.noise import TILE, Address, Ahead, NoiseKey, address_of, traced
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 BACKENDS = ("auto", "eager", "mixed", "compiled")
@@ -68,6 +69,7 @@ class Backend:
         self.name = name
         self.compile_seconds = 0.0
         self.fallback: str | None = None
+        self._ahead = Ahead()
 
     def in_place(self, weights: int) -> bool:
         """Whether a model of so many leafwise weights is stepped tile by tile, in place."""
@@ -119,8 +121,12 @@ class Backend:
         size, kind = like.numel() * kernels.numbers_of(constants.family), constants.family.noise_kind
         if self.mode == "eager" or size < SHORTEST:
             if tiles is not None:
-                return tiled(kind, tiles, key, like.dtype)
-            return constants.family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
+                return self._ahead.tiled(kind, tiles, key, like.dtype)
+            family = constants.family
+            if type(family).noise is not ExponentialFamily.noise:
+                return family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
+            shape = (*like.shape, *family.noise_dims)
+            return self._ahead.noise(kind, shape, 1, key, dtype=like.dtype, device=like.device)[0]
         address = address_of(key, like.device, tiles)
         if self.mode == "compiled":
             return address

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
-from expfam_poco.closures.effects import Buffers, Record, capture_random, replay_random
+from expfam_poco.closures.effects import Buffers, Record, Replay, capture_random, replay_random
 from expfam_poco.closures.evaluate import Closure
 from expfam_poco.engine.measure import measure_batched, measure_draw, measure_variations
 from expfam_poco.engine.products import Products
@@ -63,21 +63,22 @@ class Evaluator:
             with self._buffers.kept(params, self.products.closures()):
                 shift = self.products.shift(first, second)
         losses, terms = [], []
+        evaluations = self._buffers.evaluations(params, closure)
+        self._moved.append(evaluations.before)
         for draw in range(first[0].count):
-            random = capture_random(params)
+            random = None if second is None else Replay(params)
             if draw == 0:
-                self._moved.append(self._buffers.record(params, closure))
                 losses.append(self._measure(closure, first, draw)[0])
             else:
-                with self._buffers.kept(params, closure):
+                with evaluations.kept():
                     losses.append(self._measure(closure, first, draw)[0])
-            if second is not None:
-                with replay_random(random), self._buffers.kept(params, closure):
+            if second is not None and random is not None:
+                with random.again(), evaluations.kept():
                     products = self._measure(closure, second, draw, shift)[1]
                 if shift is not None:
                     terms.append(self.products.difference(products))
         mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
-        return torch.stack(losses).mean(), mean_terms
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), mean_terms
 
     def evaluate_chunk(self, closure: Closure, trials: Sequence[Trial], share: float) -> Tensor:
         """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
