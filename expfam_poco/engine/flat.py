@@ -122,7 +122,7 @@ class FlatBlock(Block):
 
     def follow(self, record: Record) -> None:
         """Centre the posteriors where another optimizer has just put the weights."""
-        weights = self.gather(self.params)  # type: ignore[arg-type]
+        weights = self.gather(self.params)
         assert weights is not None
         old, new = record["posterior"], self.family.recentre(record["posterior"], weights)
         for place, value in zip(old, new, strict=True):
