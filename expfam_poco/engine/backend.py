@@ -26,7 +26,7 @@ from expfam_poco.engine import kernels
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.noise import TILE, Address, Ahead, NoiseKey, address_of, traced
+from expfam_poco.family.noise import TILE, Address, Ahead, NoiseKey, address_of, on_device, traced
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 BACKENDS = ("auto", "eager", "mixed", "compiled")
@@ -148,7 +148,7 @@ class Backend:
         if self.mode != "compiled" or out.numel() < SHORTEST:
             return kernel(constants, dtype, out, *arguments)
         arguments = tuple(
-            argument.packed() if isinstance(argument, Numbers | Pair) else argument for argument in arguments
+            argument.packed(out.device) if isinstance(argument, Numbers | Pair) else argument for argument in arguments
         )
         kinds = tuple(map(_kind_of, arguments))
         known = (constants, _identity(constants.family), _identity(constants.estimator))
@@ -182,14 +182,29 @@ class Backend:
         """Do it eagerly: for good where compiling has failed, this time only where it has worked before."""
         if key not in _COMPILED:
             if self.name != "auto":
-                cause = getattr(error, "inner_exception", error)
-                reason = next((line for line in str(cause).splitlines() if line.strip()), "no reason given").strip()
                 raise RuntimeError(
-                    f"backend={self.name!r}: torch.compile failed ({type(cause).__name__}: {reason}); use "
-                    "backend='auto', or 'eager', which need no compiler."
+                    f"backend={self.name!r}: torch.compile failed ({_reason(error)}); use backend='auto', or 'eager', "
+                    "which need no compiler."
                 ) from error
             self.fallback = "mixed" if self.fallback is None and key[0] != "noise" else "eager"
+            self._warn(error)
         return kernel(*arguments)
+
+    def _warn(self, error: Exception) -> None:
+        """Say, once, what could not be compiled and what that costs."""
+        warnings.warn(
+            f"backend='auto': compiling failed ({_reason(error)}); steps go on without it ({self.fallback}), several "
+            "times slower. Give backend='eager' to do without the compiler and this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's complaint in one line."""
+    cause = getattr(error, "inner_exception", error)
+    line = next((line for line in str(cause).splitlines() if line.strip()), "no reason given").strip()
+    return f"{type(cause).__name__}: {line}"
 
 
 def _compile(kernel: Callable[..., Any], constants: tuple[Any, ...]) -> Callable[..., Any]:
@@ -209,9 +224,9 @@ class Pair(NamedTuple):
     first: float
     second: float
 
-    def packed(self) -> Tensor:
+    def packed(self, device: torch.device) -> Tensor:
         """As one float64 tensor."""
-        return torch.tensor(self, dtype=torch.float64)
+        return on_device(self, torch.float64, device)
 
 
 def _kind_of(argument: Any) -> Hashable:

@@ -21,8 +21,12 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import tiles_of
 
-SMALL = 2**17  # entries below which a block is laid beside others
-LARGEST = 2**18  # entries of a flat block
+# Entries below which a block is laid beside others, and those of a flat block. On an accelerator launches are what
+# costs, and a flat block is as large as memory beside the state may be.
+SMALL = 2**17
+LARGEST = 2**18
+SMALL_ELSEWHERE = 2**24
+LARGEST_ELSEWHERE = 2**26
 ROLES = ("posterior", "momentum", "memory")
 
 
@@ -241,12 +245,14 @@ def laid_side_by_side(blocks: Sequence[Block]) -> list[Block | FlatBlock]:
         members.clear()
 
     for block in blocks:
-        fits = block.numel < SMALL and block.settings.adaptive is None and _is_flat(block.family)
+        cpu = block.device.type == "cpu"
+        small, largest = (SMALL, LARGEST) if cpu else (SMALL_ELSEWHERE, LARGEST_ELSEWHERE)
+        fits = block.numel < small and block.settings.adaptive is None and _is_flat(block.family)
         if not fits or not is_leafwise(block):
             found.append(block)
             continue
         alike = waiting.setdefault((block.group_number, block.params[0].dtype, block.device), [])
-        if sum(padded(b.numel) for b in alike) + block.numel > LARGEST:
+        if sum(padded(b.numel) for b in alike) + block.numel > largest:
             close(alike)
         alike.append(block)
     for alike in waiting.values():

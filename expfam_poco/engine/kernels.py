@@ -26,7 +26,7 @@ from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
-from expfam_poco.family.noise import Address, traced
+from expfam_poco.family.noise import Address, on_device, traced
 from expfam_poco.rule import blr
 
 
@@ -100,9 +100,9 @@ class Numbers(NamedTuple):
     share: Any
     factor: Any
 
-    def packed(self) -> Tensor:
+    def packed(self, device: torch.device) -> Tensor:
         """As one float64 tensor."""
-        return torch.tensor([*self.rates, *self.alpha, *self[2:]], dtype=torch.float64)
+        return on_device([*self.rates, *self.alpha, *self[2:]], torch.float64, device)
 
 
 def unpacked(constants: Constants, numbers: Numbers | Tensor) -> Numbers:

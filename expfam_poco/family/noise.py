@@ -388,7 +388,10 @@ def quantile(kind: str, u: Tensor) -> Tensor:
 
 
 class Address(NamedTuple):
-    """Where noise is, as tensors: first block, c1, c2, c3 and ten round keys (24 words, int64), and perhaps `tiles`.
+    """Where noise is, as tensors: `words` and perhaps `tiles`.
+
+    `words` (27, int64) are the first block, c1, c2, c3, ten round keys, and the generator's two multipliers and mask,
+    which as constants would not fit the 32 bits that compilers give to indices.
 
     `tiles` is for several short tensors side by side, 2 × number of tiles: the first block and the parameter of
     every tile, in place of those among the words.
@@ -408,7 +411,15 @@ def address_of(key: NoiseKey, device: torch.device | str = "cpu", tiles: Tensor 
         raise ValueError(f"offset={key.offset}: compiled noise begins with a tile; give a multiple of {4 * TILE}.")
     counters = [key.offset // 4, key.parameter, key.step, key.stream * _DRAWS + key.draw]
     schedule = [word for pair in _schedule((key.seed & _MASK, key.seed >> 32)) for word in pair]
-    return Address(torch.tensor(counters + schedule, device=device), tiles)
+    words = [*counters, *schedule, *_MULTIPLIERS, _MASK]
+    return Address(on_device(words, torch.int64, torch.device(device)), tiles)
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Some numbers as a tensor; a device's arrive without the host waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def tiles_of(parameters: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -467,12 +478,13 @@ def traced(kind: str, size: int, address: Address, dtype: torch.dtype) -> Tensor
     else:
         c0, c1 = _blocks_of(tiles)
     c2, c3 = words[2], words[3]
+    first, second, mask = words[-3:].unbind()
     for i in range(_ROUNDS):
-        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((product2 >> 32) ^ c1 ^ words[4 + 2 * i]) & _MASK
-        c2 = ((product0 >> 32) ^ c3 ^ words[5 + 2 * i]) & _MASK
+        product0, product2 = c0 * first, c2 * second
+        c0 = ((product2 >> 32) ^ c1 ^ words[4 + 2 * i]) & mask
+        c2 = ((product0 >> 32) ^ c3 ^ words[5 + 2 * i]) & mask
         c1, c3 = product2, product0
-    lanes = (*from_words(c0, c1 & _MASK, dtype), *from_words(c2, c3 & _MASK, dtype))
+    lanes = (*from_words(c0, c1 & mask, dtype), *from_words(c2, c3 & mask, dtype))
     return torch.stack(lanes, 1).view(-1)[:size].to(dtype)
 
 
