@@ -296,7 +296,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
 
         Args:
-            closure: returns the mean loss of the mini-batch (see `closures.evaluate`), or is `Batched`; a list of closures
+            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched`; a list of closures
                 accumulates the gradients of micro-batches, as if they were one batch.
             weights: the micro-batches' numbers of examples; None counts them equally.
             fresh_noise: draw weights anew for every micro-batch, and average their natural gradients.
