@@ -9,10 +9,6 @@ from optimizer_cases import INNER, MEGA, named, noises
 from torch import Tensor, nn
 
 import expfam_poco as poco
-<<<<<<< HEAD
-from expfam_poco.engine.noise_plan import MEGA, STEP, draw_noise
-=======
->>>>>>> thin-tests
 from expfam_poco.families import Bernoulli, Relaxed
 from expfam_poco.families.discrete.binary_estimators import log_sech_squared
 
@@ -59,11 +55,7 @@ def test_the_published_update(stale: bool, prior: bool) -> None:
     lam = STRENGTH * problem.weight.data.sign()
     mu, m = torch.tanh(lam), torch.zeros_like(lam)
     for t in range(1, 101):
-<<<<<<< HEAD
-        drawn = draw_noise(opt._blocks[0], "shared", DRAWS, NoiseKey(3, STEP, t))
-=======
         drawn = noises(opt, INNER, t)[0]
->>>>>>> thin-tests
         opt.step(problem.closure())
         g = torch.zeros_like(lam)
         for eps in drawn:
@@ -119,11 +111,7 @@ def test_the_corrected_update_by_hand() -> None:
                 fresh += weight / 3.0 * site(lam, rows, noises(opt, MEGA, chunk)[0])
             mean, outer = fresh if mean is None else rho * mean + (1.0 - rho) * fresh, lam
         rows = slice(8 * (t % 5), 8 * (t % 5) + 8)
-<<<<<<< HEAD
-        drawn = draw_noise(block, "shared", 2, NoiseKey(3, STEP, t))
-=======
         drawn = noises(opt, INNER, t)[0]
->>>>>>> thin-tests
         opt.step(problem.closure(rows))
         g = site(lam, rows, drawn)
         plain = g + (lam - lam0) / N
@@ -140,11 +128,7 @@ def test_without_momentum_it_is_the_rule_on_natural_parameters() -> None:
     problem, lr = Regression(), 0.01
     opt = poco.BayesBiNN([problem.weight], lr=lr, ess=N, beta1=0.0, strength=STRENGTH, seed=3)
     lam = STRENGTH * problem.weight.data.sign()
-<<<<<<< HEAD
-    drawn = draw_noise(opt._blocks[0], "shared", 1, NoiseKey(3, STEP, 1))
-=======
     drawn = noises(opt, INNER, 1)[0]
->>>>>>> thin-tests
     opt.step(problem.closure())
     w = torch.tanh(lam + drawn[0])
     g = (1 - w**2) / (1 - torch.tanh(lam) ** 2) * problem.gradient(w)

@@ -14,10 +14,6 @@ from test_optimizers_parity import TorchWithGivenNoise, two_groups
 from torch import Tensor, nn
 
 import expfam_poco as poco
-<<<<<<< HEAD
-from expfam_poco.engine.noise_plan import STEP
-=======
->>>>>>> thin-tests
 
 SHELL_ONLY = ("hess_approx", "rescale_lr", "debias", "mc_samples")
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
@@ -80,7 +76,7 @@ def test_the_run_goes_on_as_with_ivon_opt(kind: Any, variant: str, monkeypatch: 
     monkeypatch.setattr(ivon._ivon, "torch", TorchWithGivenNoise(prepared))
     start, worst = weights(ours), 0.0
     for step in range(8, 58):
-        blocks = noises(opt, STEP, step)
+        blocks = noises(opt, INNER, step)
         for draw in range(opt.mc_samples):
             parts = (blocks,) if second is None else (blocks[:2], blocks[2:])
             prepared += [flat(noise[draw] for noise in part) for part in parts]

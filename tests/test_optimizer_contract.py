@@ -34,10 +34,6 @@ from torch.distributions import transform_to
 
 import expfam_poco as poco
 from expfam_poco import blr, correction
-<<<<<<< HEAD
-from expfam_poco.engine.noise_plan import MEGA, SIGNS_MEGA, SIGNS_STEP, STEP
-=======
->>>>>>> thin-tests
 from expfam_poco.estimators import LOSSES_ALONE, Draws, available
 from expfam_poco.noise import NoiseKey, noise
 
@@ -136,7 +132,7 @@ class Pure:
 
     def refresh(self, batches: list[int], sizes: list[float], first: int) -> None:
         states = [q.posterior for q in self.q]
-        chunks = [self.sites(states, b, MEGA, SIGNS_MEGA, first + i) for i, b in enumerate(batches)]
+        chunks = [self.sites(states, b, MEGA, PROBE_MEGA, first + i) for i, b in enumerate(batches)]
         for i, state in enumerate(states):
             mean = correction.average_sites([chunk[i] for chunk in chunks], sizes)
             rho = self.family.per_block(0.5, 0.2)
@@ -147,10 +143,10 @@ class Pure:
 
     def step(self, batch: int) -> None:
         self.t += 1
-        inner = self.sites([q.posterior for q in self.q], batch, STEP, SIGNS_STEP, self.t)
+        inner = self.sites([q.posterior for q in self.q], batch, INNER, PROBE_INNER, self.t)
         outer = [None] * len(self.q)
         if self.outer[0] is not None:
-            outer = self.sites([o.posterior for o in self.outer], batch, STEP, SIGNS_STEP, self.t)
+            outer = self.sites([o.posterior for o in self.outer], batch, INNER, PROBE_INNER, self.t)
         for i, q in enumerate(self.q):
             site, anchor = inner[i], None
             if self.outer[i] is not None:

@@ -9,10 +9,6 @@ from optimizer_cases import INNER, MEGA, Task, equal, network, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-<<<<<<< HEAD
-from expfam_poco.engine.noise_plan import MEGA, STEP
-=======
->>>>>>> thin-tests
 from expfam_poco.estimators import Draws
 from expfam_poco.noise import NoiseKey
 
@@ -59,7 +55,7 @@ def test_per_example_noise_equals_a_loop_over_examples(noise: str, draws: int) -
 
     states = list(opt.posterior_states().values())
     opt.step(batch(0))
-    expected = sites(states, STEP, 1, 0)
+    expected = sites(states, INNER, 1, 0)
     prior = family.centred_at(torch.zeros((), dtype=torch.float64), 200.0 * 1e-4)
     for state, site, moved in zip(states, expected, opt.posterior_states().values(), strict=True):
         direction = poco.blr.update(

@@ -11,10 +11,6 @@ from optimizer_cases import INNER, MEGA, OUTER, Task, equal, flat, network, nois
 from torch import Tensor, nn
 
 import expfam_poco as poco
-<<<<<<< HEAD
-from expfam_poco.engine.noise_plan import MEGA, REFERENCE, STEP
-=======
->>>>>>> thin-tests
 
 # ---- IVON against ivon-opt 0.1.3 ---------------------------------------------------------------------------
 
@@ -69,7 +65,7 @@ def test_ivon_equals_ivon_opt_step_by_step(variant: str, monkeypatch: pytest.Mon
 
     worst_mean, worst_hessian, moved = 0.0, 0.0, weights(ours)
     for step in range(1, STEPS + 1):
-        blocks = noises(mine, STEP, step)
+        blocks = noises(mine, INNER, step)
         for draw in range(mine.mc_samples):
             if second is None:
                 prepared.append(flat(noise[draw] for noise in blocks))
@@ -89,11 +85,7 @@ def test_ivon_equals_ivon_opt_step_by_step(variant: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
         worst_mean = max(worst_mean, float((flat(ours.parameters()) - flat(theirs.parameters())).abs().max()))
         states = list(mine.posterior_states().values())
-<<<<<<< HEAD
-        owners = [mine.param_groups[block.group_number] for block in mine._blocks]
-=======
         owners = [group for group in mine.param_groups for _ in group["params"]]
->>>>>>> thin-tests
         pairs = zip(states, owners, strict=True)
         hessian = flat(s.precision / g["ess"] - g["weight_decay"] for s, g in pairs)
         difference = hessian - torch.cat([group["hess"] for group in reference.param_groups])
@@ -189,7 +181,7 @@ def test_ivon_poco_mo_equals_algorithm_4(xi: float) -> None:
             chunk += 3
         opt.step(task.closure(step))
         before = written.m
-        written.step(step % 4, flat(noises(opt, STEP, step)), flat(noises(opt, REFERENCE, step)))
+        written.step(step % 4, flat(noises(opt, INNER, step)), flat(noises(opt, OUTER, step)))
         clipped += int(((written.m - before).abs() > 0.999 * 0.05 * xi).sum())
         states = opt.posterior_states().values()
         h = flat(s.precision for s in states) / 50.0 - 0.05

@@ -10,10 +10,6 @@ from optimizer_cases import FIXED, INNER, MEGA, OUTER, Task, equal, flat, networ
 from torch import Tensor, nn
 
 import expfam_poco as poco
-<<<<<<< HEAD
-from expfam_poco.engine.noise_plan import FIXED, MEGA, REFERENCE, STEP
-=======
->>>>>>> thin-tests
 
 
 class Logistic:
@@ -95,12 +91,12 @@ def test_vsgd_poco_is_algorithm_3(noise: str) -> None:
             g_out = task.grad(everything, m + sigma * eps_fixed)  # line 3
             m_out = m.clone()  # line 4: θ_out is m_out + σ ε_fixed
         opt.step(task.closure([i]))
-        eps = flat(noises(opt, STEP, t, noise))
+        eps = flat(noises(opt, INNER, t, noise))
         g_in = task.grad([i], m + sigma * eps)  # line 7
         if g_out is not None:
             outs = {
                 "fixed": lambda: eps_fixed, "zero": lambda: 0 * eps, "shared": lambda: eps,  # noqa: B023
-                "independent": lambda: flat(noises(opt, REFERENCE, t)),  # noqa: B023
+                "independent": lambda: flat(noises(opt, OUTER, t)),  # noqa: B023
             }  # fmt: skip
             g_in = g_in - alpha * (task.grad([i], m_out + sigma * outs[noise]()) - g_out)
         m = m - eta * (g_in + delta * m)  # line 8
@@ -137,7 +133,7 @@ def test_von_poco_is_algorithm_5(noise: str, alpha: float) -> None:
             m_out, theta_out = m.clone(), m + root(precision, eps_out)  # line 5
             g_out, h_out = task.grad(everything, theta_out) * n, task.hessian(everything, theta_out) * n  # 3 and 4
         opt.step(task.closure([i]))
-        theta_in = m + root(precision, noises(opt, STEP, t, noise)[0][0])
+        theta_in = m + root(precision, noises(opt, INNER, t, noise)[0][0])
         g_in, h_in = task.grad([i], theta_in), task.hessian([i], theta_in)  # lines 8 and 10
         anchor = torch.zeros_like(m)
         if g_out is not None:

@@ -45,6 +45,8 @@ def plainly(function: Call) -> Call:
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return function(*arguments, **named)
         with torch.inference_mode(False), torch.no_grad():
             return function(*arguments, **named)
 

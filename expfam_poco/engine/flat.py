@@ -48,6 +48,10 @@ class FlatBlock(Block):
         self.shape = self.batch = torch.Size([sum(lengths)])
         self.tiles = tiles_of([b.index for b in members], self._sizes).to(first.device)
         self.real = self.beside([torch.ones(b.shape, dtype=torch.bool, device=b.device) for b in members])
+        zero = torch.zeros((), dtype=self.params[0].dtype, device=first.device)
+        self._nothing = [zero.expand(size) for size in self._sizes]
+        lacking = [padded(size) - size for size in self._sizes]
+        self._gaps = [zero.expand(number) if number else None for number in lacking]
         self._bound: list[tuple[Any, ...]] = []
         self._scratch: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
@@ -83,13 +87,15 @@ class FlatBlock(Block):
 
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """One tensor per member → flat storage, in the posterior's dtype. None if all are None."""
-        present = [tensor for tensor in tensors if tensor is not None]
-        if not present:
+        if all(tensor is None for tensor in tensors):
             return None
-        flat = torch.zeros(self.shape, dtype=self._dtype, device=self.device)
-        places = [view for view, tensor in zip(self.views(flat), tensors, strict=True) if tensor is not None]
-        torch._foreach_copy_(places, present)
-        return flat
+        parts: list[Tensor] = []
+        for tensor, nothing, gap in zip(tensors, self._nothing, self._gaps, strict=True):
+            parts.append(nothing if tensor is None else tensor.reshape(-1))
+            if gap is not None:
+                parts.append(gap)
+        flat = torch.cat(parts)
+        return flat if flat.dtype == self._dtype else flat.to(self._dtype)
 
     def split(self, value: Tensor) -> list[Tensor]:
         """Flat storage → one tensor per member."""
@@ -122,7 +128,7 @@ class FlatBlock(Block):
 
     def follow(self, record: Record) -> None:
         """Centre the posteriors where another optimizer has just put the weights."""
-        weights = self.gather(self.params)  # type: ignore[arg-type]
+        weights = self.gather(self.params)
         assert weights is not None
         old, new = record["posterior"], self.family.recentre(record["posterior"], weights)
         for place, value in zip(old, new, strict=True):

@@ -74,7 +74,7 @@ class NoisePlan(NamedTuple):
 
     def at_reference(self, first: Trial, state: Any, step: int, stamp: int, part: Part) -> Trial:
         """The same block at λ_ref; its noise is that of λ unless the mode says otherwise."""
-        changed: dict[str, Any] = {"state": state, "memory": None}
+        changed: dict[str, Any] = {"state": state, "memory": None, "is_present": False}
         keys = {"independent": NoiseKey(self.seed, REFERENCE, step), "fixed": NoiseKey(self.seed, FIXED, stamp)}
         if self.mode in keys:
             stream = SIGNS_REFERENCE if self.mode == "independent" else SIGNS_STEP
@@ -105,7 +105,8 @@ class NoisePlan(NamedTuple):
             block, block.settings.estimator, self.correction, state, memory, numbers, self._of_part(keys[0], part),
             keys[1], self.mode, self._count(closure), self.backend if in_place else None,
         )  # fmt: skip
-        made.sign_key = keys[1].at(draw=part.number * made.count)
+        if part.number:
+            made.sign_key = keys[1].at(draw=part.number * made.count)
         return self._carrying(made, part)
 
     @staticmethod

@@ -77,7 +77,11 @@ class Step:
         ((tile, weights, first, second),) = self._measured()
         like = self.first.like(tile)
         self.moved = kernels.advance(self.constants, weights, first, second, self.numbers, like, self.anchor)
-        if not bool(self.block.family.in_domain(self.moved.state)):
+        family = self.block.family
+        leaves = (
+            not bool(family.in_domain(self.moved.state)) if family.joint else kernels.sound(family, self.moved, like)
+        )
+        if leaves is not None and leaves is not False:
             self.moved = self._with_sound_gaps(like)
 
     def _with_sound_gaps(self, like: Tensor) -> kernels.Moved:

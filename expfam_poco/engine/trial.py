@@ -42,6 +42,7 @@ class Trial:
         mode: of the noise.
         draws: how many draws, or pairs of them for "antithetic".
         backend: what steps the block in place; None: it is one tile.
+        is_present: whether the posterior is the present one, not the reference.
         total: the sum of earlier parts (chunks, micro-batches), to which this one is added with `weight`.
         used: which parameters an evaluation has depended on.
     """
@@ -57,6 +58,7 @@ class Trial:
     mode: str = "shared"
     draws: int = 1
     backend: Backend | None = None
+    is_present: bool = True
     total: Any = None
     weight: float = 1.0
     used: list[bool] = field(default_factory=list)
@@ -119,6 +121,8 @@ class Trial:
 
     def source(self, tile: Tile | Whole, constants: Constants, draw: int) -> Tensor | Address:
         """One draw's noise on a tile, or its address."""
+        if constants.noise == "zero":
+            return torch.empty(0, dtype=self.block.dtype, device=self.block.device)
         number = draw // 2 if self.mode == "antithetic" else draw
         start = tile.start * tile.event.numel() * numbers_of(self.block.family)
         key = self.key.at(parameter=self.block.index, draw=self.key.draw + number, offset=start)
@@ -161,7 +165,9 @@ class Trial:
     def write(self, draw: int) -> None:
         """Put draw number `draw` into the model, unless it is there."""
         if self.backend is None:
-            self.block.write(self.points()[draw])
+            points = self.points()[draw]
+            if not self._holds(points):
+                self.block.write(points)
             return
         if draw == 0 and self._take_first_draw():
             return
@@ -170,6 +176,12 @@ class Trial:
             for tile in self.tiles():
                 source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
                 self.runner.draw(constants, tile.cut(out), self.block.dtype, *own, self.numbers, source)
+
+    def _holds(self, points: Tensor) -> bool:
+        """Whether the model is known to hold these points, since they are the posterior's own."""
+        if self.mode != "zero" or not all(member.at_point for member in self.block.members):
+            return False
+        return self.is_present and torch.equal(points, self.block.family.point(self.state))
 
     def _take_first_draw(self) -> bool:
         """Whether the last step has left this draw in the model; it counts once, for λ_ref may have the same key."""

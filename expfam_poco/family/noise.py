@@ -36,7 +36,6 @@ to rounding. In float16 and bfloat16, normal and logistic noise is the float32 n
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +76,17 @@ _SPAN_ELSEWHERE = 2**22
 _FEW = 2**15  # words of two lanes up to which NumPy is ahead of torch, which takes several threads above
 
 
+# The counters of a key: their limits, as shown, and what to do about larger ones.
+_LIMITS = {
+    "seed": (2**64, "2**64", "reduce it modulo 2**64"),
+    "stream": (2**8, "2**8", "number the streams from 0"),
+    "step": (_WORD, "2**32", "count steps from 0 and change the seed after 2**32"),
+    "parameter": (_WORD, "2**32", "number the parameters from 0"),
+    "offset": (_ELEMENTS, "2**34", "split the tensor into several parameters"),
+    "draw": (_DRAWS, "2**24", "number the draws from 0 within a step"),
+}
+
+
 @dataclass(frozen=True)
 class NoiseKey:
     """The address of some noise: all that it depends on but the element.
@@ -102,16 +112,17 @@ class NoiseKey:
     draw: int = 0
 
     def __post_init__(self) -> None:
-        _check("seed", self.seed, 2**64, "2**64", "reduce it modulo 2**64")
-        _check("stream", self.stream, 2**8, "2**8", "number the streams from 0")
-        _check("step", self.step, _WORD, "2**32", "count steps from 0 and change the seed after 2**32")
-        _check("parameter", self.parameter, _WORD, "2**32", "number the parameters from 0")
-        _check("offset", self.offset, _ELEMENTS, "2**34", "split the tensor into several parameters")
-        _check("draw", self.draw, _DRAWS, "2**24", "number the draws from 0 within a step")
+        for name, limits in _LIMITS.items():
+            _check(name, getattr(self, name), *limits)
 
     def at(self, **counters: int) -> NoiseKey:
         """This key with the named counters replaced: `key.at(step=3, parameter=1)`."""
-        return dataclasses.replace(self, **counters)
+        for name, value in counters.items():
+            _check(name, value, *_LIMITS[name])
+        made = object.__new__(NoiseKey)  # the other counters have been checked
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(counters)
+        return made
 
 
 def _check(name: str, value: Any, limit: int, shown_limit: str, remedy: str) -> None:
