@@ -69,7 +69,7 @@ _DRAWS = 2**24
 _ELEMENTS = 4 * _WORD
 TILE = 64  # blocks
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Elements made at a time. On a CPU the temporaries of a span should fit the cache, and be so small that the
+# Elements made at a time. On a CPU the temporaries of one pass should fit the cache, and be so small that the
 # allocator need not map fresh pages for each; an accelerator wants few large launches, in bounded memory.
 _SPAN = {"cpu": 2**18}
 _SPAN_ELSEWHERE = 2**22
@@ -245,7 +245,7 @@ def _map_words(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """`from_words` of every element's lanes, draws × shape, made in spans of tiles to bound temporaries."""
+    """`from_words` of every element's lanes, draws × shape, made some tiles at a time to bound temporaries."""
     size = math.prod(shape)
     start, stop = key.offset, key.offset + size
     if not isinstance(draws, int) or not 1 <= draws <= _DRAWS - key.draw:

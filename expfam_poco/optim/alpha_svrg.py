@@ -29,7 +29,7 @@ class AlphaSVRG(torch.optim.Optimizer):
 
     Args:
         base_optimizer: any torch optimizer whose step needs only gradients.
-        alpha: α in [0, 1], a schedule step → α (`schedules`), or "adaptive" (the α of least variance, measured for
+        alpha: α in [0, 1], a schedule step → α (`LinearAlpha`), or "adaptive" (the α of least variance, measured for
             every tensor); no effect before `refresh`.
         max_grad_norm: clip the *corrected* gradient of all parameters together to this norm.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.

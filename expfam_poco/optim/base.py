@@ -1,4 +1,4 @@
-"""What the parts of the optimizer shell share: the attributes and methods that one of them has for the others."""
+"""The interface of `PosteriorCorrected` for what is mixed into it: attributes and methods, without bodies."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def _correction_of(state_dict: Mapping[str, Any]) -> Correction:
 
 
 def check_header(header: Any, settings: Mapping[str, Any]) -> None:
-    """Refuse state of another optimizer, another version of the format, or other settings of the shell."""
+    """Refuse state of another optimizer, another version of the format, or other settings of the optimizer."""
     if not isinstance(header, Mapping) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, Mapping) else None
         raise CheckpointError(

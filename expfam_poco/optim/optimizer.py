@@ -58,7 +58,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
         correction: what natural gradients are corrected with, by name ("snapshot": the posterior of the last refresh;
             "stored", "recursive", "transported", "none") or as an object; see `correction`.
-        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`schedules`), or "adaptive" (the α
+        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`LinearAlpha`), or "adaptive" (the α
             of least variance, measured for every tensor). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
         noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
@@ -79,9 +79,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
-        backend: how large models are stepped, "auto", "eager", "mixed" or "compiled"; see `backend`.
+        backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
         one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
-            weights of models that are stepped span by span; evaluate inside `with optimizer.sampled(at_point=True)`.
+            weights of models that are stepped in place; evaluate inside `with optimizer.sampled(at_point=True)`.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
@@ -296,7 +296,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
 
         Args:
-            closure: returns the mean loss of the mini-batch (see `evaluation`), or is `Batched`; a list of closures
+            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched`; a list of closures
                 accumulates the gradients of micro-batches, as if they were one batch.
             weights: the micro-batches' numbers of examples; None counts them equally.
             fresh_noise: draw weights anew for every micro-batch, and average their natural gradients.

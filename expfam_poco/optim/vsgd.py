@@ -132,7 +132,7 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError: if a gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or after
                 the step, where the weights concerned have kept their values: if a gradient was too large, and for
-                large models, which are stepped span by span in place, also if one was NaN or infinite.
+                large models, which are stepped tile by tile in place, also if one was NaN or infinite.
         """
         loss = None
         if closure is not None:
@@ -187,7 +187,7 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         return state
 
     def _advance(self, p: Parameter, state: Mapping[str, Any], numbers: Tensor, streamed: bool) -> Tensor:
-        """Step one parameter in place, span by span where the model is large; the number of unsound weights."""
+        """Step one parameter in place, tile by tile where the model is large; the number of unsound weights."""
         theta, grad, *own = p.detach(), p.grad, *(state[name] for name in self.state_names)
         assert grad is not None
         grad = grad.detach()
@@ -300,7 +300,7 @@ def _keep_sound(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
         return torch.zeros((), device=finite.device)
     for place, value in zip(old, new, strict=True):
         place.copy_(torch.where(finite, value.to(place.dtype), place))
-    # In float32, which counts the entries of a span (at most 2^24) exactly and keeps the kernel's vectors of one width.
+    # In float32, which counts the entries of a tile (at most 2^24) exactly and keeps the kernel's vectors of one width.
     return torch.where(finite, 0.0, 1.0).sum()
 
 
@@ -363,7 +363,7 @@ class VSGD(GradientModelOptimizer):
         eps: ε; None: as `init` has it.
         init: "paper" or "official", see the table.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
-        backend: how large models are stepped, "auto", "eager" or "compiled"; see `backend`.
+        backend: how large models are stepped, "auto", "eager" or "compiled" (docs/speed.md).
 
     Raises:
         ValueError: for an argument out of range, or parameters that are complex or sparse.
@@ -447,7 +447,7 @@ class ConstantVSGD(GradientModelOptimizer):
         weight_decay: δ, decoupled as in AdamW.
         eps: ε.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
-        backend: how large models are stepped, "auto", "eager" or "compiled"; see `backend`.
+        backend: how large models are stepped, "auto", "eager" or "compiled" (docs/speed.md).
 
     Raises:
         ValueError: for an argument out of range, or parameters that are complex or sparse.

@@ -2,7 +2,7 @@ r"""Estimators of natural gradients: where the loss is evaluated, what is measur
 
 An estimator declares what it `needs` beside the loss ("loss": nothing; "gradient"; "hvp": Hessian-vector products;
 "hessian": the Hessian block of each tensor, dense or its diagonal; "variations": the loss at variations of each draw)
-and whether its natural gradient is `unbiased`. The optimizer shell measures and fills `Draws`; the family maps `Draws`
+and whether its natural gradient is `unbiased`. The engine measures and fills `Draws`; the family maps `Draws`
 to a `Site`.
 
 For Gaussians an estimator is an estimator of the curvature E_q[∇²ℓ]:
