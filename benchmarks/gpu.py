@@ -1,0 +1,338 @@
+"""What the optimizers do and cost on a CUDA device, in one run of under four minutes.
+
+    python benchmarks/gpu.py                     # every part
+    python benchmarks/gpu.py same cycle          # some of them: same, cycle, network, small, tests
+
+* same     every leafwise family and every optimizer gives the CPU's numbers (float64)
+* cycle    all but forward and backward: 124 M weights in GPT-2's tensors, beside fused AdamW and ivon-opt
+* network  a whole step of GPT-2 (124 M, bfloat16), beside AdamW
+* small    a whole step of an MLP of 6 tensors
+* tests    the tests marked `cuda`
+
+Times are medians of interleaved rounds in one process; "events" are kernels, copies and fills of one step, and
+"waits" the times that the host waits for the device in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import expfam_poco as poco
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from gpt import GPT, preset
+
+DEVICE = "cuda"
+Run = Callable[[], Any]
+COMPILED = ("diagonal_gaussian", "bernoulli", "log_normal")  # families whose large tensors are tried, too
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    torch.cuda.synchronize()
+
+
+@contextmanager
+def reported(name: str) -> Iterator[None]:
+    """A failure is a line of the table, and so is every warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except Exception as error:  # of the compiler, of the driver, of memory: the other rows are still wanted
+            print(f"  {name:22} FAILED {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+    for message in sorted({str(w.message)[:200] for w in caught if issubclass(w.category, RuntimeWarning)}):
+        print(f"  {name:22} warned: {message}", flush=True)
+
+
+def medians(runs: dict[str, Run], rounds: int, warm: int = 3) -> dict[str, float]:
+    """Seconds of every run, interleaved; a run that fails is left out."""
+    times: dict[str, list[float]] = {}
+    for name, run in list(runs.items()):
+        with reported(name):
+            for _ in range(warm):
+                run()
+            synchronise()
+            times[name] = []
+    for _ in range(rounds):
+        for name, found in times.items():
+            synchronise()
+            begun = time.perf_counter()
+            runs[name]()
+            synchronise()
+            found.append(time.perf_counter() - begun)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def counts(run: Run) -> str:
+    """The device's events in one run, and the host's waits for it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        run()
+        synchronise()
+    events = found.events()
+    device = [event for event in events if str(event.device_type).endswith("CUDA")]
+    waits = [e for e in events if e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")]
+    return f"{len(device)} events, {max(0, len(waits) - 1)} waits"
+
+
+# ---- the same numbers --------------------------------------------------------------------------------------
+
+
+def start(family: Any, shape: tuple[int, ...]) -> Tensor:
+    """Weights inside the family's support."""
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.randn(shape, dtype=torch.float64, generator=generator)
+    support = family.support
+    if family.levels is not None:
+        return raw.sign()
+    return raw if support is torch.distributions.constraints.real else torch.distributions.transform_to(support)(raw)
+
+
+def trained(device: str, make: Callable[[Any], Any], weights: Tensor, refreshing: bool) -> Tensor:
+    """The weights after six steps on noisy quadratics."""
+    p = nn.Parameter(weights.clone().to(device))
+    target = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).to(device)
+    opt = make([p])
+
+    def closure(i: int) -> Callable[[], Tensor]:
+        return lambda: ((p - target[i]) ** 2).mean()
+
+    for step in range(6):
+        if refreshing and step % 3 == 0:
+            opt.refresh([closure(i) for i in range(4)])
+        if hasattr(opt, "refresh"):
+            opt.step(closure(step % 4))
+        else:
+            opt.zero_grad()
+            closure(step % 4)().backward()
+            opt.step()
+    return p.detach().cpu()
+
+
+def same(arguments: argparse.Namespace) -> None:
+    """Trajectories on the device against those on the CPU."""
+    cases: dict[str, tuple[Callable[[Any], Any], Tensor, bool]] = {}
+    for name in poco.families_available():
+        family = poco.resolve_family(name)
+        if family.joint or name == "product":
+            continue
+        for size in (64, 700) if name in COMPILED else (64,):
+            weights = start(family, (size, size))
+
+            def make(p: Any, family: Any = family) -> Any:
+                return poco.PosteriorCorrected(p, family, lr=1e-3, ess=10.0, weight_decay=0.1, seed=1)
+
+            cases[f"{name} {size}²"] = make, weights, True
+    real = start(poco.resolve_family("diagonal_gaussian"), (700, 700))
+    for kind in ("IVON", "IVONPoCo", "IVONPoCoMo", "BayesBiNN", "BayesBiNNPoCo"):
+        weights = real.sign() if "BiNN" in kind else real
+        cases[kind] = (
+            (lambda p, k=kind: getattr(poco, k)(p, lr=1e-2, ess=1e4, seed=1)),
+            weights,
+            kind.endswith(("Co", "Mo")),
+        )
+    cases["SVRG"] = (lambda p: poco.SVRG(p, lr=1e-2, seed=1)), real, True
+    cases["AlphaSVRG"] = (lambda p: poco.AlphaSVRG(torch.optim.AdamW(p, lr=1e-2))), real, True
+    cases["VSGD"] = (lambda p: poco.VSGD(p, lr=1e-2)), real, False
+    cases["full_gaussian 20"] = (
+        lambda p: poco.VONPoCo(p, lr=0.5, ess=10.0, seed=1)), real[:4, :5].clone(), True  # fmt: skip
+    for name, (make, weights, refreshing) in cases.items():
+        with reported(name):
+            begun = time.perf_counter()
+            there = trained(DEVICE, make, weights, refreshing)
+            seconds = time.perf_counter() - begun
+            here = trained("cpu", lambda p, make=make: make(p), weights, refreshing)
+            difference = float((here - there).abs().max())
+            verdict = "" if difference < 1e-9 else "   DIFFERS"
+            print(f"  {name:22} {difference:8.1e}  {seconds:5.1f} s{verdict}", flush=True)
+
+
+# ---- a cycle -----------------------------------------------------------------------------------------------
+
+
+def table(found: dict[str, float], runs: dict[str, Run], base: str, bars: dict[str, float]) -> None:
+    """Milliseconds, the ratio to the base, the bar, and what one run asks of the device."""
+    for name, seconds in found.items():
+        bar = f"  bar {bars[name]:.2f}" if name in bars else ""
+        with reported(name):
+            print(
+                f"  {name:22} {seconds * 1e3:9.3f} ms  {seconds / found[base]:7.2f} x{bar}  {counts(runs[name])}",
+                flush=True,
+            )
+
+
+def cycle(arguments: argparse.Namespace) -> None:
+    """Everything but forward and backward."""
+    shapes = [tuple(p.shape) for p in GPT(preset("125m")).parameters()]
+    size = sum(torch.Size(shape).numel() for shape in shapes)
+    grads = [torch.randn(shape, device=DEVICE) * 1e-3 for shape in shapes]
+    one = torch.ones((), device=DEVICE)
+
+    def params() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.randn(shape, device=DEVICE) * 0.02) for shape in shapes]
+
+    def ours(make: Callable[[Any], Any], refreshing: bool = False) -> Run:
+        own = params()
+
+        def closure() -> Tensor:
+            for p, grad in zip(own, grads, strict=True):
+                p.grad = grad
+            return one
+
+        opt = make(own)
+        if refreshing:
+            opt.refresh([closure])
+        return lambda: opt.step(closure)
+
+    def on_gradients(make: Callable[[Any], Any]) -> Run:
+        own = params()
+        opt = make(own)
+        for p, grad in zip(own, grads, strict=True):
+            p.grad = grad
+        return lambda: opt.step()
+
+    first, second = (torch.empty(size, device=DEVICE) for _ in range(2))
+    common: dict[str, Any] = dict(lr=1e-4, ess=1e7, seed=0)
+    runs: dict[str, Run] = {
+        "AdamW fused": on_gradients(lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True)),
+        "copy": lambda: first.copy_(second),
+    }
+    makers: dict[str, Callable[[], Run]] = {
+        "IVON": lambda: ours(lambda p: poco.IVON(p, hess_init=1e-3, **common)),
+        "IVONPoCoMo": lambda: ours(lambda p: poco.IVONPoCoMo(p, hess_init=1e-3, **common), True),
+        "gradsq": lambda: ours(lambda p: poco.PosteriorCorrected(p, "diagonal_gaussian", curvature="gradsq", **common)),
+        "bernoulli": lambda: ours(lambda p: poco.BayesBiNN(p, **common)),
+        "VSGD": lambda: on_gradients(lambda p: poco.VSGD(p, lr=1e-4)),
+    }
+    for name, maker in makers.items():
+        with reported(name):
+            begun = time.perf_counter()
+            runs[name] = maker()
+            runs[name]()
+            synchronise()
+            print(f"  {name:22} first step {time.perf_counter() - begun:.1f} s", flush=True)
+    found = medians(runs, arguments.rounds)
+    bars = {"IVON": 1.3, "IVONPoCoMo": 2.2, "gradsq": 3.0, "bernoulli": 3.0, "VSGD": 3.0}
+    table(found, runs, "AdamW fused", bars)
+    print(f"  copy {8 * size / found['copy'] / 1e12:.2f} TB/s; {size / 1e6:.0f} M weights in {len(shapes)} tensors")
+    print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, all of the above together")
+
+
+# ---- whole steps -------------------------------------------------------------------------------------------
+
+
+def network(arguments: argparse.Namespace) -> None:
+    """GPT-2's size in bfloat16, 8 × 1024 tokens."""
+    found: dict[str, float] = {}
+    runs: dict[str, Run] = {}
+    for name in ("AdamW", "IVON", "IVONPoCoMo"):
+        with reported(name):
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.manual_seed(0)
+            model = GPT(preset("125m", context=1024)).to(DEVICE)
+            tokens = torch.randint(0, 50_000, (8, 1024), device=DEVICE)
+
+            def closure(model: GPT = model, tokens: Tensor = tokens) -> Tensor:
+                with torch.autocast("cuda", torch.bfloat16):
+                    return model.loss(tokens)
+
+            if name == "AdamW":
+                adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+                def run(closure: Run = closure, opt: Any = adam) -> None:
+                    opt.zero_grad()
+                    closure().backward()
+                    opt.step()
+            else:
+                own = getattr(poco, name)(model.parameters(), lr=1e-4, ess=1e7, hess_init=1e-3, seed=0)
+                if name == "IVONPoCoMo":
+                    own.refresh([closure])
+
+                def run(closure: Run = closure, opt: Any = own) -> None:
+                    opt.step(closure)
+
+            found.update(medians({name: run}, arguments.rounds))
+            runs[name] = run
+            print(f"  {name:22} peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+    table(found, runs, "AdamW", {"IVON": 1.06, "IVONPoCoMo": 2.1})
+
+
+def small(arguments: argparse.Namespace) -> None:
+    """An MLP of 6 tensors, batch 64."""
+    runs: dict[str, Run] = {}
+    for name in ("AdamW", "IVON", "IVONPoCoMo"):
+        with reported(name):
+            torch.manual_seed(0)
+            layers = nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+            model = nn.Sequential(*layers).to(DEVICE)
+            x, y = torch.randn(64, 64, device=DEVICE), torch.randn(64, 10, device=DEVICE)
+
+            def closure(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+                return functional.mse_loss(model(x), y)
+
+            if name == "AdamW":
+                adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+                def run(closure: Run = closure, opt: Any = adam) -> None:
+                    opt.zero_grad()
+                    closure().backward()
+                    opt.step()
+            else:
+                own = getattr(poco, name)(model.parameters(), lr=1e-3, ess=1e4, seed=0)
+                if name == "IVONPoCoMo":
+                    own.refresh([closure])
+
+                def run(closure: Run = closure, opt: Any = own) -> None:
+                    opt.step(closure)
+
+            runs[name] = run
+    table(medians(runs, 10 * arguments.rounds, 10), runs, "AdamW", {"IVON": 3.0})
+
+
+def tests(arguments: argparse.Namespace) -> None:
+    """The tests that need a device."""
+    folder = Path(__file__).resolve().parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"], cwd=folder, check=False
+    )
+
+
+PARTS = {"same": same, "cycle": cycle, "network": network, "small": small, "tests": tests}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu.py: no CUDA device here.")
+    torch._inductor.config.compile_threads = 8  # type: ignore[attr-defined]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    for name in arguments.parts or PARTS:
+        begun = time.perf_counter()
+        print(f"== {name}", flush=True)
+        with reported(name):
+            PARTS[name](arguments)
+        print(f"   ({time.perf_counter() - begun:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
