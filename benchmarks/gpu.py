@@ -142,11 +142,8 @@ def same(arguments: argparse.Namespace) -> None:
     real = start(poco.resolve_family("diagonal_gaussian"), (700, 700))
     for kind in ("IVON", "IVONPoCo", "IVONPoCoMo", "BayesBiNN", "BayesBiNNPoCo"):
         weights = real.sign() if "BiNN" in kind else real
-        cases[kind] = (
-            (lambda p, k=kind: getattr(poco, k)(p, lr=1e-2, ess=1e4, seed=1)),
-            weights,
-            kind.endswith(("Co", "Mo")),
-        )
+        corrected = kind.endswith(("Co", "Mo"))
+        cases[kind] = (lambda p, k=kind: getattr(poco, k)(p, lr=1e-2, ess=1e4, seed=1)), weights, corrected
     cases["SVRG"] = (lambda p: poco.SVRG(p, lr=1e-2, seed=1)), real, True
     cases["AlphaSVRG"] = (lambda p: poco.AlphaSVRG(torch.optim.AdamW(p, lr=1e-2))), real, True
     cases["VSGD"] = (lambda p: poco.VSGD(p, lr=1e-2)), real, False
@@ -319,9 +316,12 @@ PARTS = {"same": same, "cycle": cycle, "network": network, "small": small, "test
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
+    unknown = sorted(set(arguments.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"no part is named {unknown[0]!r}; there are {', '.join(PARTS)}.")
     if not torch.cuda.is_available():
         raise SystemExit("gpu.py: no CUDA device here.")
     torch._inductor.config.compile_threads = 8  # type: ignore[attr-defined]

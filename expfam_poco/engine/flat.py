@@ -16,7 +16,7 @@ from torch import Tensor
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, new_record
 from expfam_poco.engine.settings import Settings
-from expfam_poco.engine.tiles import TILE, is_leafwise, padded, spread
+from expfam_poco.engine.tiles import TILE, Tile, Whole, is_leafwise, padded, spread
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import tiles_of
@@ -72,6 +72,11 @@ class FlatBlock(Block):
     def dtype(self) -> torch.dtype:
         """The dtype of the posteriors."""
         return self._dtype
+
+    def addresses(self, tile: Tile | Whole) -> Tensor:
+        """Those of the tiles of noise of a tile of weights."""
+        stop = tile.start + tile.shape[0]
+        return self.tiles if stop == self.shape[0] else self.tiles[:, tile.start // TILE : -(-stop // TILE)]
 
     # ---- weights and gradients -----------------------------------------------------------------------------
 

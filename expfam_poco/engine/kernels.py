@@ -258,9 +258,9 @@ def unshared(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
 
     Such a value must have been read before that place is written.
     """
-    places = {id(place) for place in old}
+    # By `is`, for a compiler takes an id() for a constant.
     pairs = zip(old, new, strict=True)
-    return [value.clone() if id(value) in places and value is not place else value for place, value in pairs]
+    return [value.clone() if value is not place and any(value is o for o in old) else value for place, value in pairs]
 
 
 def _per_weight(values: Tensor, dims: int) -> Tensor:

@@ -126,7 +126,7 @@ class Trial:
         number = draw // 2 if self.mode == "antithetic" else draw
         start = tile.start * tile.event.numel() * numbers_of(self.block.family)
         key = self.key.at(parameter=self.block.index, draw=self.key.draw + number, offset=start)
-        addresses = self.block.tiles if isinstance(self.block, FlatBlock) else None
+        addresses = self.block.addresses(tile) if isinstance(self.block, FlatBlock) else None
         return self.runner.noise(constants, key, self.like(tile), addresses)
 
     def noise(self) -> Tensor:
