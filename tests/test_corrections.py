@@ -396,6 +396,32 @@ def test_the_reparameterised_curvature_is_taken_about_the_shifted_mean() -> None
     torch.testing.assert_close(after.precision, wanted, rtol=1e-10, atol=1e-12)
 
 
+class Trailing(Snapshot):
+    """A user's own: q_out is made by a refresh alone, and follows the steps after it."""
+
+    def after_step(self, family: Any, memory: Any, before: Any, after: Any, found: Any) -> Any:
+        moved = family.reanchor(memory.site, memory.posterior, before)
+        return correction.Outer(before, fields.mix(moved, found.total(), family.per_block(0.5, 0.5)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_memory_that_only_a_refresh_makes_may_follow_steps(backend: str) -> None:
+    """Before the refresh steps are plain and cost one evaluation, after it they are corrected and cost two."""
+    weight, counts = weights_of(), []
+    opt = poco.PosteriorCorrected([weight], "isotropic_gaussian", 0.01, 8.0, correction=Trailing(), backend=backend)
+
+    def closure() -> Tensor:
+        counts[-1] += 1
+        return loss_on(weight, range(3))()
+
+    for t in range(6):
+        if t == 3:
+            opt.refresh([loss_on(weight, range(N))])
+        counts.append(0)
+        opt.step(closure)
+    assert counts == [1, 1, 1, 2, 2, 2]
+
+
 def prepare(opt: Any, chunks: list[Callable[[], Tensor]], reference: Any) -> None:
     """A reference by whatever means the correction has."""
     if opt.correction.refresh_evaluations:

@@ -1,8 +1,7 @@
 """Does a correction keep the laws? The conformance suite for built-in corrections and those of users alike.
 
 `check_correction` puts a correction before small problems, one for each of several families, and runs every law on
-them. The loss of example i is ⟨c_i, T(θ)⟩, measured as in training by an unbiased estimator of the family; mini-batches
-are all pairs of examples, so that a mean or a spread over mini-batches is exact and nothing is drawn at random.
+them. A problem's mini-batches are all pairs of four examples, so that nothing is left to chance.
 """
 
 from __future__ import annotations
@@ -10,125 +9,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import combinations
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from expfam_poco.checks import suite
+from expfam_poco.checks.correction_problems import (
+    ALPHA,
+    BATCHES,
+    EVERYTHING,
+    SHARE,
+    InNaturalCoordinates,
+    Problem,
+    corrected_flow,
+    problem_of,
+)
 from expfam_poco.checks.density_laws import Findings
-from expfam_poco.checks.learning_laws import ESS, estimate
-from expfam_poco.checks.specimens import SLACK, STEPS, Finding, Specimen, holds, size_of
+from expfam_poco.checks.learning_laws import ESS
+from expfam_poco.checks.specimens import SLACK, Finding, Specimen, holds, size_of
 from expfam_poco.correction import memory as memories
 from expfam_poco.correction.base import Averaging, Corrected, Correction
 from expfam_poco.correction.registry import resolve_correction
 from expfam_poco.errors import LawError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.draws import Estimator
 from expfam_poco.family.registry import resolve_family
 from expfam_poco.rule import blr
-from expfam_poco.rule.estimators import available
 
 FAMILIES = ("diagonal_gaussian", "full_gaussian", "isotropic_gaussian", "bernoulli", "gamma")
-EXAMPLES = 4
-BATCHES = tuple(combinations(range(EXAMPLES), 2))
-EVERYTHING = tuple(range(EXAMPLES))
-ALPHA, SHARE = 0.7, 0.25
-Sites = Callable[[Any], Any]  # the natural gradient of one mini-batch at a State
-
-
-class Flow(NamedTuple):
-    """What a step is made of: where it was evaluated, and the corrected natural gradient."""
-
-    at: Any
-    found: Corrected
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One correction before one family's problem of four examples."""
-
-    correction: Correction
-    specimen: Specimen
-
-    @property
-    def family(self) -> ExponentialFamily:
-        """The family."""
-        return self.specimen.family
-
-    def noise(self, step: int = 0) -> Tensor:
-        """The noise of all mini-batches at a step."""
-        s = self.specimen
-        value: Tensor = s._remember(("noise", step), lambda: s.noise(4, STEPS, 1000 + step))
-        return value
-
-    def loss(self, example: int) -> Any:
-        """c of one example's loss ⟨c, T(θ)⟩."""
-        s = self.specimen
-        return s._remember(("loss", example), lambda: s.direction(1000 + example))
-
-    def sites(self, batch: Sequence[int], step: int = 0) -> Sites:
-        """State ↦ the mini-batch's natural gradient there, always with the same noise."""
-        s = self.specimen
-        mean = fields.map_fields(lambda *parts: sum(parts) / len(batch), *map(self.loss, batch))
-        return lambda at: estimate(s, _unbiased(s.family), at, self.noise(step), mean)
-
-    def averaging(self) -> Averaging:
-        """No average of mega-batches, but the freshest."""
-        return Averaging(self.family.per_block(0.0, 0.0), reanchor=True, anchor_weight=1.0)
-
-    def refreshed(self, posterior: Any, step: int = 0) -> Any:
-        """The memory after a refresh on all data, None if the correction has none."""
-        begun = self.correction.begin(self.family, posterior)
-        site = self.sites(EVERYTHING, step)(posterior)
-        return self.correction.after_refresh(self.family, begun, posterior, site, self.averaging())
-
-    def flow(self, state: Any, memory: Any, sites: Sites, *, alpha: float = 1.0, share: float = SHARE) -> Flow:
-        """The corrected natural gradient as the optimizer makes it."""
-        return corrected_flow(self.correction, self.family, state, memory, sites, alpha=alpha, share=share)
-
-    def stepped(self, state: Any, memory: Any) -> Any:
-        """The memory after one more step from `state`, towards the second member."""
-        found = self.flow(state, memory, self.sites(BATCHES[0])).found
-        return self.correction.after_step(self.family, memory, state, self.specimen.states[1], found)
-
-    def memories(self) -> Iterator[tuple[str, Any]]:
-        """A memory of every origin, with the method that it is from."""
-        state, other = self.specimen.states[:2]
-        begun = self.correction.begin(self.family, state)
-        refreshed = self.refreshed(other)
-        made = {"begin": begun, "after_refresh": refreshed, "after_step": self.stepped(state, refreshed)}
-        yield from ((name, memory) for name, memory in made.items() if memory is not None)
-
-
-def corrected_flow(
-    correction: Correction,
-    family: ExponentialFamily,
-    state: Any,
-    memory: Any,
-    sites: Sites,
-    *,
-    alpha: float,
-    share: float,
-) -> Flow:
-    """One mini-batch's natural gradient at λ̃, corrected if the memory names a reference."""
-    at = state if memory is None else correction.where(family, state, memory, share)
-    reference = None if memory is None else correction.reference(memory)
-    if reference is None:
-        return Flow(at, Corrected(sites(at), None))
-    weights = family.per_block(alpha, alpha)
-    pair = sites(at), sites(reference)
-    return Flow(at, correction.correct(family, *pair, state, memory, alpha=weights, anchor_weight=1.0))
-
-
-def _unbiased(family: ExponentialFamily) -> Estimator:
-    """The family's default estimator, or its first unbiased one if the default is biased."""
-    fitting = available(family)
-    default = fitting[family.default_estimator]
-    return default if default.unbiased else next(each for each in fitting.values() if each.unbiased)
 
 
 def _allowed(s: Specimen, *values: Any) -> float:
@@ -239,8 +149,8 @@ def pure(p: Problem) -> Findings:
     given = _inputs(p)
     if given.memory is None:
         return
-    kept = memories.map_tensors(torch.clone, given)
-    first = memories.map_tensors(torch.clone, tuple(outputs(p, given).values()))
+    kept = fields.map_leaves(torch.clone, given)
+    first = fields.map_leaves(torch.clone, tuple(outputs(p, given).values()))
     for name, value in zip(given._fields, given, strict=True):
         yield holds(f"some method changes its argument {name}", _identical(value, getattr(kept, name)))
     again = tuple(outputs(p, given).values())
@@ -260,9 +170,9 @@ def tiles(p: Problem) -> Findings:
             return value  # a constant of the family
         return value.flatten(0, dims - 1).narrow(0, weights // 2, weights - weights // 2)
 
-    whole, part = outputs(p, given), outputs(p, memories.map_tensors(half, given))
+    whole, part = outputs(p, given), outputs(p, fields.map_leaves(half, given))
     for name, value in whole.items():
-        expected, found = (dict(memories.tensors(each)) for each in (memories.map_tensors(half, value), part[name]))
+        expected, found = (dict(memories.tensors(each)) for each in (fields.map_leaves(half, value), part[name]))
         allowed = 0.25 * _allowed(s, *given, value)
         for path, tensor in expected.items():
             error = size_of(found[path] - tensor)
@@ -279,7 +189,7 @@ def traces(p: Problem) -> Findings:
 
     def kernel(share: Tensor, *values: Tensor) -> list[Tensor]:
         source = iter(values)
-        traced = outputs(p, memories.map_tensors(lambda _: next(source), given), share)
+        traced = outputs(p, fields.map_leaves(lambda _: next(source), given), share)
         return [tensor for _, tensor in memories.tensors(tuple(traced.values()))]
 
     try:
@@ -374,39 +284,6 @@ def _trajectory(p: Problem, steps: int = 5) -> Iterator[blr.BLRState]:
             found = p.correction.after_step(family, found, now.posterior, after.posterior, corrected)
         now = after
         yield now
-
-
-class InNaturalCoordinates(ExponentialFamily):
-    """A family kept in natural coordinates, whatever its own chart is; only what corrections and plain steps need."""
-
-    def __init__(self, family: ExponentialFamily) -> None:
-        for name, value in {"family": family, "Nat": family.Nat, "State": family.Nat, "Site": family.Nat}.items():
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "momentum_block", family.Nat._fields)
-
-    family: ClassVar[Any]
-
-    def statistics(self, theta: Tensor) -> Any:
-        """The family's."""
-        return self.family.statistics(theta)
-
-    def log_partition(self, nat: Any) -> Tensor:
-        """The family's."""
-        value: Tensor = self.family.log_partition(nat)
-        return value
-
-    def sample(self, state: Any, noise: Tensor) -> Tensor:
-        """The family's."""
-        value: Tensor = self.family.sample(self.family.from_nat(state), noise)
-        return value
-
-    def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Any:
-        """The family's."""
-        return self.family.to_nat(self.family.centred_at(theta, precision))
-
-    def kl_gradient(self, state: Any, prior: Any) -> Any:
-        """λ − λ₀."""
-        return fields.subtract(state, prior)
 
 
 def chart(p: Problem) -> Findings:
@@ -517,16 +394,11 @@ def check_correction(
     __tracebackhide__ = True
     instance = resolve_correction(correction)
     with suite.isolated(seed):
-        problems = [Problem(instance, _specimen(resolve_family(each), seed)) for each in families or FAMILIES]
+        problems = [problem_of(instance, resolve_family(each), seed) for each in families or FAMILIES]
         report = _run(instance, problems)
     if raise_on_failure and not report.passed:
         raise LawError(suite.sentence(report, CORRECTION_LAWS), report)
     return report
-
-
-def _specimen(family: ExponentialFamily, seed: int) -> Specimen:
-    shape = suite.default_shape(family)
-    return Specimen(family, shape, torch.float64, torch.device("cpu"), seed).with_members()
 
 
 def _run(correction: Correction, problems: Sequence[Problem]) -> suite.Report:

@@ -6,7 +6,7 @@ of tensors, which `torch.load(weights_only=True)` reads; a dictionary's keys say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,14 +15,6 @@ from expfam_poco.family import fields
 
 if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
-
-
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """A tensor's image, or the same tuple (of tuples) of images; what is neither stays."""
-    if isinstance(value, tuple):
-        parts = [map_tensors(function, part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return function(value) if isinstance(value, Tensor) else value
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -370,6 +370,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     def _stamp(self, steps: Sequence[Step]) -> None:
         """Memories that follow steps belong together after a step of all blocks."""
         stepped = [block for step in steps for block in step.block.members]
+        if any(self._state(block)["memory"] is None for block in stepped):
+            return  # only a refresh makes one
         active = [block for block in self._blocks if block.active]
         if {block.index for block in stepped} == {block.index for block in active} and not self._memory_is_of(active):
             self._clock["memory"] += 1
