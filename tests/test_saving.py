@@ -15,7 +15,7 @@ from optimizer_cases import OPTIMIZERS, Task, equal, network, run, same, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco import saving
+from expfam_poco.tools import saving
 
 
 class Run:
@@ -182,7 +182,7 @@ def test_links_folders_and_rights(file: Path) -> None:
     assert link.is_symlink() and poco.load(file) == {"step": 1}
     file.with_name("plain").touch()
     assert file.stat().st_mode == file.with_name("plain").stat().st_mode
-    with pytest.raises(FileNotFoundError, match="folder of the checkpoint does not exist"):
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         poco.save(file.parent / "nowhere" / "run.pt", step=1)
 
 
