@@ -15,6 +15,11 @@ from torch import Tensor, nn
 import expfam_poco as poco
 from expfam_poco.families import Bernoulli, DiagonalGaussian
 
+# These models are trained for a few steps, and exported as they are.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:model. its BatchNorm layers have running statistics", "ignore:model. its binary layers .* no normalisation"
+)
+
 
 class Net(nn.Module):
     """Convolution, BatchNorm, two linear layers; 1-channel images of 6 × 6."""

@@ -38,8 +38,8 @@ class PoCoTrainer(Trainer):
 
     Args:
         every: optimizer steps between two mega-batches; None: no mega-batch, so no correction.
-        mega_batches: mini-batches (of `per_device_train_batch_size`) in a mega-batch, drawn anew from the training set;
-            which ones, `args.data_seed` (or `args.seed`) and the step fix.
+        mega_batches: mini-batches in a mega-batch, drawn anew by a sampler of the training loader's kind; which ones,
+            `args.data_seed` (or `args.seed`) and the step fix.
         burn_in: optimizer steps before the first mega-batch.
         arguments, named: the Trainer's own.
 
