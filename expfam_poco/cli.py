@@ -1,7 +1,8 @@
 """The command line: `expfam-poco compare`, `families`, `check` and `new-family`.
 
 Wrong input ends with one sentence on standard error and exit code 2; a family that breaks a law with 1; Ctrl-C
-with 130, SIGTERM and SIGHUP with 143 and 129. Everything heavy is imported inside the commands, so that `--help` is quick.
+with 130, SIGTERM and SIGHUP with 143 and 129. Everything heavy is imported inside the commands, so that `--help` is
+quick.
 """
 
 from __future__ import annotations

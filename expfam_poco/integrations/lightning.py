@@ -63,7 +63,7 @@ class PoCoModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.log_poco_every = log_poco_every
-        self._mega_settings = (
+        self._mega_settings: dict[str, Any] | None = (
             None if every is None else {"every": every, "size": mega_batches, "burn_in": burn_in, "seed": mega_seed}
         )
         self._mega: MegaBatches | None = None

@@ -72,7 +72,9 @@ class PoCoTrainer(Trainer):
     def __init__(
         self, *arguments: Any, every: int | None = None, mega_batches: int = 10, burn_in: int = 0, **named: Any
     ) -> None:
-        self._mega_settings = None if every is None else {"every": every, "size": mega_batches, "burn_in": burn_in}
+        self._mega_settings: dict[str, Any] | None = None
+        if every is not None:
+            self._mega_settings = {"every": every, "size": mega_batches, "burn_in": burn_in}
         self._mega: MegaBatches | None = None
         self._closures: list[Closure] = []
         self._weights: list[float] = []

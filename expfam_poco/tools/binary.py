@@ -114,7 +114,8 @@ def _joined(*parts: str) -> str:
 
 def _unwrapped(model: nn.Module, name: str) -> str:
     """A name of a module or parameter without what `torch.compile` and `DataParallel` put into it."""
-    kept, module = [], model
+    kept: list[str] = []
+    module: nn.Module | None = model
     for part in name.split("."):
         if not (part == "_orig_mod" or (part == "module" and isinstance(module, WRAPPERS))):
             kept.append(part)
