@@ -22,7 +22,7 @@ from expfam_poco.tools.predict import fresh_caches
 
 Closure = Callable[[], Any]
 WIDTH = 3.0  # steps, the deviation of the kernel that smooths the losses
-DIVERGED = 4.0  # a loss so many times higher above the first one than the lowest is below it ends the test
+DIVERGED = 4.0  # a loss that has risen by so many times what the lowest has fallen by ends the test
 
 
 class LearningRates(NamedTuple):
@@ -32,7 +32,7 @@ class LearningRates(NamedTuple):
         lr: the suggestion, of the group with the largest learning rate; the others keep their ratios to it.
         rates: the learning rate of every step.
         losses: the loss at every step, before it.
-        smoothed: the losses, each averaged with its neighbours.
+        smoothed: the losses, less what makes their mini-batches differ, each averaged with its neighbours.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -91,7 +91,7 @@ def find_lr(
     Args:
         model: whose buffers the closures move.
         optimizer: one of this package, or any whose `step` takes the closures; the test starts from its present state.
-        closures: of different mini-batches; they are used in turn.
+        closures: of different mini-batches; the first `steps` / 4 of them are used in turn.
         lowest: the first rate.
         highest: the last rate.
         steps: at most so many steps.
@@ -116,8 +116,10 @@ def find_lr(
         raise ValueError(f"lowest={lowest!r}, highest={highest!r}: give two positive rates, the lower one first.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 10:
         raise ValueError(f"steps={steps!r}: give an integer, 10 or larger.")
+    closures = closures[: max(1, steps // 4)]
     rates: list[float] = []
     losses: list[float] = []
+    level: list[float] = []  # the losses without what makes mini-batches differ: their first loss, at tiny rates
     present = [float(group["lr"]) for group in optimizer.param_groups]
     if max(present) <= 0.0:
         raise ValueError(f"optimizer: its learning rates are {present}; make it with a positive one.")
@@ -138,10 +140,11 @@ def find_lr(
                 break
             rates.append(rate)
             losses.append(loss)
-            last, fallen = np.median(losses[-5:]), losses[0] - min(losses)
-            if last > losses[0] + max(DIVERGED * fallen, abs(losses[0])):
+            level.append(loss - losses[number % len(closures)])
+            if np.median(level[-5:]) > max(-DIVERGED * min(level), abs(losses[0])):
                 break
-    smoothed = _smoothed(losses)
+    mean = sum(losses[: len(closures)]) / max(1, min(len(losses), len(closures)))
+    smoothed = [mean + value for value in _smoothed(level)]
     found = LearningRates(_steepest(rates, smoothed), rates, losses, smoothed)
     if plot is not None:
         found.plot(plot)
