@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from lightning.pytorch import Trainer as LightningTrainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from transformers import TrainingArguments, set_seed
 
 import expfam_poco as poco
@@ -447,6 +447,49 @@ def test_lightning_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         lightning_trainer(tmp_path, 1).fit(PointsModule(lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), data)
     with pytest.raises(ValueError, match="one_pass=True"):
         lightning_trainer(tmp_path, 1).fit(PointsModule(lambda m: ivon(m, one_pass=True)), data)
+
+
+class Hooked(PointsModule):
+    """Its hooks mark a batch, and its loss sees only marked ones of the plugin's dtype."""
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
+        return batch | {"before": torch.ones(())}
+
+    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: Any, dataloader_idx: int) -> Any:
+        return super().transfer_batch_to_device(batch | {"moved": torch.ones(())}, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
+        return batch | {"after": torch.ones(())}
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        assert {"before", "moved", "after"} < set(batch) and batch["x"].dtype == torch.float64
+        return super().loss({name: batch[name] for name in ("x", "labels")})
+
+
+@LIGHTNING_WARNS
+def test_lightning_prepares_mega_batches_as_mini_batches(tmp_path: Path) -> None:
+    module = Hooked(ivon)
+    lightning_trainer(tmp_path, 1, precision="64-true").fit(module, DataLoader(points(), batch_size=8))
+    assert module.poco.diagnostics()["refreshes"] == 4
+
+
+def test_trainer_draws_mega_batches_by_its_sampler(tmp_path: Path) -> None:
+    class Weighted(PoCoTrainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return WeightedRandomSampler([1.0 if i % 3 == 0 else 0.0 for i in range(96)], 96)
+
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+            assert set(inputs["labels"].tolist()) == {0}
+            return super().compute_loss(model, inputs, *arguments, **named)
+
+    set_seed(0)
+    model = Points()
+    trainer = Weighted(
+        model, arguments(tmp_path, max_steps=6), train_dataset=points(), optimizers=(ivon(model), None), every=2,
+        mega_batches=2,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.poco.diagnostics()["refreshes"] == 3
 
 
 # ---- the package --------------------------------------------------------------------------------------------
