@@ -144,6 +144,36 @@ def test_a_loader_that_accelerate_has_prepared_puts_them_on_its_device() -> None
     assert MegaBatches(loader, every=1, size=1).at(0)[0][0][0].device.type == "meta"
 
 
+def test_mega_batches_depend_on_the_step_alone_and_count_each_example_once() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(10)), batch_size=4, shuffle=True)
+    mega = MegaBatches(loader, every=5, size=3, burn_in=2)
+    batches, examples = mega.at(7)
+    again, _ = MegaBatches(loader, every=5, size=3, burn_in=2).at(7)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
+    assert sorted(int(i) for batch in batches for i in batch[0]) == list(range(10))
+    assert examples == [4, 4, 2]
+    assert not torch.equal(torch.cat([b[0] for b in batches]), torch.cat([b[0] for b in mega.at(12)[0]]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"every": 0}, "every=0: "), ({"size": 0}, "size=0: "), ({"burn_in": -1}, "burn_in=-1: "), ({"seed": -1}, "seed")],
+)
+def test_mega_batches_refuse_bad_numbers(changed: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MegaBatches(DataLoader(TensorDataset(torch.arange(4))), **({"every": 1, "size": 1} | changed))
+
+
+def test_mega_batches_refuse_what_they_cannot_draw_from() -> None:
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(8))
+
+    for loader, message in ((DataLoader(Stream()), "no length"), ([1, 2], "list"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=message):
+            MegaBatches(loader, every=1, size=1)
+
+
 # ---- poco.megabatches --------------------------------------------------------------------------------------
 
 
