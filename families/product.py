@@ -250,6 +250,7 @@ class ProductFamily(ExponentialFamily):
     score_natural_gradient = _parted("score_natural_gradient", "State", "draws", gives="Site")
     kl_gradient = _parted("kl_gradient", "State", "State", gives="Site")
     retract = _parted("retract", "State", "Site", "Site", gives="State")
+    extrapolate = _parted("extrapolate", "State", "State", "number", gives="State")
     fisher_vector_product = _parted("fisher_vector_product", "Nat", "Nat", gives="Nat")
     fisher_solve = _parted("fisher_solve", "Nat", "Nat", gives="Nat")
     in_domain = _parted("in_domain", "State", gives="all")

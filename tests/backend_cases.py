@@ -73,7 +73,7 @@ class Vectors(poco.ExponentialFamily):
 
 
 def trained(
-    make: Make, steps: int = 20, names: Collection[str] = tuple(SHAPES), dtype: torch.dtype = torch.float64, **more: Any
+    make: Make, steps: int = 14, names: Collection[str] = tuple(SHAPES), dtype: torch.dtype = torch.float64, **more: Any
 ) -> tuple[nn.ParameterDict, Any, Wells]:
     """A model after so many steps, with a refresh before every fourth."""
     model = model_of(names, dtype)

@@ -1,8 +1,10 @@
 """What all tests share: one thread per worker, fixed seeds, precision on request, no CUDA where none is."""
 
+import ctypes
 import gc
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no screen
@@ -16,6 +18,8 @@ from hypothesis import settings
 
 # The workers of pytest-xdist share the cores, and one thread fixes the order of sums.
 torch.set_num_threads(1)
+
+CLEAN = {"resident": 0}  # bytes after the last return of freed memory
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.load_profile("reproducible")
@@ -39,6 +43,21 @@ def heap_set_aside() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def freed_memory_given_back() -> Iterator[None]:
+    """What tests free stays in the C library's heap, between small things that live on, and a worker would grow."""
+    yield
+    if sys.platform == "linux" and resident() > CLEAN["resident"] + 48 * 2**20:
+        getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)  # which only the GNU library has
+        CLEAN["resident"] = resident()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from reference import (
 from torch import Tensor
 
 import expfam_poco as poco
-from expfam_poco import fields
+from expfam_poco.family import fields
 
 POSITIVE_DEFINITE = [[1.3, 0.4], [0.4, 0.7]]
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.engine.noise_plan import draw_noise
 from expfam_poco.estimators import LOSSES_ALONE
 from expfam_poco.noise import NoiseKey
 
 Make = Callable[..., torch.optim.Optimizer]
+# The streams of an optimizer's noise: with its seed, the step and the parameter's number they say which noise it is.
+INNER, OUTER, MEGA, FIXED, SAMPLE, PROBE_INNER, PROBE_OUTER, PROBE_MEGA = range(8)
 
 
 def network(dtype: torch.dtype = torch.float64, *, dropout: float = 0.0, seed: int = 0) -> nn.Module:
@@ -153,7 +154,7 @@ def takes_second_derivatives(opt: Any) -> bool:
     """Whether a closure must return the loss's graph."""
     needs = {getattr(g.get("curvature"), "needs", "gradient") for g in opt.param_groups}
     return (
-        bool({"hvp", "hessian"} & needs) or getattr(getattr(opt, "_anchor", None), "kind", "curvature") != "curvature"
+        bool({"hvp", "hessian"} & needs) or getattr(getattr(opt, "_products", None), "kind", "curvature") != "curvature"
     )
 
 
@@ -163,9 +164,24 @@ def those(condition: Callable[[Any], bool], makers: Mapping[str, Make] = OPTIMIZ
 
 
 def noises(opt: Any, stream: int, step: int, mode: str = "shared", count: int | None = None) -> list[Tensor]:
-    """What the optimizer's generator gives every block at a step (or chunk, or refresh): draws × shape each."""
-    key = NoiseKey(opt.seed, stream, step)
-    return [draw_noise(block, mode, count or opt.mc_samples, key) for block in opt._blocks]
+    """What the optimizer's generator gives every posterior at a step (or chunk, or refresh): draws × shape each."""
+    found, number = [], 0
+    for group in opt.param_groups:
+        sizes = [p.shape for p in group["params"]]
+        alone = [(number + i, p.shape, p.dtype) for i, p in enumerate(group["params"])]
+        whole = [(number, torch.Size([sum(size.numel() for size in sizes)]), group["params"][0].dtype)]
+        number += len(sizes)
+        for index, shape, dtype in whole if group["family"].joint else alone:
+            family = group["family"] if group["family"].joint else group["family"].for_shape(shape)
+            key = NoiseKey(opt.seed, stream, step, parameter=index)
+            dtype = torch.promote_types(torch.float32, dtype)
+            if mode == "zero":
+                found.append(family.neutral_noise(torch.empty(count or opt.mc_samples, *shape, dtype=dtype)))
+                continue
+            drawn = family.noise(shape, count or opt.mc_samples, key, dtype=dtype)
+            pairs = mode == "antithetic"
+            found.append(torch.stack([drawn, family.reflect(drawn)], 1).flatten(0, 1) if pairs else drawn)
+    return found
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:

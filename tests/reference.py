@@ -18,8 +18,8 @@ from numpy import ndarray
 from torch import Tensor
 
 import expfam_poco as poco
-from expfam_poco import fields
 from expfam_poco.estimators import Draws
+from expfam_poco.family import fields
 
 
 def has_reference(family: poco.ExponentialFamily) -> bool:

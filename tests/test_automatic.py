@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import expfam_poco as poco
-from expfam_poco import checks
+from expfam_poco.checks import suite
 from expfam_poco.checks.specimens import SIGMAS, Specimen, as_fields, standard_errors
 from expfam_poco.family import ExponentialFamily
 from expfam_poco.family.derived import fisher
@@ -49,7 +49,7 @@ def overridden(family: ExponentialFamily) -> list[str]:
 
 def specimen_of(name: str) -> Specimen:
     family = poco.resolve_family(name)
-    shape = checks.default_shape(family)
+    shape = suite.default_shape(family)
     fitted = family if family.joint else family.for_shape(shape)
     return Specimen(fitted, shape, torch.float64, torch.device("cpu"), 5).with_members()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from user_families import Exponential, GaussianByHand, LogNormal
 
 import expfam_poco as poco
-from expfam_poco import backend
+from expfam_poco.engine import backend
 
 GAUSSIAN = poco.resolve_family("diagonal_gaussian")
 BROAD = GAUSSIAN.State(torch.tensor(0.5), torch.tensor(30.0))
@@ -44,8 +44,16 @@ CASES: dict[str, Make] = {
     "GaussianByHand": shell(GaussianByHand(), lr=0.01, ess=20.0, hess_init=2.0, rho=0.3),
 }
 
-# One family for each kind of noise.
-compiled_families = pytest.mark.parametrize("case", ["IVONPoCoMo", "Bernoulli", "Exponential"])
+# One family for each kind of noise, and one in both precisions.
+compiled_cases = pytest.mark.parametrize(
+    ("case", "dtype", "bound"),
+    [
+        ("IVONPoCoMo", torch.float32, 1e-5),
+        ("IVONPoCoMo", torch.float64, 1e-10),
+        ("Bernoulli", torch.float32, 1e-5),
+        ("Exponential", torch.float32, 1e-5),
+    ],
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,23 +71,14 @@ def test_a_tensor_alone_gives_what_it_gives_whole(name: str) -> None:
 
 
 @compiles
-@compiled_families
-def test_mixed_gives_what_eager_gives(case: str) -> None:
-    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        eager, mixed = (numbers(*trained(CASES[case], dtype=dtype, backend=b)[:2]) for b in ("eager", "mixed"))
-        assert distance(mixed, eager) <= bound
+@compiled_cases
+def test_mixed_gives_what_eager_gives(case: str, dtype: torch.dtype, bound: float) -> None:
+    eager, mixed = (numbers(*trained(CASES[case], dtype=dtype, backend=b)[:2]) for b in ("eager", "mixed"))
+    assert distance(mixed, eager) <= bound
 
 
 @compiles
-@pytest.mark.parametrize(
-    ("case", "dtype", "bound"),
-    [
-        ("IVONPoCoMo", torch.float32, 1e-5),
-        ("IVONPoCoMo", torch.float64, 1e-10),
-        ("Bernoulli", torch.float32, 1e-5),
-        ("Exponential", torch.float32, 1e-5),
-    ],
-)
+@compiled_cases
 def test_compiled_gives_what_eager_gives(case: str, dtype: torch.dtype, bound: float) -> None:
     eager, own = (trained(CASES[case], names=FLAT, dtype=dtype, backend=b)[:2] for b in ("eager", "compiled"))
     assert distance(numbers(*own), numbers(*eager)) <= bound
@@ -118,7 +117,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 def test_a_small_model_is_never_compiled() -> None:
     _, opt, _ = trained(CASES["IVONPoCo"], 6)
-    assert opt.diagnostics()["compile_seconds"] == 0.0 and not opt.backend.buckets
+    assert opt.diagnostics()["compile_seconds"] == 0.0
 
 
 @compiles

@@ -33,7 +33,8 @@ from reference import (
 from torch import Tensor
 
 import expfam_poco as poco
-from expfam_poco import blr, correction, fields
+from expfam_poco import blr, correction
+from expfam_poco.family import fields
 
 EXACT = poco.estimators.Exact()
 

@@ -5,14 +5,12 @@ from typing import Any
 import pytest
 import torch
 from backend_cases import FLAT, compiles, distance, model_of, numbers, trained
-from optimizer_cases import named
+from optimizer_cases import INNER, MEGA, named, noises
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.engine.noise_plan import INNER, MEGA, draw_noise
 from expfam_poco.families import Bernoulli, Relaxed
 from expfam_poco.families.discrete.binary_estimators import log_sech_squared
-from expfam_poco.noise import NoiseKey
 
 N, TAU, BETA, DRAWS, LR, STRENGTH = 40.0, 0.5, 0.9, 3, 1e-3, 2.0
 
@@ -57,7 +55,7 @@ def test_the_published_update(stale: bool, prior: bool) -> None:
     lam = STRENGTH * problem.weight.data.sign()
     mu, m = torch.tanh(lam), torch.zeros_like(lam)
     for t in range(1, 101):
-        drawn = draw_noise(opt._blocks[0], "shared", DRAWS, NoiseKey(3, INNER, t))
+        drawn = noises(opt, INNER, t)[0]
         opt.step(problem.closure())
         g = torch.zeros_like(lam)
         for eps in drawn:
@@ -92,7 +90,6 @@ def test_the_corrected_update_by_hand() -> None:
         [problem.weight], lr=LR, ess=N, temperature=TAU, beta1=BETA, mc_samples=2, strength=STRENGTH, seed=3,
         alpha=alpha, rho=rho, prior=Bernoulli.State(lam0),
     )  # fmt: skip
-    block = opt._blocks[0]
     chunks, weights = [slice(0, 20), slice(20, 30)], [2.0, 1.0]
 
     def site(lam: Tensor, rows: slice, drawn: Tensor) -> Tensor:
@@ -111,10 +108,10 @@ def test_the_corrected_update_by_hand() -> None:
             fresh = torch.zeros_like(lam)
             for rows, weight in zip(chunks, weights, strict=True):
                 chunk += 1
-                fresh += weight / 3.0 * site(lam, rows, draw_noise(block, "shared", 2, NoiseKey(3, MEGA, chunk)))
+                fresh += weight / 3.0 * site(lam, rows, noises(opt, MEGA, chunk)[0])
             mean, outer = fresh if mean is None else rho * mean + (1.0 - rho) * fresh, lam
         rows = slice(8 * (t % 5), 8 * (t % 5) + 8)
-        drawn = draw_noise(block, "shared", 2, NoiseKey(3, INNER, t))
+        drawn = noises(opt, INNER, t)[0]
         opt.step(problem.closure(rows))
         g = site(lam, rows, drawn)
         plain = g + (lam - lam0) / N
@@ -124,14 +121,14 @@ def test_the_corrected_update_by_hand() -> None:
         lam = lam - LR * N * m / (1 - BETA**t)
         torch.testing.assert_close(lam_of(opt), lam, rtol=1e-12, atol=1e-13)
     (state,) = opt.state.values()
-    torch.testing.assert_close(state["outer"].site.theta, mean, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(state["memory"].site.theta, mean, rtol=1e-11, atol=1e-13)
 
 
 def test_without_momentum_it_is_the_rule_on_natural_parameters() -> None:
     problem, lr = Regression(), 0.01
     opt = poco.BayesBiNN([problem.weight], lr=lr, ess=N, beta1=0.0, strength=STRENGTH, seed=3)
     lam = STRENGTH * problem.weight.data.sign()
-    drawn = draw_noise(opt._blocks[0], "shared", 1, NoiseKey(3, INNER, 1))
+    drawn = noises(opt, INNER, 1)[0]
     opt.step(problem.closure())
     w = torch.tanh(lam + drawn[0])
     g = (1 - w**2) / (1 - torch.tanh(lam) ** 2) * problem.gradient(w)

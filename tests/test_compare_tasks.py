@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from sklearn.linear_model import LogisticRegression
 
 from expfam_poco.compare.table import read_table
 from expfam_poco.compare.tasks import BUILT_IN, Task, load_csv, load_task
@@ -67,6 +66,8 @@ def test_minimum_agrees_with_lbfgs_of_scipy(tasks: dict[str, Task]) -> None:
 
 
 def test_minimum_agrees_with_logistic_regression_of_scikit_learn(tasks: dict[str, Task]) -> None:
+    from sklearn.linear_model import LogisticRegression
+
     task = tasks["breast-cancer"]
     solver = LogisticRegression(C=1.0 / (task.size * task.delta), fit_intercept=False, tol=1e-12, max_iter=1000)
     solver.fit(task.features, task.labels)

@@ -9,12 +9,11 @@ import ivon
 import ivon._ivon
 import pytest
 import torch
-from optimizer_cases import Task, equal, flat, network, noises, same, weights
+from optimizer_cases import INNER, Task, equal, flat, network, noises, same, weights
 from test_optimizers_parity import TorchWithGivenNoise, two_groups
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.engine.noise_plan import INNER
 
 SHELL_ONLY = ("hess_approx", "rescale_lr", "debias", "mc_samples")
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {

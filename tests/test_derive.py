@@ -10,8 +10,8 @@ from torch.distributions import constraints
 from user_families import Categorical, Exponential, GaussianByHand, LogNormal, Moments, Poisson
 
 import expfam_poco as poco
-from expfam_poco import derive
 from expfam_poco.families import Bernoulli, DiagonalGaussian, FullGaussian, IsotropicGaussian
+from expfam_poco.family import derived
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -38,9 +38,9 @@ def test_newton_finds_what_the_closed_forms_say(cls: type[poco.ExponentialFamily
     mean = family.to_mean(nat)
     if cls is FullGaussian:
         with pytest.raises(ValueError):  # θθᵀ holds every product twice: the family has its closed form for this
-            derive.invert_mean(family, mean)
+            derived.invert_mean(family, mean)
         return
-    found, closed = derive.invert_mean(family, mean), family.to_natural(mean)
+    found, closed = derived.invert_mean(family, mean), family.to_natural(mean)
     torch.testing.assert_close(tuple(found), tuple(closed), rtol=1e-10, atol=1e-10)
 
 
@@ -98,14 +98,14 @@ def test_a_mean_that_no_member_has_is_refused(family: Any, mean: tuple[Tensor, .
 def test_fisher_blocks_of_bernoulli_are_sech_squared() -> None:
     nat = Bernoulli.Nat(torch.tensor([0.0, 1e-3, 0.7, -3.0, 10.0, -40.0]))
     expected = 1.0 / torch.cosh(nat.theta) ** 2
-    torch.testing.assert_close(derive.fisher(Bernoulli(), nat)[..., 0, 0], expected)
+    torch.testing.assert_close(derived.fisher(Bernoulli(), nat)[..., 0, 0], expected)
 
 
 def test_fisher_blocks_of_a_gaussian_are_the_covariances_of_theta_and_its_square() -> None:
     family, state = DiagonalGaussian(), DiagonalGaussian().centred_at(torch.tensor([0.5, -2.0]), 4.0)
     m, v = state.mean, 1.0 / state.precision
     rows = [torch.stack([v, 2 * m * v], -1), torch.stack([2 * m * v, 4 * m**2 * v + 2 * v**2], -1)]
-    torch.testing.assert_close(derive.fisher(family, family.to_nat(state)), torch.stack(rows, -2))
+    torch.testing.assert_close(derived.fisher(family, family.to_nat(state)), torch.stack(rows, -2))
 
 
 def test_fisher_block_of_a_full_gaussian_is_isserlis_theorem() -> None:
@@ -115,7 +115,7 @@ def test_fisher_block_of_a_full_gaussian_is_isserlis_theorem() -> None:
     nat = family.to_nat(family.centred_at(torch.randn(3), precision))
     mean = family.to_mean(nat)
     m, v = mean.theta, mean.theta_theta - torch.outer(mean.theta, mean.theta)
-    block = derive.fisher(family, nat)
+    block = derived.fisher(family, nat)
     assert block.shape == (12, 12)
     torch.testing.assert_close(block[:3, :3], v)
     # Cov[θ_a, θ_b θ_c] = m_b V_ac + m_c V_ab
@@ -136,7 +136,7 @@ def test_products_and_solves_with_the_fisher_matrix(family: Any) -> None:
     flat = torch.cat([v.reshape(*v.shape[: v.ndim - family.event_dim], -1) for v in vector], -1)
     if family.event_dim == 0:
         flat = torch.stack(list(vector), -1)
-    whole = (derive.fisher(family, nat) @ flat.unsqueeze(-1)).squeeze(-1)
+    whole = (derived.fisher(family, nat) @ flat.unsqueeze(-1)).squeeze(-1)
     found = torch.stack(list(product), -1) if family.event_dim == 0 else torch.cat(list(product), -1)
     torch.testing.assert_close(found, whole)
     torch.testing.assert_close(tuple(family.fisher_solve(nat, product)), tuple(vector))
@@ -145,7 +145,7 @@ def test_products_and_solves_with_the_fisher_matrix(family: Any) -> None:
 @pytest.mark.parametrize("family", [Exponential(), GaussianByHand(), LogNormal()])
 def test_scalar_parameters_are_weights_too(family: Any) -> None:
     state = family.centred_at(torch.tensor(0.8), 2.0)
-    assert derive.fisher(family, state).shape == (len(state), len(state))
+    assert derived.fisher(family, state).shape == (len(state), len(state))
     noise = family.noise((), 4, poco.noise.NoiseKey(0), dtype=torch.float64)
     theta = family.sample(state, noise)
     site = family.natural_gradient(state, poco.Draws(noise, theta, theta, torch.ones(4)))
@@ -161,7 +161,7 @@ def test_the_fisher_solve_of_the_full_gaussian_is_the_inverse_on_symmetric_matri
     vector = family.Nat(torch.randn(4), curvature + curvature.T)
     solved = family.fisher_solve(nat, family.fisher_vector_product(nat, vector))
     torch.testing.assert_close(tuple(solved), tuple(vector))
-    matrix = derive.fisher(family, nat)
+    matrix = derived.fisher(family, nat)
     flat = torch.cat([vector.theta, vector.theta_theta.reshape(-1)])
     expected = torch.linalg.pinv(matrix, hermitian=True) @ flat
     found = family.fisher_solve(nat, vector)
@@ -182,7 +182,7 @@ SIDES = [
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_a_bounded_step_never_uses_up_half_of_its_slack(bound: Any, value: Tensor, size: float, sign: float) -> None:
     edge = bound.lower_bound if hasattr(bound, "lower_bound") else bound.upper_bound
-    moved = derive.bounded_step(value, torch.full_like(value, sign * size), bound, plain=False)
+    moved = derived.bounded_step(value, torch.full_like(value, sign * size), bound, plain=False)
     assert bound.check(moved).all()
     slack, before = (moved - edge).abs(), (value - edge).abs()
     assert (slack >= 0.5 * before * (1.0 - 1e-12)).all()
@@ -191,14 +191,14 @@ def test_a_bounded_step_never_uses_up_half_of_its_slack(bound: Any, value: Tenso
 @pytest.mark.parametrize(("bound", "value"), SIDES)
 def test_a_bounded_step_is_the_step_to_first_order(bound: Any, value: Tensor) -> None:
     step = torch.tensor(1e-2)
-    gap = derive.bounded_step(value, step, bound, plain=False) - derive.bounded_step(value, step, bound, plain=True)
+    gap = derived.bounded_step(value, step, bound, plain=False) - derived.bounded_step(value, step, bound, plain=True)
     edge = bound.lower_bound if hasattr(bound, "lower_bound") else bound.upper_bound
     torch.testing.assert_close(gap, 0.5 * step**2 / (value - edge), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("bound", [constraints.real, constraints.interval(-1.0, 1.0)])
 def test_a_step_without_one_side_is_plain(bound: Any) -> None:
-    assert derive.bounded_step(torch.tensor(0.5), torch.tensor(0.25), bound, plain=False) == 0.75
+    assert derived.bounded_step(torch.tensor(0.5), torch.tensor(0.25), bound, plain=False) == 0.75
 
 
 # ---- pathwise and score-function gradients ------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_pathwise_natural_gradients_are_gradients_in_the_mean(cls: Any, loss: An
     theta = family.sample(state, noise).requires_grad_(True)
     (grad,) = torch.autograd.grad(loss(theta).sum(), theta)
     draws = poco.Draws(noise, theta.detach(), torch.zeros(len(theta)), grad)
-    site = derive.pathwise_natural_gradient(family, state, draws)
+    site = derived.pathwise_natural_gradient(family, state, draws)
     slope = torch.func.grad(lambda nat: expectation_by_quadrature(family, nat, loss).sum())(state)
     torch.testing.assert_close(tuple(family.fisher_vector_product(state, site)), tuple(slope), rtol=1e-8, atol=1e-8)
 
@@ -249,7 +249,7 @@ def test_the_score_function_s_baseline_leaves_the_draw_out() -> None:
     for k in range(3):
         others = (loss.sum() - loss[k]) / 2.0
         total = total + (loss[k] - others) * (theta[k] - mean) / 3.0
-    site = derive.score_natural_gradient(family, state, poco.Draws(theta, theta, loss))
+    site = derived.score_natural_gradient(family, state, poco.Draws(theta, theta, loss))
     torch.testing.assert_close(site.theta, total / mean)  # F = e^λ = μ
 
 

@@ -153,7 +153,8 @@ def test_the_score_function_averages_to_the_natural_gradient(name: str) -> None:
                     estimator.natural_gradient(family, state, poco.Draws(eps, point, loss)), state
                 )
             ]
-        )
+        ),
+        chunk_size=2000,
     )(noise.reshape(count, 4, 2), theta.reshape(count, 4, 2), losses.reshape(count, 4))
     slopes = differences(family, state, logistic)
     wanted = torch.cat([value.flatten() for value in from_directions(family, slopes)])

@@ -19,19 +19,20 @@ import sysconfig
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = sorted(
-    ".".join((installed, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(".__init__")
+MODULES = {
+    ".".join((installed, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(".__init__"): path
     for folder, installed in (("expfam_poco", "expfam_poco"), ("families", "expfam_poco.families"))
     for path in (ROOT / folder).rglob("*.py")
     if path.name != "__main__.py"
-)
+}
+LOOPS_OF_OTHERS = re.compile(r"^\s*(?:>>> )?(?:from|import) (?:accelerate|lightning|peft|transformers)\b", re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 NOT_RUN = re.compile(r"<!--\s*not run:\s*\S.*-->", re.DOTALL)
 
@@ -110,7 +111,15 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules["matplotlib.pyplot"].close("all")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def grouped(value: Any, name: str, text: str) -> Any:
+    """A parameter; what imports the packages of others' loops is left to the one worker that has them."""
+    marks = [pytest.mark.xdist_group("loops of others")] if LOOPS_OF_OTHERS.search(text) else []
+    return pytest.param(value, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(
+    "page", [grouped(page, page.relative_to(ROOT).as_posix(), page.read_text(encoding="utf-8")) for page in PAGES]
+)
 def test_snippets_of_page_run(page: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace = types.ModuleType(f"snippets_of_{page.stem.lower().replace('-', '_')}")
     monkeypatch.setitem(sys.modules, namespace.__name__, namespace)
@@ -138,7 +147,9 @@ def test_snippets_of_page_run(page: Path, scratch: Path, monkeypatch: pytest.Mon
                 run_console(source, scratch)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [grouped(name, name, MODULES[name].read_text(encoding="utf-8")) for name in sorted(MODULES)]
+)
 def test_doctests_of_module(name: str, scratch: Path) -> None:
     module = importlib.import_module(name)
     for test in doctest.DocTestFinder().find(module):

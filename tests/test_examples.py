@@ -9,6 +9,8 @@ import pytest
 from scripts import run_script
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# Their packages are large: one worker imports them.
+loops_of_others = pytest.mark.xdist_group("loops of others")
 
 
 def run(name: str, *options: str) -> str:
@@ -83,6 +85,7 @@ def test_positive_weights_keep_their_constraints() -> None:
     assert abs(sum(shares) - 1.0) < 5e-3 and min(shares) >= 0.0
 
 
+@loops_of_others
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_pretrained_transformer_is_fine_tuned(full: bool) -> None:
     # 30 steps of one layer; chance is 0.25 on 64 examples or more, standard error 0.054.
@@ -96,6 +99,7 @@ def test_a_pretrained_transformer_is_fine_tuned(full: bool) -> None:
     assert before < 0.45 < after
 
 
+@loops_of_others
 @pytest.mark.parametrize("name", ["accelerate_loop.py", "lightning_module.py"])
 def test_loops_of_others_reach_what_adamw_does(name: str) -> None:
     # Chance is 0.1; two passes bring both well above one half of 599 test digits.

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import transform_to
 
 import expfam_poco as poco
-from expfam_poco import backend as backends
+from expfam_poco.engine import backend as backends
 
 FAMILIES = [name for name in poco.families_available() if name not in ("product",)]
 LEAFWISE = [
@@ -54,7 +54,7 @@ def _in_support(family: poco.ExponentialFamily, shape: tuple[int, ...]) -> torch
 def test_spans_and_buckets_give_the_same_numbers_as_whole_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = poco.resolve_family(name)
     whole, losses = trained(family, "auto")
-    monkeypatch.setitem(backends.SPANS, "eager", 512)  # several spans, the last one shorter
+    monkeypatch.setitem(backends.TILES, "eager", 512)  # several tiles, the last one shorter
     parts, again = trained(family, "eager")
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)

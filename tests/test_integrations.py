@@ -1,4 +1,7 @@
-"""Training inside other people's loops: transformers (full and LoRA), accelerate, lightning; on a real MiniLM."""
+"""Training inside other people's loops: transformers (full and LoRA), accelerate, lightning; on a real MiniLM.
+
+Their packages are imported by the tests, not by this file, and all tests are one group: so one worker has them.
+"""
 
 import importlib.util
 import json
@@ -10,20 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from lightning.pytorch import Trainer as LightningTrainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, WeightedRandomSampler
-from transformers import TrainingArguments, set_seed
 
 import expfam_poco as poco
-from expfam_poco.integrations.accelerate import unwrap_optimizer
-from expfam_poco.integrations.lightning import PoCoModule
-from expfam_poco.integrations.transformers import PoCoTrainer
 from expfam_poco.tools.megabatches import MegaBatches
 
 ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.xdist_group("loops of others")
 
 
 def example(name: str) -> Any:
@@ -60,7 +59,9 @@ def points(count: int = 96) -> list[dict[str, Tensor]]:
     return [{"x": x[i], "labels": labels[i]} for i in range(count)]
 
 
-def arguments(folder: Path, **changed: Any) -> TrainingArguments:
+def arguments(folder: Path, **changed: Any) -> Any:
+    from transformers import TrainingArguments
+
     chosen: dict[str, Any] = {
         "max_steps": 12,
         "per_device_train_batch_size": 8,
@@ -92,7 +93,11 @@ def trainer_of(
     dropout: float = 0.0,
     every: int | None = 3,
     **changed: Any,
-) -> PoCoTrainer:
+) -> Any:
+    from transformers import set_seed
+
+    from expfam_poco.integrations.transformers import PoCoTrainer
+
     set_seed(0)
     model = Points(dropout)
     return PoCoTrainer(
@@ -114,6 +119,8 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def test_trainer_takes_the_steps_of_a_loop_written_by_hand(tmp_path: Path) -> None:
+    from transformers import set_seed
+
     trainer = trainer_of(tmp_path, lr_scheduler_type="constant", train_sampling_strategy="sequential")
     trainer.train()
     set_seed(0)
@@ -214,6 +221,10 @@ def test_trainer_runs_under_bf16_autocast(tmp_path: Path) -> None:
 
 
 def test_trainer_makes_the_optimizer_and_follows_the_schedule(tmp_path: Path) -> None:
+    from transformers import set_seed
+
+    from expfam_poco.integrations.transformers import PoCoTrainer
+
     set_seed(0)
     trainer = PoCoTrainer(
         Points(),
@@ -229,6 +240,8 @@ def test_trainer_makes_the_optimizer_and_follows_the_schedule(tmp_path: Path) ->
 
 
 def test_trainer_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    from expfam_poco.integrations.transformers import PoCoTrainer
+
     model = Points()
     with pytest.raises(TypeError, match="optimizers="):
         PoCoTrainer(model, arguments(tmp_path), train_dataset=points())
@@ -242,6 +255,10 @@ def test_trainer_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_fine_tuning_the_pretrained_transformer(tmp_path: Path, lora: bool) -> None:
+    from transformers import set_seed
+
+    from expfam_poco.integrations.transformers import PoCoTrainer
+
     finetune = example("finetune_transformer")
     set_seed(0)
     finetune.logging.disable_progress_bar()
@@ -292,6 +309,11 @@ def test_fine_tuning_the_pretrained_transformer(tmp_path: Path, lora: bool) -> N
 
 def accelerated(folder: Path, optimizer_of: Any, steps: int, resume: bool) -> Tensor:
     """Train through Accelerate; the checkpoint is saved after 4 steps, or the run continues from it."""
+    from accelerate import Accelerator
+    from transformers import set_seed
+
+    from expfam_poco.integrations.accelerate import unwrap_optimizer
+
     set_seed(0)
     accelerator = Accelerator(cpu=True)
     model: Any = Points()
@@ -333,6 +355,10 @@ def test_accelerate_prepares_saves_and_resumes(tmp_path: Path, optimizer_of: Any
 
 
 def test_unwrapping_refuses_other_optimizers() -> None:
+    from accelerate import Accelerator
+
+    from expfam_poco.integrations.accelerate import unwrap_optimizer
+
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1))
     with pytest.raises(TypeError, match="SGD"):
@@ -342,27 +368,32 @@ def test_unwrapping_refuses_other_optimizers() -> None:
 # ---- lightning ----------------------------------------------------------------------------------------------
 
 
-class PointsModule(PoCoModule):
+def points_module(optimizer_of: Any) -> Any:
     """The points under Lightning."""
+    from expfam_poco.integrations.lightning import PoCoModule
 
-    def __init__(self, optimizer_of: Any) -> None:
-        super().__init__(every=3, mega_batches=2, burn_in=2, log_poco_every=1)
-        self.points = Points()
-        self.optimizer_of = optimizer_of
-        self.seen: list[float] = []
+    class PointsModule(PoCoModule):
+        def __init__(self) -> None:
+            super().__init__(every=3, mega_batches=2, burn_in=2, log_poco_every=1)
+            self.points = Points()
+            self.seen: list[float] = []
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = self.points(**batch)["loss"]
-        self.seen.append(float(loss.detach()))
-        return loss
+        def loss(self, batch: dict[str, Tensor]) -> Tensor:
+            loss = self.points(**batch)["loss"]
+            self.seen.append(float(loss.detach()))
+            return loss
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_of(self.points)
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)]
+        def configure_optimizers(self) -> Any:
+            optimizer = optimizer_of(self.points)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)]
+
+    return PointsModule()
 
 
-def lightning_trainer(folder: Path, epochs: int, **changed: Any) -> LightningTrainer:
-    return LightningTrainer(
+def lightning_trainer(folder: Path, epochs: int, **changed: Any) -> Any:
+    from lightning.pytorch import Trainer
+
+    return Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         devices=1,
@@ -377,7 +408,7 @@ def lightning_trainer(folder: Path, epochs: int, **changed: Any) -> LightningTra
 
 def lightning_fit(folder: Path, optimizer_of: Any, epochs: int, checkpoint: Path | None = None) -> Any:
     torch.manual_seed(0)
-    module = PointsModule(optimizer_of)
+    module = points_module(optimizer_of)
     trainer = lightning_trainer(folder, epochs)
     # No shuffling: Lightning does not save the state of random generators.
     trainer.fit(module, DataLoader(points(), batch_size=8), ckpt_path=checkpoint)
@@ -411,52 +442,42 @@ def test_lightning_trains_and_resumes(tmp_path: Path, optimizer_of: Any) -> None
 def test_lightning_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     data = DataLoader(points(), batch_size=8)
     with pytest.raises(TypeError, match="SGD"):
-        lightning_trainer(tmp_path, 1).fit(PointsModule(lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), data)
+        lightning_trainer(tmp_path, 1).fit(points_module(lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), data)
     with pytest.raises(ValueError, match="one_pass=True"):
-        lightning_trainer(tmp_path, 1).fit(PointsModule(lambda m: ivon(m, one_pass=True)), data)
-
-
-class Hooked(PointsModule):
-    """Its hooks mark a batch, and its loss sees only marked ones of the plugin's dtype."""
-
-    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
-        return batch | {"before": torch.ones(())}
-
-    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: Any, dataloader_idx: int) -> Any:
-        return super().transfer_batch_to_device(batch | {"moved": torch.ones(())}, device, dataloader_idx)
-
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Any:
-        return batch | {"after": torch.ones(())}
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        assert {"before", "moved", "after"} < set(batch) and batch["x"].dtype == torch.float64
-        return super().loss({name: batch[name] for name in ("x", "labels")})
+        lightning_trainer(tmp_path, 1).fit(points_module(lambda m: ivon(m, one_pass=True)), data)
 
 
 @LIGHTNING_WARNS
 def test_lightning_prepares_mega_batches_as_mini_batches(tmp_path: Path) -> None:
-    module = Hooked(ivon)
+    """Hooks mark a batch, and the loss sees only marked ones of the precision plugin's dtype."""
+    module = points_module(ivon)
+    plain_loss, plain_transfer = module.loss, module.transfer_batch_to_device
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        assert {"before", "moved", "after"} < set(batch) and batch["x"].dtype == torch.float64
+        return plain_loss({name: batch[name] for name in ("x", "labels")})
+
+    module.on_before_batch_transfer = lambda batch, dataloader_idx: batch | {"before": torch.ones(())}
+    module.transfer_batch_to_device = lambda batch, device, i: plain_transfer(batch | {"moved": batch["x"]}, device, i)
+    module.on_after_batch_transfer = lambda batch, dataloader_idx: batch | {"after": torch.ones(())}
+    module.loss = loss
     lightning_trainer(tmp_path, 1, precision="64-true").fit(module, DataLoader(points(), batch_size=8))
     assert module.poco.diagnostics()["refreshes"] == 4
 
 
 def test_trainer_draws_mega_batches_by_its_sampler(tmp_path: Path) -> None:
-    class Weighted(PoCoTrainer):
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return WeightedRandomSampler([1.0 if i % 3 == 0 else 0.0 for i in range(96)], 96)
+    trainer = trainer_of(tmp_path, every=2, max_steps=6)
+    plain_loss = trainer.compute_loss
 
-        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            assert set(inputs["labels"].tolist()) == {0}
-            return super().compute_loss(model, inputs, *arguments, **named)
+    def compute_loss(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        assert set(inputs["labels"].tolist()) == {0}
+        return plain_loss(model, inputs, *rest, **named)
 
-    set_seed(0)
-    model = Points()
-    trainer = Weighted(
-        model, arguments(tmp_path, max_steps=6), train_dataset=points(), optimizers=(ivon(model), None), every=2,
-        mega_batches=2,
-    )  # fmt: skip
+    trainer.compute_loss = compute_loss
+    thirds = [1.0 if i % 3 == 0 else 0.0 for i in range(96)]
+    trainer._get_train_sampler = lambda *_: WeightedRandomSampler(thirds, 96)
     trainer.train()
-    assert trainer.poco.diagnostics()["refreshes"] == 3
+    assert trainer.poco.diagnostics()["refreshes"] == 2
 
 
 # ---- the package --------------------------------------------------------------------------------------------

@@ -79,8 +79,16 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("label", SCHEDULES)
-@with_alphas
+# Every optimizer has one schedule, and one of each kind all: α(t) is computed in one place, whoever uses it.
+TRIED = [
+    (name, label)
+    for number, name in enumerate(WITH_ALPHA)
+    for place, label in enumerate(SCHEDULES)
+    if place == number % len(SCHEDULES) or name in ("IVONPoCoMo", "AlphaSVRG-AdamW")
+]
+
+
+@pytest.mark.parametrize(("name", "label"), TRIED)
 def test_a_schedule_is_its_values_and_survives_a_checkpoint(name: str, label: str) -> None:
     schedule, found = SCHEDULES[label], []
     for alpha in (schedule, lambda step: schedule(step)):
@@ -163,18 +171,21 @@ def test_the_adaptive_alpha_is_covariance_over_variance(kind: str, shared: float
 
 @kinds
 def test_every_tensor_has_an_alpha_of_its_own(kind: str) -> None:
-    tensors = [nn.Parameter(torch.zeros(4000, dtype=torch.float64)) for _ in range(3)]
-    sources = [
-        Noisy(t, s, o, seed) for seed, (t, s, o) in enumerate(zip(tensors, (1, 1, 0), (0.0, 1.0, 1.0), strict=True))
-    ]
-    opt = adaptive(kind, tensors)
-    opt.refresh([lambda: torch.stack([s.mega() for s in sources]).sum()])
-    for _ in range(40):
-        parts = [source.step() for source in sources]
-        opt.step(lambda parts=parts: torch.stack([part() for part in parts]).sum())
-    alphas = [a if isinstance(a, float) else a[0] for a in opt._alphas.values()]
+    """Each in a group shows its own; in one group they are the same, of which the mean is shown."""
+    shown = []
+    for apart in (True, False):
+        tensors = [nn.Parameter(torch.zeros(4000, dtype=torch.float64)) for _ in range(3)]
+        kinds_of_noise = zip(tensors, (1, 1, 0), (0.0, 1.0, 1.0), strict=True)
+        sources = [Noisy(t, s, o, seed) for seed, (t, s, o) in enumerate(kinds_of_noise)]
+        opt = adaptive(kind, [{"params": [t]} for t in tensors] if apart else tensors)
+        opt.refresh([lambda sources=sources: torch.stack([s.mega() for s in sources]).sum()])
+        for _ in range(40):
+            parts = [source.step() for source in sources]
+            opt.step(lambda parts=parts: torch.stack([part() for part in parts]).sum())
+        shown.append(opt.diagnostics())
+    alphas = [shown[0][f"alpha.group{i}"] for i in range(3)]
     assert alphas == pytest.approx([1.0, 0.5, 0.0], abs=0.02) and alphas[2] == 0.0
-    assert abs(opt.diagnostics()["alpha"] - sum(alphas) / 3) < 1e-12
+    assert abs(shown[1]["alpha"] - sum(alphas) / 3) < 1e-12
 
 
 @kinds
@@ -232,7 +243,7 @@ def test_while_alpha_is_zero_probes_change_nothing(name: str, uses: str, monkeyp
         with torch.no_grad():
             for p in model["rare"].parameters():
                 p.fill_(0.3)
-        opt = with_alpha(name, model.named_parameters(), 0.0)
+        opt = with_alpha(name, model.named_parameters(), poco.AdaptiveAlpha(probe_every=2) if probed else 0.0)
         task = Task(model["net"])
 
         def both(batch: int, model: nn.ModuleDict = model, task: Task = task) -> Callable[[], Tensor]:
@@ -242,8 +253,6 @@ def test_while_alpha_is_zero_probes_change_nothing(name: str, uses: str, monkeyp
         opt.refresh([both(batch) for batch in range(4)])
         for step in range(9):
             opt.step(task.closure(step) if step % 2 and uses == "some-unused" else both(step))
-            if step == 2 and probed:
-                opt.alpha = opt.param_groups[0]["alpha"] = poco.AdaptiveAlpha(probe_every=2)
         assert opt.diagnostics()["alpha"] == 0.0
         found.append(weights(model))
     assert equal(*found)
@@ -273,7 +282,14 @@ def test_an_adaptive_run_resumes_bit_for_bit(name: str) -> None:
 # ---- stale corrections -------------------------------------------------------------------------------------
 
 
-@with_alphas
+# The age of q_out is counted in one place: one optimizer of each kind of step.
+of_each_kind = pytest.mark.parametrize(
+    "name",
+    ["SVRG", "VONPoCo", "IVONPoCoMo", "diagonal-stored", "bernoulli-relaxed", "bernoulli-score", "AlphaSVRG-SGD"],
+)
+
+
+@of_each_kind
 def test_a_stale_correction_warns_once(name: str) -> None:
     model = network()
     opt, task = with_alpha(name, model.named_parameters(), 0.5, stale_after=5), Task(model)
@@ -286,7 +302,7 @@ def test_a_stale_correction_warns_once(name: str) -> None:
     assert opt.diagnostics()["steps"] == 29
 
 
-@with_alphas
+@of_each_kind
 def test_nothing_is_stale_without_alpha_or_a_limit_or_in_a_burn_in(name: str) -> None:
     for alpha, after in ((0.0, 3), (0.5, None), (poco.BurnIn(12, 0.5), 3)):
         model = network()

@@ -58,8 +58,8 @@ def prepared(name: str, dtype: torch.dtype = torch.float32, **choices: Any) -> t
 def everything(model: nn.Module, opt: Any) -> list[Any]:
     """All that a skipped step must leave alone."""
     saved = opt.state_dict()
-    outer = saved.get("alpha_svrg", {}).get("outer")
-    return [weights(model), [b.clone() for b in model.buffers()], saved["state"], outer]
+    records = saved.get("alpha_svrg", {}).get("state")
+    return [weights(model), [b.clone() for b in model.buffers()], saved["state"], records]
 
 
 # ---- the scaled step is the step ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 from expfam_poco.noise import NoiseKey, address_of, noise, philox, quantile, reflect, traced, words
 
-module = importlib.import_module("expfam_poco.noise")  # a package may re-export the function under this name
+module = importlib.import_module("expfam_poco.family.noise")  # a package may re-export the function under this name
 
 KINDS = ("normal", "logistic", "uniform", "rademacher")
 CONTINUOUS = {

@@ -79,9 +79,9 @@ def test_the_anchor_has_mean_zero_over_the_mini_batches(anchor: str) -> None:
         for weight in (1.0, 0.0):
             twin, copied = copy.deepcopy((model, opt))
             copied.param_groups[0]["anchor_weight"] = weight
-            copied._anchor._chunks = [  # a copy has no closures; give it those of its own model
+            copied._products._chunks = [  # a copy has no closures; give it those of its own model
                 (chunk, [replace(view, block=block) for view, block in zip(views, copied._blocks, strict=True)], share)
-                for (_, views, share), chunk in zip(opt._anchor._chunks, Task(twin).chunks(), strict=False)
+                for (_, views, share), chunk in zip(opt._products._chunks, Task(twin).chunks(), strict=False)
             ]
             copied.step(Task(twin).closure(batch))
             moved.append(flat(twin.parameters()))

@@ -62,7 +62,7 @@ def test_dropout_is_the_same_for_all_draws() -> None:
     batch = poco.BatchedDraws(model, nn.functional.mse_loss, inputs, targets)
     opt.refresh([batch])
     before = [p.detach().clone() for p in model.parameters()]
-    means = [opt.state[p]["outer"].site.theta for p in model.parameters()]
+    means = [opt.state[p]["memory"].site.theta for p in model.parameters()]
     opt.step(batch)
     for p, old, mean in zip(model.parameters(), before, means, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.1 * mean, rtol=1e-12, atol=1e-14)

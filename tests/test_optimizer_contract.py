@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
+    INNER,
+    MEGA,
     ON_GRADIENTS,
     OPTIMIZERS,
     OVER_A_BASE,
+    PROBE_INNER,
+    PROBE_MEGA,
     SHELL,
     Task,
     differentiates,
@@ -30,7 +34,6 @@ from torch.distributions import transform_to
 
 import expfam_poco as poco
 from expfam_poco import blr, correction
-from expfam_poco.engine.noise_plan import INNER, MEGA, PROBE_INNER, PROBE_MEGA
 from expfam_poco.estimators import LOSSES_ALONE, Draws, available
 from expfam_poco.noise import NoiseKey, noise
 
@@ -171,6 +174,11 @@ def pairs() -> list[Any]:
     return found
 
 
+def as_good_as_equal(first: Any, second: Any) -> bool:
+    """Bit for bit, but for what vector units round otherwise at the end of a tensor than inside a longer one."""
+    return all(torch.allclose(a, b, rtol=1e-13, atol=1e-14) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize(("family", "estimator"), pairs())
 def test_the_shell_equals_the_pure_functions(family: Any, estimator: Any) -> None:
     model = AnyWeights(family)
@@ -192,9 +200,9 @@ def test_the_shell_equals_the_pure_functions(family: Any, estimator: Any) -> Non
         pure.step(step % 4)
         states = [q.posterior for q in pure.q]
         for mine, theirs in zip(opt.posterior_states().values(), states, strict=True):
-            assert equal(mine, theirs), f"step {step}"
+            assert as_good_as_equal(mine, theirs), f"step {step}"
         expected = pure.unpack([family.point(state) for state in states])
-        assert equal(weights(model), list(expected.values())), f"step {step}"
+        assert as_good_as_equal(weights(model), list(expected.values())), f"step {step}"
     assert not any(torch.equal(state[0], start[0]) for state, start in zip(states, starts, strict=True))
 
 

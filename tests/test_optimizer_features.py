@@ -56,7 +56,10 @@ def test_sampled_weights_inside_the_point_outside(name: str) -> None:
     assert all(math.isfinite(loss) for loss in run(opt, task, 2, start=6))
 
 
-@every_shell
+# Of every family: draws depend on nothing else of an optimizer.
+@pytest.mark.parametrize(
+    "name", ["SVRG", "VSGDPoCo", "VONPoCo", "IVONPoCoMo", "BayesBiNNPoCo", "full-reparam", "bernoulli-mean"]
+)
 def test_draws_come_from_the_posterior(name: str) -> None:
     """Means and standard deviations of 400 draws, every weight within five standard errors."""
     model, opt, _ = prepared(name)
@@ -162,11 +165,11 @@ def test_set_outer_converts_to_the_models_dtype_and_refuses_what_does_not_fit() 
         {**states, first: states[first].mean},
         ivon(nn.Linear(3, 2)).state_dict(),
     ]
-    before = opt.state_dict()["state"][0]["outer"]["site"]["gradient"].clone()
+    before = opt.state_dict()["state"][0]["memory"]["site"]["gradient"].clone()
     for value in wrong:
         with pytest.raises(ValueError, match=r"0\.weight|group0|parameters, the optimizer has"):
             opt.set_outer(value)
-    assert torch.equal(opt.state_dict()["state"][0]["outer"]["site"]["gradient"], before)
+    assert torch.equal(opt.state_dict()["state"][0]["memory"]["site"]["gradient"], before)
 
 
 @pytest.mark.parametrize("family", ["diagonal_gaussian", "full_gaussian"])
@@ -189,9 +192,9 @@ def test_at_a_fixed_point_set_outer_knows_the_mean_natural_gradient(family: str)
     for _ in range(300):
         opt.step(everything)
     opt.refresh([everything])
-    measured = [s["outer"]["site"] for s in opt.state_dict()["state"].values()]
+    measured = [s["memory"]["site"] for s in opt.state_dict()["state"].values()]
     opt.set_outer(opt.posterior_states())
-    stored = [s["outer"]["site"] for s in opt.state_dict()["state"].values()]
+    stored = [s["memory"]["site"] for s in opt.state_dict()["state"].values()]
     for one, other in zip(measured, stored, strict=True):
         for field in ("gradient", "curvature"):
             torch.testing.assert_close(one[field], other[field], rtol=0.0, atol=1e-9)

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import Task, equal, network, weights
+from optimizer_cases import INNER, MEGA, Task, equal, network, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.engine.noise_plan import INNER, MEGA
 from expfam_poco.estimators import Draws
 from expfam_poco.noise import NoiseKey
 
@@ -70,7 +69,7 @@ def test_per_example_noise_equals_a_loop_over_examples(noise: str, draws: int) -
     for record, pair in zip(opt.state_dict()["state"].values(), means, strict=True):
         for field in ("gradient", "curvature"):
             mean = 0.5 * (getattr(pair[0], field) + getattr(pair[1], field))
-            torch.testing.assert_close(record["outer"]["site"][field], mean, rtol=1e-10, atol=1e-11)
+            torch.testing.assert_close(record["memory"]["site"][field], mean, rtol=1e-10, atol=1e-11)
     assert torch.isfinite(opt.step(batch(3)))
 
 

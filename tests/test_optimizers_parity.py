@@ -7,11 +7,10 @@ import ivon
 import ivon._ivon
 import pytest
 import torch
-from optimizer_cases import Task, equal, flat, network, noises, run, weights
+from optimizer_cases import INNER, MEGA, OUTER, Task, equal, flat, network, noises, run, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.engine.noise_plan import INNER, MEGA, OUTER
 
 # ---- IVON against ivon-opt 0.1.3 ---------------------------------------------------------------------------
 
@@ -86,7 +85,7 @@ def test_ivon_equals_ivon_opt_step_by_step(variant: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
         worst_mean = max(worst_mean, float((flat(ours.parameters()) - flat(theirs.parameters())).abs().max()))
         states = list(mine.posterior_states().values())
-        owners = [block.group for block in mine._blocks]
+        owners = [group for group in mine.param_groups for _ in group["params"]]
         pairs = zip(states, owners, strict=True)
         hessian = flat(s.precision / g["ess"] - g["weight_decay"] for s, g in pairs)
         difference = hessian - torch.cat([group["hess"] for group in reference.param_groups])

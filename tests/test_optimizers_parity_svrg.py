@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import Task, equal, flat, network, noises, run, weights
+from optimizer_cases import FIXED, INNER, MEGA, OUTER, Task, equal, flat, network, noises, run, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
-from expfam_poco.engine.noise_plan import FIXED, INNER, MEGA, OUTER
 
 
 class Logistic:

@@ -20,10 +20,10 @@ from expfam_poco.families import (
     StraightThrough,
     StraightThroughLevels,
     VonMises,
-    inverse_gaussian,
     von_mises,
 )
 from expfam_poco.families import Relaxed as RelaxedSigns
+from expfam_poco.families.positive import inverse_gaussian
 from expfam_poco.family.derived import fisher, pathwise_natural_gradient
 
 F64 = torch.float64

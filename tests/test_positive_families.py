@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import expfam_poco as poco
-from expfam_poco import derive
 from expfam_poco.estimators import Draws
 from expfam_poco.families import Beta, Dirichlet, Exponential, Gamma
 from expfam_poco.families.positive.gamma_functions import (
@@ -45,11 +44,6 @@ def members(family: poco.ExponentialFamily, low: float = -1.0, high: float = 2.0
             values[-1] = -values[-1]
         made.append(family.State(*values))
     return made[0], made[1]
-
-
-@by_name
-def test_every_law_is_kept(family: poco.ExponentialFamily) -> None:
-    assert poco.check_family(family).passed
 
 
 @pytest.mark.parametrize("name", ["gamma", "exponential", "beta", "dirichlet"])
@@ -171,7 +165,7 @@ def test_closed_forms_are_what_the_engine_derives(family: poco.ExponentialFamily
     vector = family.Nat(
         *(torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(k)) for k in range(len(q)))
     )
-    pairs = zip(family.fisher_solve(q, vector), derive.fisher_solve(family, q, vector), strict=True)
+    pairs = zip(family.fisher_solve(q, vector), base.fisher_solve(family, q, vector), strict=True)
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in pairs)
     epsilon = family.noise((4, 3), 3, NoiseKey(3), dtype=F64)
     theta = family.sample(q, epsilon)

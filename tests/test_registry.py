@@ -8,8 +8,8 @@ import pytest
 from user_families import Exponential
 
 import expfam_poco as poco
-from expfam_poco import registry
 from expfam_poco.families import Bernoulli, DiagonalGaussian
+from expfam_poco.family import registry
 
 BUILT_IN = ["bernoulli", "diagonal_gaussian", "full_gaussian", "isotropic_gaussian"]
 
@@ -84,7 +84,7 @@ def test_a_name_that_another_class_has_is_refused() -> None:
     poco.register("mine")(Exponential)
     with pytest.raises(ValueError, match=r"'mine' is taken by user_families.Exponential; choose another name"):
         poco.register("mine")(DiagonalGaussian)
-    with pytest.raises(ValueError, match=r"'bernoulli' is taken by expfam_poco.families.bernoulli.Bernoulli"):
+    with pytest.raises(ValueError, match=r"'bernoulli' is taken by expfam_poco.families.discrete.bernoulli.Bernoulli"):
         poco.register("bernoulli")(Exponential)
     assert poco.get_family("bernoulli") is Bernoulli and poco.get_family("mine") is Exponential
 

@@ -9,7 +9,7 @@ from optimizer_cases import named, run, shell
 from torch import nn
 
 import expfam_poco as poco
-from expfam_poco import backend
+from expfam_poco.engine import backend
 
 IVON: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "beta2": 0.99, "hess_init": 1.0, "seed": 1}
 MAKE = shell("diagonal_gaussian", lr=0.05, ess=50.0, momentum=0.9, hess_init=1.0, weight_decay=0.1)
@@ -66,7 +66,7 @@ def test_an_outer_posterior_of_any_layout_is_refreshed() -> None:
     opt.refresh(task.chunks())
     for p in model.parameters():
         record = opt.state[p]
-        assert all(torch.equal(a, b) for a, b in zip(record["outer"].posterior, record["posterior"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(record["memory"].posterior, record["posterior"], strict=True))
 
 
 @compiles

@@ -6,14 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from imports import ROOT, called_name, imports_of, is_family
 
-ROOT = Path(__file__).resolve().parents[1]
-ENGINE = sorted((ROOT / "expfam_poco").rglob("*.py"))
-IMPORTERS = {"import_module", "__import__", "find_spec", "resolve_name", "run_module"}
 # Functions of tensors that belong in `blr`, `correction`, an estimator or a family; a mean loss may stay.
 MATHEMATICS = frozenset(
     """
@@ -25,52 +21,6 @@ MATHEMATICS = frozenset(
     var vdot vector_norm
     """.split()
 )
-
-
-def imported_modules(path: Path, source: str | None = None) -> Iterator[tuple[int, str]]:
-    """(line, absolute module or module.name) for every import statement and import by string in a file."""
-    relative = path.relative_to(ROOT).with_suffix("").parts
-    package = relative[:-1]
-    tree = ast.parse(source if source is not None else path.read_text(encoding="utf-8"), str(path))
-    constants = {
-        target.id: node.value.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*above, *([node.module] if node.module else [])))
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and called_name(node) in IMPORTERS:
-            for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-                if isinstance(argument, ast.JoinedStr) and argument.values:
-                    argument = argument.values[0]
-                value = constants.get(argument.id) if isinstance(argument, ast.Name) else None
-                value = argument.value if isinstance(argument, ast.Constant) else value
-                if isinstance(value, str):
-                    yield node.lineno, ".".join((*package, value[1:])) if value.startswith(".") else value
-
-
-def called_name(call: ast.Call) -> str:
-    """`f` of f(…), a.f(…) and a.b.f(…)."""
-    function = call.func
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-
-
-def is_family(module: str) -> bool:
-    """Whether this is the package of the built-in families, or something in it."""
-    return re.match(r"(expfam_poco\.)?families(\.|$)", module) is not None
-
-
-@pytest.mark.parametrize("path", ENGINE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_engine_imports_no_family(path: Path) -> None:
-    found = [f"line {line}: {module}" for line, module in imported_modules(path) if is_family(module)]
-    assert not found, f"{path.relative_to(ROOT)} imports a family: {found}"
 
 
 @pytest.mark.parametrize(
@@ -90,13 +40,13 @@ def test_engine_imports_no_family(path: Path) -> None:
 )
 def test_the_check_finds_every_way_to_import_a_family(source: str) -> None:
     path = ROOT / "expfam_poco" / "compare" / "some_module.py"
-    assert any(is_family(module) for _, module in imported_modules(path, source))
+    assert any(is_family(module) for _, module, _ in imports_of(path, source))
 
 
 def test_the_check_lets_mentions_pass() -> None:
     source = '"""expfam_poco.families"""\nfrom ..family import F\nentry_points(group="expfam_poco.families")'
     path = ROOT / "expfam_poco" / "compare" / "some_module.py"
-    assert not any(is_family(module) for _, module in imported_modules(path, source))
+    assert not any(is_family(module) for _, module, _ in imports_of(path, source))
 
 
 def test_optimizer_shell_holds_no_mathematics() -> None:
@@ -131,16 +81,6 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     optional |= {"transformers", "accelerate", "lightning", "pytorch_lightning"}
     found = [name for name in new if name.split(".")[0] in optional or is_family(name)]
     assert not found, f"`import expfam_poco` also imports {found}"
-
-
-def test_no_module_is_longer_than_500_lines() -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for folder in ("expfam_poco", "families", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-    }
-    too_long = {name: lines for name, lines in lengths.items() if lines > 500}
-    assert not too_long, f"split these: {too_long}"
 
 
 def test_files_name_no_path_of_the_machine_they_were_written_on() -> None:

@@ -163,7 +163,7 @@ def test_the_whole_belief_moves_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> 
         calls.append(arguments[2])
         return natural_step(*arguments, **named)
 
-    monkeypatch.setattr(blr, "natural_step", recorded)
+    monkeypatch.setattr("expfam_poco.rule.blr.natural_step", recorded)
     for t in range(1, 41):
         seen = torch.randn(5, generator=generator, dtype=F64) + 0.5
         belief, _ = gradient_model.update(families, belief, seen, priors, (1.0 / t, 1.0 / t))

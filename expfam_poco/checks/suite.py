@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -163,7 +164,7 @@ def check_family(
     with isolated(seed, places):
         report = _run(instance, seed, dtypes, places, shape)
     if raise_on_failure and not report.passed:
-        raise LawError(_sentence(report), report)
+        raise LawError(sentence(report, LAWS), report)
     return report
 
 
@@ -241,8 +242,8 @@ def default_shape(family: ExponentialFamily) -> torch.Size:
     return torch.Size((3,) if family.joint else (2, 3))
 
 
-def judge(law: Law, specimens: Sequence[Specimen]) -> LawResult:
-    """Run one law on every specimen and keep its worst finding."""
+def judge(law: Any, specimens: Sequence[Any]) -> LawResult:
+    """Run one law (of families or of corrections) on everything to be tested, and keep its worst finding."""
     worst, remarks = Finding("", 0.0, 0.0), dict[str, None]()
     try:
         for specimen in specimens:
@@ -259,16 +260,16 @@ def judge(law: Law, specimens: Sequence[Specimen]) -> LawResult:
     return LawResult(law.name, worst.error, worst.tolerance, worst.severity <= 1.0, "; ".join([what, *remarks]))
 
 
-def raised(law: Law, error: Exception) -> LawResult:
+def raised(law: Any, error: Exception) -> LawResult:
     """The outcome of a law that met an exception."""
     text = " ".join(str(error).split()) or "no message"
     return LawResult(law.name, math.inf, 0.0, False, f"raised {type(error).__name__}: {text}")
 
 
-def _sentence(report: Report) -> str:
+def sentence(report: Report, laws: Sequence[Any]) -> str:
     """Which law fails, by how much, and what to look at."""
     first, *others = report.failures
-    hint = next(law.hint for law in LAWS if law.name == first.name)
+    hint = next(law.hint for law in laws if law.name == first.name)
     measured = "" if math.isinf(first.error) else f": error {first.error:.3g} where {first.tolerance:.3g} is allowed"
     also = f" (then also fail: {', '.join(law.name for law in others)})" if others else ""
     return f"{report.family} breaks the law {first.name!r}: {first.detail}{measured}; {hint}{also}."

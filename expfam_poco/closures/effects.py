@@ -1,108 +1,178 @@
-"""What evaluating a model does beside giving a loss: it uses up random numbers, and it moves buffers.
+"""What evaluating a model does beside giving a loss: it moves buffers, and other state that its modules keep.
 
-The two gradients of a pair must see the same dropout masks, and only the first of them may move what a model learns
-without gradients (BatchNorm's statistics, spectral norms, counters). Neither is told where the model is, so random
-numbers are those of the global generators, and modules are found: those that own or contain one of the optimizer's
-parameters, and those within reach of the closure. (Hooks on all modules would see what is called, but not inside
-compiled code, which they would break up besides.)
+Only the first evaluation of a batch may move what a model learns without gradients (BatchNorm's statistics, spectral
+norms, counters, the hidden state of a recurrent net). Nobody says where the model is, so modules are found: those
+that own or contain one of the optimizer's parameters, and those within reach of the closure. (Hooks on all modules
+would see what is called, but not inside compiled code, which they would break up besides.)
+
+Random numbers, which evaluations use up, are the business of `generators`.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import random
-import types
 import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
-# ---- random numbers ---------------------------------------------------------------------------------------
+from expfam_poco.closures.generators import Replay, capture_random, replay_random
+from expfam_poco.closures.reach import OF_EVERY_MODULE, Reach, is_built, modules_within_reach, parts_of_modules
 
-
-class RandomState(NamedTuple):
-    """The states of the global generators: torch's on the CPU and on CUDA devices, Python's and NumPy's."""
-
-    cpu: Tensor
-    cuda: dict[int, Tensor]
-    python: Any
-    numpy: Any
-
-
-def capture_random(params: Sequence[Parameter]) -> RandomState:
-    """The generators' states now, to show a second evaluation the same dropout masks."""
-    devices = {p.device.index or 0 for p in params if p.device.type == "cuda"}
-    cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
-    return RandomState(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
-
-
-@contextmanager
-def replay_random(state: RandomState) -> Iterator[None]:
-    """Run a block with the generators as they were, and put them back to the present afterwards."""
-    cuda = {device: torch.cuda.get_rng_state(device) for device in state.cuda}
-    now = RandomState(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
-    _restore(state)
-    try:
-        yield
-    finally:
-        _restore(now)
-
-
-def _restore(state: RandomState) -> None:
-    torch.set_rng_state(state.cpu)
-    for device, value in state.cuda.items():
-        torch.cuda.set_rng_state(value, device)
-    random.setstate(state.python)
-    np.random.set_state(state.numpy)
-
-
-# ---- buffers ----------------------------------------------------------------------------------------------
+__all__ = [
+    "Buffers",
+    "Evaluations",
+    "Record",
+    "Replay",
+    "capture_random",
+    "is_built",
+    "modules_within_reach",
+    "replay_random",
+]
 
 
 class Record:
-    """The buffers of modules as they were when each was first seen."""
+    """The state of modules as it was when each was first seen: buffers, and attributes that are tensors or numbers.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    Such attributes are restored like buffers, for people keep hidden states and counters there; flags (bool) are not,
+    as they tell what has been done once and for all.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], params: Sequence[Parameter] = ()) -> None:
+        """The modules and all within them; `params`: tensors that share memory with these are weights, not state."""
+        self._params = params
         self._seen: set[int] = set()
-        self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        for module in modules:
-            self.add(module)
+        self._attributes: list[tuple[nn.Module, type, int, dict[str, Any]]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        for part in parts_of_modules(modules):
+            self._add_part(part)
 
     def add(self, module: nn.Module) -> None:
-        """Copy the buffers of a module and of all within it, unless they are known."""
-        if id(module) in self._seen:
+        """Copy the state of a module and of all within it, unless they are known."""
+        for part in parts_of_modules([module]):
+            self._add_part(part)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All modules whose state is recorded."""
+        return [part for part, *_ in self._attributes]
+
+    def _add_part(self, part: nn.Module) -> None:
+        if id(part) in self._seen:
             return
-        for part in _parts(module):
-            if id(part) not in self._seen:
-                self._seen.add(id(part))
-                named = [(name, value) for name, value in part._buffers.items() if value is not None]
-                self._saved.extend((part, name, value, value.detach().clone()) for name, value in named)
+        self._seen.add(id(part))
+        own = part.__dict__
+        attributes = {name: own[name] for name in own.keys() - OF_EVERY_MODULE}
+        self._attributes.append((part, type(part), len(own), attributes))
+        for name, buffer in own["_buffers"].items():
+            if buffer is not None:
+                self._buffers.append((part, name, buffer))
+                self._copies.append((buffer, buffer.detach().clone()))
+        tensors = [value for value in attributes.values() if isinstance(value, Tensor)]
+        self._copies.extend((value, value.detach().clone()) for value in tensors if self._is_state(value))
+
+    def _is_state(self, value: Tensor) -> bool:
+        """Whether the values of a tensor attribute are a module's own, and can be copied."""
+        if isinstance(value, Parameter) or value.layout != torch.strided or value.is_meta:
+            return False
+        try:
+            place = value.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # what a transform (vmap) has left behind
+            return False
+        return place not in self._weights
+
+    @functools.cached_property
+    def _weights(self) -> set[int]:
+        """Where the weights lie."""
+        own = [p for part in self.parts for p in part._parameters.values() if p is not None and not is_lazy(p)]
+        return {p.untyped_storage().data_ptr() for p in (*self._params, *own)}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make every buffer what it was."""
-        for module, name, value, copy in self._saved:
-            if not value.is_meta and not torch.equal(value, copy):
-                value.detach().copy_(copy)
+        """Make all state what it was."""
+        for value, copy in _changed(self._copies):
+            value.detach().copy_(copy)
+        for module, name, value in self._buffers:
             # One of another shape is a cache that has grown with the inputs, of which the module keeps count.
             now = module._buffers.get(name)
-            if now is None or now.shape == value.shape:
+            if now is not value and (now is None or now.shape == value.shape):
                 module._buffers[name] = value
+        for module, kind, size, attributes in self._attributes:
+            own = module.__dict__
+            if len(own) != size or any(own.get(name) is not old for name, old in attributes.items()):
+                _restore_attributes(own, attributes, numbers=type(module) is kind)
+
+
+def _changed(copies: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs that are not equal. To write the others too might spoil what autograd has saved of them."""
+    pairs = [(value, copy) for value, copy in copies if not value.is_meta]
+    if not any(value.is_cuda for value, _ in pairs):
+        return [(value, copy) for value, copy in pairs if not torch.equal(value, copy)]
+    differ = [(value != copy).any() for value, copy in pairs]
+    found = torch.stack([flag.to(differ[0].device) for flag in differ]).tolist()  # a device is asked only once
+    return [pair for pair, differs in zip(pairs, found, strict=True) if differs]
+
+
+def _restore_attributes(own: dict[str, Any], before: dict[str, Any], *, numbers: bool) -> None:
+    """Make the state among a module's attributes what it was; `numbers`: those too."""
+    for name in own.keys() - OF_EVERY_MODULE - before.keys():
+        if _is_tensor(own[name]):
+            del own[name]
+    for name, old in before.items():
+        new = own.get(name)
+        if new is old:
+            continue
+        if _is_tensor(old):
+            moved = new is None or (_is_tensor(new) and new.shape == old.shape)
+        elif old is None:
+            moved = _is_tensor(new)
+        else:
+            moved = numbers and type(old) in (int, float) and type(new) in (int, float)
+        if moved:
+            own[name] = old
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, Parameter)
+
+
+class Evaluations:
+    """The state of modules around one batch's evaluations: the first may move it, all others leave it as that did.
+
+    Attributes:
+        before: the state before the first evaluation.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], params: Sequence[Parameter]) -> None:
+        self._modules, self._params = modules, params
+        self.before = Record(modules, params)
+        self._after: Record | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Run a block with a later evaluation. The state is recorded when the first such block is entered."""
+        if self._after is None:
+            self._after = Record(self._modules, self._params)
+        try:
+            yield
+        finally:
+            self._after.restore()
 
 
 class Buffers:
-    """Finds the modules that an evaluation may call, and keeps it from moving their buffers."""
+    """Finds the modules that an evaluation may call, and keeps it from moving their buffers (and other state)."""
 
     def __init__(self) -> None:
-        self._found_for: frozenset[int] = frozenset()
+        self._found_for: tuple[int, ...] = ()
         self._owners: list[weakref.ref[nn.Module]] = []
+        self._reach = Reach()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: a copied optimizer belongs to another model."""
@@ -111,99 +181,44 @@ class Buffers:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
+    def evaluations(self, params: Sequence[Parameter], closure: Any) -> Evaluations:
+        """For several evaluations of one batch: modules are looked for once, and recorded before and after the first.
+
+        `closure` is one closure, or a list.
+        """
+        return Evaluations(self._modules(params, closure), params)
+
     def record(self, params: Sequence[Parameter], closure: Any) -> Record:
-        """The buffers of all modules around these parameters, or within reach of the closure, as they are now."""
-        self._find(params)
-        owners = [module for owner in self._owners if (module := owner()) is not None]
-        return Record(modules_within_reach([*owners, closure]))
+        """The state of all modules around these parameters, or within reach of the closure, as it is now."""
+        return Record(self._modules(params, closure), params)
 
     @contextmanager
     def kept(self, params: Sequence[Parameter], closure: Any) -> Iterator[None]:
-        """Run a block after which all buffers are what they were."""
+        """Run a block after which all state is what it was."""
         record = self.record(params, closure)
         try:
             yield
         finally:
             record.restore()
 
+    def _modules(self, params: Sequence[Parameter], closure: Any) -> list[nn.Module]:
+        self._find(params)
+        owners = [module for owner in self._owners if (module := owner()) is not None]
+        return self._reach.modules([*owners, closure])
+
     def _find(self, params: Sequence[Parameter]) -> None:
         """The outermost modules with one of these parameters; looked for once for each set of parameters."""
-        wanted = frozenset(map(id, params))
-        if wanted == self._found_for:
+        wanted_now = tuple(map(id, params))
+        if wanted_now == self._found_for:
             return
+        wanted = frozenset(wanted_now)
         modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and is_built(m)]
-        holding = [m for m in modules if any(id(p) in wanted for part in _parts(m) for p in part._parameters.values())]
-        inside = {id(part) for m in holding for part in _parts(m) if part is not m}
+        holding = [m for m in modules if _holds(m, wanted)]
+        inside = {id(part) for m in holding for part in parts_of_modules([m]) if part is not m}
         self._owners = [weakref.ref(m) for m in holding if id(m) not in inside]
-        self._found_for = wanted
+        self._found_for = wanted_now
 
 
-def is_built(module: nn.Module) -> bool:
-    """Whether `nn.Module.__init__` has run: the remains of failed constructors are no modules."""
-    return all(name in module.__dict__ for name in ("_parameters", "_buffers", "_modules"))
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    return (part for part in module.modules() if is_built(part))
-
-
-def modules_within_reach(start: Any) -> list[nn.Module]:
-    """The modules that functions close over, are bound to, or name as globals, through functions and containers.
-
-    A search from `start` outwards, nearest things first, over at most `MOST_SEEN` of them.
-    """
-    found: list[nn.Module] = []
-    waiting, seen = deque([start]), {id(start)}
-    while waiting and len(seen) < MOST_SEEN:
-        thing = waiting.popleft()
-        if issubclass(type(thing), nn.Module) and is_built(thing):
-            found.append(thing)
-        for other in _near(thing):
-            if id(other) not in seen and not isinstance(other, _PLAIN):
-                seen.add(id(other))
-                waiting.append(other)
-    return found
-
-
-MOST_SEEN = 10_000
-MOST_ITEMS = 100  # of a container: a data set is not a place for models
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), Tensor, type, np.ndarray, torch.dtype, torch.device)
-
-
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-
-
-def _near(thing: Any) -> Iterator[Any]:
-    """What a function, method or container holds; of other objects, their attributes (of a module, its own)."""
-    if isinstance(thing, types.FunctionType):
-        cells = thing.__closure__ or ()
-        yield from (cell.cell_contents for cell in cells if cell != types.CellType())
-        yield from (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *thing.__dict__.values())
-        yield from _globals_of(thing)
-    elif isinstance(thing, types.MethodType):
-        yield from (thing.__self__, thing.__func__)
-    elif isinstance(thing, functools.partial):
-        yield from (thing.func, *thing.args, *thing.keywords.values())
-    elif isinstance(thing, Mapping | list | tuple | set | frozenset):
-        if len(thing) <= MOST_ITEMS:
-            yield from thing.values() if isinstance(thing, Mapping) else thing
-    elif issubclass(type(thing), nn.Module):
-        yield from thing.__dict__.get("_modules", {}).values()
-        yield from (value for name, value in thing.__dict__.items() if name not in _OF_EVERY_MODULE)
-    elif not isinstance(thing, types.ModuleType):
-        yield from getattr(thing, "__dict__", {}).values()
-
-
-def _globals_of(function: types.FunctionType) -> Iterator[Any]:
-    """The global values, and members of global modules, that a function's code names."""
-    names, codes = set[str](), [function.__code__]
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes.extend(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    for name in names & function.__globals__.keys():
-        value = function.__globals__[name]
-        if isinstance(value, types.ModuleType):
-            yield from (vars(value)[member] for member in names & vars(value).keys())
-        else:
-            yield value
+def _holds(module: nn.Module, wanted: frozenset[int]) -> bool:
+    """Whether one of these parameters is somewhere in the module."""
+    return any(id(p) in wanted for part in parts_of_modules([module]) for p in part._parameters.values())

@@ -7,7 +7,7 @@ the loss with its graph; second derivatives need the latter. `Accumulated` closu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.fp16 import Scaling
+from expfam_poco.closures.hessians import hessian_block, hessian_product
 from expfam_poco.errors import NonFiniteError
 
 Closure = Callable[[], Any]
-ROWS_AT_ONCE = 256
 
 
 class Measured(NamedTuple):
@@ -51,6 +51,9 @@ class Request(NamedTuple):
         return len(self.vectors) > 0 or len(self.hessian) > 0
 
 
+PLAIN_REQUEST = Request()
+
+
 @dataclass(frozen=True)
 class Accumulated:
     """Closures of micro-batches that are evaluated, at the same weights, as one batch of their weighted mean loss.
@@ -67,19 +70,28 @@ class Accumulated:
         raise TypeError("Accumulated closures are evaluated by the optimizer.")
 
 
-def evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -> Measured:
+def evaluate(
+    closure: Closure, params: Sequence[Parameter], request: Request = PLAIN_REQUEST, *, check: bool = True
+) -> Measured:
     """Call the closure at the current weights and measure what was requested.
+
+    Args:
+        closure: returns the loss, or is `Accumulated`.
+        params: what to differentiate by.
+        request: what to measure; gradients alone unless told.
+        check: look for NaN and infinity at once; otherwise it is the caller's part (see `require_sound`), who may do
+            so on the device and without waiting for it.
 
     Raises:
         TypeError: if the closure does not return a scalar loss, or has none to differentiate.
         NonFiniteError: if the loss or a gradient is NaN or infinite.
     """
     if not isinstance(closure, Accumulated):
-        return _evaluate(closure, params, request)
+        return _evaluate(closure, params, request, check)
     total: Measured | None = None
     for part, share in zip(closure.closures, closure.shares, strict=True):
         if closure.scaling is None:
-            measured = _evaluate(part, params, request)
+            measured = _evaluate(part, params, request, check)
         else:
             measured = _evaluate_scaled(part, params, request, closure.scaling)
         if len(closure.closures) == 1:
@@ -136,30 +148,49 @@ def _evaluate_scaled(closure: Closure, params: Sequence[Parameter], request: Req
         by_closure = _differentiate(scaling.scale(loss), params, create_graph=False)
     grads = scaling.unscale(params, [None if grad is None else _dense(grad) for grad in by_closure])
     require_finite(grads)
-    return Measured(_finite_loss(value), grads, [], {})
+    _require_finite_loss(value)
+    return Measured(value, grads, [], {})
 
 
-def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request) -> Measured:
+def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request, check: bool) -> Measured:
     loss, by_closure = _call(closure, params)
-    called_backward = any(grad is not None for grad in by_closure)
-    value = _finite_loss(loss)
+    value = loss.detach()
+    if check and (value.is_cpu or not request.gradient):
+        _require_finite_loss(value)  # elsewhere it is looked at with the gradients, to wait for the device only once
     if not request.gradient:
         return Measured(value, [None] * len(params), [], {})
-    if called_backward:
-        if request.second_order:
+    again = request.second_order
+    if any(grad is not None for grad in by_closure):
+        if again:
             raise TypeError(
                 "closure: this curvature or anchor estimator differentiates the gradient again; return the loss "
                 "without calling backward()."
             )
         grads = by_closure
     else:
-        grads = _differentiate(loss, params, create_graph=request.second_order)
+        grads = _differentiate(loss, params, create_graph=again)
     products = [hessian_product(grads, params, vectors) for vectors in request.vectors]
-    hessians = {key: _hessian_block(grads, params, *asked) for key, asked in request.hessian.items()}
-    detached = [None if grad is None else _dense(grad.detach()) for grad in grads]
-    require_finite(detached)
-    _require_finite_curvature([*(part for product in products for part in product), *hessians.values()])
-    return Measured(value, detached, products, hessians)
+    hessians = {key: hessian_block(grads, params, *asked) for key, asked in request.hessian.items()}
+    measured = Measured(value, [None if grad is None else _plain(grad) for grad in grads], products, hessians)
+    if check:
+        require_sound(measured, loss=not value.is_cpu)
+    return measured
+
+
+def require_sound(measured: Measured, *, loss: bool = True) -> None:
+    """Raise a `NonFiniteError` where an evaluation has a NaN or infinity; `loss`: in its loss, too."""
+    if not _adds_up([measured.loss, *measured.grads] if loss else measured.grads):
+        if loss:
+            _require_finite_loss(measured.loss)
+        _require_finite_each(measured.grads)
+    curvature = [*(part for product in measured.products for part in product), *measured.hessians.values()]
+    if not _adds_up(curvature):
+        _require_finite_curvature(curvature)
+
+
+def _plain(grad: Tensor) -> Tensor:
+    """The gradient as numbers: dense, and without its graph."""
+    return _dense(grad.detach() if grad.requires_grad else grad)
 
 
 def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[Tensor | None]]:
@@ -175,63 +206,13 @@ def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[T
             p.grad = None
 
 
-def hessian_product(
-    grads: Sequence[Tensor | None], params: Sequence[Parameter], vectors: Sequence[Tensor]
-) -> list[Tensor]:
-    """∇²ℓ v over all parameters at once, from gradients that carry their graph."""
-    pairs = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(p) for p in params]
-    with torch.enable_grad():
-        inner = torch.stack([(g * v.to(g.dtype)).sum() for g, v in pairs]).sum()
-    found = torch.autograd.grad(inner, list(params), retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if f is None else f for p, f in zip(params, found, strict=True)]
-
-
-def _hessian_block(
-    grads: Sequence[Tensor | None], params: Sequence[Parameter], where: list[int], dense: bool
-) -> Tensor:
-    """The Hessian of the parameters at `where` (flat, d × d) or its diagonal (d), by batched products."""
-    chosen = [params[i] for i in where]
-    size = sum(p.numel() for p in chosen)
-    like = chosen[0]
-    with torch.enable_grad():
-        parts = [grads[i] for i in where]
-        flat = torch.cat([torch.zeros_like(p) if g is None else g for g, p in _zip(parts, chosen)])
-    out = like.new_zeros((size, size) if dense else (size,))
-    if not flat.requires_grad:
-        return out
-    for start in range(0, size, ROWS_AT_ONCE):
-        stop = min(start + ROWS_AT_ONCE, size)
-        picks = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
-        picks[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
-        found = torch.autograd.grad(flat, chosen, picks, is_grads_batched=True, retain_graph=True, allow_unused=True)
-        rows = torch.cat(
-            [
-                picks.new_zeros(stop - start, p.numel()) if f is None else f.reshape(stop - start, -1)
-                for f, p in zip(found, chosen, strict=True)
-            ],
-            dim=1,
-        )
-        if dense:
-            out[start:stop] = rows
-        else:
-            out[start:stop] = rows[torch.arange(stop - start), torch.arange(start, stop)]
-    return out
-
-
-def _zip(parts: list[Tensor | None], chosen: list[Parameter]) -> Iterator[tuple[Tensor | None, Tensor]]:
-    for part, p in zip(parts, chosen, strict=True):
-        yield (None if part is None else part.reshape(-1)), p.reshape(-1)
-
-
 def _checked_loss(returned: Any) -> Tensor:
     if isinstance(returned, (int, float)):
         return torch.tensor(float(returned))
     if not isinstance(returned, Tensor) or returned.numel() != 1 or returned.is_complex():
         what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else repr(returned)
         raise TypeError(f"closure: it returned {what}; return the mean loss of the batch as a real scalar.")
-    return returned.reshape(())
+    return returned.reshape(()) if returned.ndim else returned
 
 
 def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: bool) -> list[Tensor | None]:
@@ -245,21 +226,39 @@ def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: b
     return list(torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True))
 
 
-def _finite_loss(loss: Tensor) -> Tensor:
-    value = loss.detach()
-    if not bool(torch.isfinite(value)):
+def _require_finite_loss(value: Tensor) -> None:
+    if not math.isfinite(value.item()):
         raise NonFiniteError(
             f"closure: its loss is {float(value)}; lower lr or the noise (raise ess), or check the batch for NaN. "
             "The weights and the posterior are as before the step."
         )
-    return value
 
 
 def require_finite(grads: Sequence[Tensor | None]) -> None:
     """Raise a `NonFiniteError` that names the first gradient with a NaN or infinity."""
-    sums = [grad.sum(dtype=torch.float32 if grad.dtype.itemsize < 4 else None) for grad in grads if grad is not None]
-    if not sums or math.isfinite(sum(torch.stack(values).sum().item() for values in by_device(sums))):
-        return  # a NaN or infinity survives summing; finite numbers whose sum overflows are looked at one by one
+    if not _adds_up(grads):
+        _require_finite_each(grads)
+
+
+def _adds_up(values: Sequence[Tensor | None]) -> bool:
+    """Whether the sum of everything is finite, which a NaN or infinity never is; an accelerator is waited for once.
+
+    The sum of finite numbers may overflow, so that False only means that each must be looked at.
+    """
+    total, elsewhere = 0.0, list[Tensor]()
+    for value in values:
+        if value is not None:
+            part = value.sum() if value.dtype.itemsize >= 4 else value.sum(dtype=torch.float32)
+            if part.is_cpu:
+                total += part.item()
+            else:
+                elsewhere.append(part)
+    for parts in by_device(elsewhere):
+        total += torch.stack(parts).sum().item()
+    return math.isfinite(total)
+
+
+def _require_finite_each(grads: Sequence[Tensor | None]) -> None:
     for position, grad in enumerate(grads):
         if grad is not None and not bool(torch.isfinite(grad).all()):
             raise NonFiniteError(

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from expfam_poco.correction.alpha import AdaptiveAlpha
+from expfam_poco.correction.base import Averaging, Corrected, Correction
 from expfam_poco.family import fields
 
 if TYPE_CHECKING:
@@ -35,13 +37,6 @@ class Outer(NamedTuple):
 
     posterior: Any
     site: Any
-
-
-class Corrected(NamedTuple):
-    """A corrected natural gradient: `site` without the anchor term, and the `anchor` term (None: none)."""
-
-    site: Any
-    anchor: Any
 
 
 class VarianceTerms(NamedTuple):
@@ -143,6 +138,60 @@ def update_outer(
         if moved is not outer.site:
             old = fields.add(old, fields.scale(fields.subtract(moved, old), anchor_weight))
     return Outer(posterior, fields.mix(old, site, rho))
+
+
+@dataclass(frozen=True)
+class Snapshot(Correction):
+    r"""PC Eq. 13, 17, 18: the reference is the posterior of the last refresh, λ_out, and ḡ_out its mega-batch's mean.
+
+        ĝ = ∇̃L_B(λ) − α [ ∇̃L_B(λ_out) − ḡ_out ]
+
+    With all data in a refresh this is SVRG on natural gradients, with some of it mega-batch correction.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.correction.Snapshot().evaluations
+        2
+    """
+
+    Memory: ClassVar[type[Any]] = Outer
+    evaluations: ClassVar[int] = 2
+    refresh_evaluations: ClassVar[int] = 1
+    exact_at_reference: ClassVar[bool] = True
+
+    def reference(self, memory: Outer) -> Any:
+        """λ_out."""
+        return memory.posterior
+
+    def mean(self, memory: Outer) -> Any:
+        """ḡ_out."""
+        return memory.site
+
+    def correct(
+        self,
+        family: ExponentialFamily,
+        site: Any,
+        site_ref: Any,
+        state: Any,
+        memory: Any,
+        *,
+        alpha: Any,
+        anchor_weight: float,
+    ) -> Corrected:
+        """Eq. 18 in the family's chart."""
+        return correct(family, site, site_ref, state, memory, alpha=alpha, anchor_weight=anchor_weight)
+
+    def after_refresh(self, family: ExponentialFamily, memory: Any, posterior: Any, site: Any, how: Averaging) -> Outer:
+        """Eq. 17, 26."""
+        return update_outer(
+            family,
+            memory,
+            posterior,
+            site,
+            rho=how.rho,
+            reanchor_average=how.reanchor,
+            anchor_weight=how.anchor_weight,
+        )
 
 
 def outer_from_posterior(family: ExponentialFamily, posterior: Any, prior: Any, ess: float) -> Outer:

@@ -1,6 +1,6 @@
-"""How the passes over large tensors run: eagerly in spans, with compiled noise, or compiled as a whole.
+"""How the passes over large tensors run: eagerly in tiles, with compiled noise, or compiled as a whole.
 
-* "eager": torch operations on one span after the other. Nothing is compiled.
+* "eager": torch operations on one tile after the other. Nothing is compiled.
 * "mixed": eager arithmetic, noise from one compiled kernel.
 * "compiled": each pass is one kernel by `torch.compile`, with the noise made inside it.
 * "auto": "compiled" for models of at least `LARGE` weights where a compiler works (else "mixed", else "eager"),
@@ -15,26 +15,26 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from expfam_poco.engine import kernels
-from expfam_poco.engine.block import Block
-from expfam_poco.engine.kernels import Evidence, Recipe
-from expfam_poco.engine.tiles import Bucket, buckets
-from expfam_poco.family.noise import TILE, Address, NoiseKey, address_of, tiled, traced
+from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
+from expfam_poco.family import fields
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.noise import TILE, Address, Ahead, NoiseKey, address_of, traced
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 BACKENDS = ("auto", "eager", "mixed", "compiled")
 LARGE = 2**18
-# Entries of a span. On a CPU its temporaries should fit the caches; compiled kernels have few, and calls cost more; an
-# accelerator wants few, large launches.
-SPANS = {"eager": 2**18, "mixed": 2**18, "compiled": 2**20}
-SPAN_ELSEWHERE = 2**24
+# Entries of a tile of weights. On a CPU its temporaries should fit the caches; compiled kernels have few, and calls
+# cost more; an accelerator wants few, large launches.
+TILES = {"eager": 2**18, "mixed": 2**18, "compiled": 2**20}
+TILE_ELSEWHERE = 2**24
 # Compiled kernels of the whole process, by what they are compiled for: a second optimizer finds those of the first.
 _COMPILED: dict[tuple[Hashable, ...], Callable[..., Any]] = {}
 SHORTEST = 16  # compilers treat a length of 1 as a case of its own
@@ -45,15 +45,17 @@ def plainly(function: Call) -> Call:
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return function(*arguments, **named)
         with torch.inference_mode(False), torch.no_grad():
             return function(*arguments, **named)
 
     return run  # type: ignore[return-value]
 
 
-def span_size(mode: str, device: torch.device) -> int:
+def tile_size(mode: str, device: torch.device) -> int:
     """How many entries of a tensor are worked on at a time."""
-    return SPANS[mode] if device.type == "cpu" else SPAN_ELSEWHERE
+    return TILES[mode] if device.type == "cpu" else TILE_ELSEWHERE
 
 
 class Backend:
@@ -69,21 +71,11 @@ class Backend:
         self.name = name
         self.compile_seconds = 0.0
         self.fallback: str | None = None
-        self.buckets: dict[Block, Bucket] = {}
-        self._assigned: list[Block] = []
+        self._ahead = Ahead()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy lays its own blocks into buckets."""
-        return {**self.__dict__, "buckets": {}, "_assigned": []}
-
-    def streams(self, weights: int) -> bool:
-        """Whether a model of so many leafwise weights is stepped span by span."""
+    def in_place(self, weights: int) -> bool:
+        """Whether a model of so many leafwise weights is stepped tile by tile, in place."""
         return self.name != "auto" or weights >= LARGE
-
-    def assign(self, blocks: Sequence[Block]) -> None:
-        """Lay the small ones of these blocks into buckets, if that has not been done."""
-        if self._assigned != list(blocks):
-            self._assigned, self.buckets = list(blocks), buckets(blocks)
 
     @property
     def mode(self) -> str:
@@ -92,31 +84,30 @@ class Backend:
             return self.name
         return "compiled" if self.fallback is None else self.fallback
 
-    # ---- passes over one span ------------------------------------------------------------------------------
+    # ---- passes over one tile ------------------------------------------------------------------------------
 
-    def draw(self, recipe: Recipe, state: Any, source: Any, out: Tensor, dtype: torch.dtype) -> None:
-        """Write θ into `out`."""
-        self._run("draw", _draw, recipe, out, dtype, state, source)
+    def draw(self, constants: Constants, out: Tensor, dtype: torch.dtype, *arguments: Any) -> None:
+        """Write θ into `out` (`_draw`)."""
+        self._run("draw", _draw, constants, out, dtype, *arguments)
 
     def collect(
-        self, recipe: Recipe, state: Any, evidence: Evidence, total: Any, weight: float, ess: float, like: Tensor
+        self, constants: Constants, state: Any, evidence: Evidence, total: Any, weight: float, ess: float, like: Tensor
     ) -> None:
         """total ← total + weight · natural gradient, in place."""
-        packed = torch.tensor([weight, ess], dtype=torch.float64)
-        self._run("collect", _collect, recipe, like, like.dtype, state, evidence, total, packed)
+        self._run("collect", _collect, constants, like, like.dtype, state, evidence, total, Pair(weight, ess))
 
-    def advance(self, recipe: Recipe, out: Tensor, dtype: torch.dtype, *arguments: Any) -> Tensor:
-        """Step a span in place (`_advance`); returns how many weights were unsound and kept their values."""
-        count: Tensor = self._run("advance", _advance, recipe, out, dtype, *arguments)
+    def advance(self, constants: Constants, out: Tensor, dtype: torch.dtype, *arguments: Any) -> Tensor:
+        """Step a tile in place (`_advance`); returns how many weights were unsound and kept their values."""
+        count: Tensor = self._run("advance", _advance, constants, out, dtype, *arguments)
         return count
 
-    def square(self, recipe: Recipe, like: Tensor, *arguments: Any) -> Tensor:
-        """‖corrected gradient‖² over the momentum block of a span (`_square`)."""
-        value: Tensor = self._run("square", _square, recipe, like, like.dtype, *arguments)
+    def square(self, constants: Constants, like: Tensor, *arguments: Any) -> Tensor:
+        """‖corrected gradient‖² over the momentum block of a tile (`_square`)."""
+        value: Tensor = self._run("square", _square, constants, like, like.dtype, *arguments)
         return value
 
     def run(self, kernel: Callable[..., Any], constants: tuple[Hashable, ...], out: Tensor, *arguments: Any) -> Any:
-        """Any other kernel on a span, compiled once for its constants: kernel(*constants, out, *arguments)."""
+        """Any other kernel on a tile, compiled once for its constants: kernel(*constants, out, *arguments)."""
         if self.mode != "compiled" or out.numel() < SHORTEST:
             return kernel(*constants, out, *arguments)
         dtypes = tuple(value.dtype for value in (out, *arguments) if isinstance(value, Tensor))
@@ -125,30 +116,45 @@ class Backend:
 
     # ---- noise and compiling -------------------------------------------------------------------------------
 
-    def noise(self, recipe: Recipe, key: NoiseKey, like: Tensor, tiles: Tensor | None = None) -> Tensor | Address:
+    def noise(self, constants: Constants, key: NoiseKey, like: Tensor, tiles: Tensor | None = None) -> Tensor | Address:
         """Where a kernel finds one draw's noise for weights `like`: its address when compiled, else the noise."""
-        if recipe.noise == "zero":
+        if constants.noise == "zero":
             return like.new_empty(0)
-        size, kind = like.numel() * kernels.numbers_of(recipe.family), recipe.family.noise_kind
+        size, kind = like.numel() * kernels.numbers_of(constants.family), constants.family.noise_kind
         if self.mode == "eager" or size < SHORTEST:
             if tiles is not None:
-                return tiled(kind, tiles, key, like.dtype)
-            return recipe.family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
+                return self._ahead.tiled(kind, tiles, key, like.dtype)
+            family = constants.family
+            if type(family).noise is not ExponentialFamily.noise:
+                return family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
+            shape = (*like.shape, *family.noise_dims)
+            return self._ahead.noise(kind, shape, 1, key, dtype=like.dtype, device=like.device)[0]
         address = address_of(key, like.device, tiles)
         if self.mode == "compiled":
             return address
         out = torch.empty(size, dtype=like.dtype, device=like.device)
         self._compiled(("noise", kind, like.dtype, like.device.type), _noise, kind)(out, address)
-        return out.view((*like.shape, *recipe.family.noise_dims))
+        return out.view((*like.shape, *constants.family.noise_dims))
 
     def _run(
-        self, name: str, kernel: Callable[..., Any], recipe: Recipe, out: Tensor, dtype: torch.dtype, *arguments: Any
+        self,
+        name: str,
+        kernel: Callable[..., Any],
+        constants: Constants,
+        out: Tensor,
+        dtype: torch.dtype,
+        *arguments: Any,
     ) -> Any:
         if self.mode != "compiled" or out.numel() < SHORTEST:
-            return kernel(recipe, dtype, out, *arguments)
-        kinds = tuple(argument is None or type(argument).__name__ for argument in arguments)
-        known = (recipe, _identity(recipe.family), _identity(recipe.estimator))
-        return self._compiled((name, *known, out.dtype, dtype, out.ndim, kinds), kernel, recipe, dtype)(out, *arguments)
+            return kernel(constants, dtype, out, *arguments)
+        arguments = tuple(
+            argument.packed() if isinstance(argument, Numbers | Pair) else argument for argument in arguments
+        )
+        kinds = tuple(map(_kind_of, arguments))
+        known = (constants, _identity(constants.family), _identity(constants.estimator))
+        return self._compiled((name, *known, out.dtype, dtype, out.ndim, kinds), kernel, constants, dtype)(
+            out, *arguments
+        )
 
     def _compiled(self, key: tuple[Hashable, ...], kernel: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
         """The compiled kernel of this key; its first call, which compiles, is timed, and its failure survived."""
@@ -197,65 +203,102 @@ def _compile(kernel: Callable[..., Any], constants: tuple[Any, ...]) -> Callable
     return compiled
 
 
+class Pair(NamedTuple):
+    """Two numbers of a kernel, which may change from call to call."""
+
+    first: float
+    second: float
+
+    def packed(self) -> Tensor:
+        """As one float64 tensor."""
+        return torch.tensor(self, dtype=torch.float64)
+
+
+def _kind_of(argument: Any) -> Hashable:
+    """What of an argument makes another kernel: its type, and which of its parts are missing."""
+    if argument is None or isinstance(argument, Tensor):
+        return argument is None
+    return type(argument).__name__, tuple(part is None or (isinstance(part, tuple) and not part) for part in argument)
+
+
 def _identity(thing: Any) -> Hashable:
     """The object's id where it holds more than the fields by which it is compared, else None."""
     known = {entry.name for entry in dataclasses.fields(thing)}
     return None if vars(thing).keys() <= known else id(thing)
 
 
-def _draw(recipe: Recipe, dtype: torch.dtype, out: Tensor, state: Any, source: Tensor | Address) -> None:
-    out.copy_(kernels.draw(recipe, state, source, _like(out, dtype)))
+def _draw(
+    constants: Constants,
+    dtype: torch.dtype,
+    out: Tensor,
+    state: Any,
+    memory: Any,
+    numbers: Numbers | Tensor,
+    source: Tensor | Address,
+) -> None:
+    out.copy_(
+        kernels.draw(constants, state, memory, kernels.unpacked(constants, numbers).share, source, _like(out, dtype))
+    )
 
 
 def _collect(
-    recipe: Recipe, dtype: torch.dtype, like: Tensor, state: Any, evidence: Evidence, total: Any, numbers: Tensor
+    constants: Constants,
+    dtype: torch.dtype,
+    like: Tensor,
+    state: Any,
+    evidence: Evidence,
+    total: Any,
+    numbers: Pair | Tensor,
 ) -> None:
-    weight, ess = numbers.unbind()
-    for value, new in zip(total, kernels.site(recipe, state, evidence, like, ess), strict=True):
+    weight, ess = numbers.unbind() if isinstance(numbers, Tensor) else numbers
+    for value, new in zip(total, kernels.site(constants, state, evidence, like, ess), strict=True):
         value.add_(new * weight)
 
 
 def _advance(
-    recipe: Recipe,
+    constants: Constants,
     dtype: torch.dtype,
     out: Tensor,
-    state: Any,
-    momentum: tuple[Tensor, ...],
-    prior: Any,
-    outer: Any,
-    inside: Any,
-    outside: Any,
-    numbers: Tensor,
+    weights: Weights,
+    first: Any,
+    second: Any,
+    numbers: Numbers | Tensor,
     real: Tensor | None,
     following: Tensor | Address | None,
 ) -> Tensor:
-    """Step a span in place, its point into `out`; the number of unsound weights.
+    """Step a tile in place, its point into `out`; the number of unsound weights.
 
-    `real` says which weights of a bucket are not gaps, and makes the number one for each tile. With `following`, the
-    noise of the next draw, `out` becomes that draw in place of the point.
+    `real` says which entries of a flat block are weights, and makes the number one for each tile of noise. With
+    `following`, the noise of the next draw, `out` becomes that draw in place of the point.
     """
     like = _like(out, dtype)
-    moved = kernels.advance(recipe, state, momentum, prior, outer, inside, outside, numbers, like)
-    sound = kernels.sound(recipe.family, moved, like)
-    # A new field may be an old one itself (a λ remembered), which must be read before that is written.
-    posterior = [new.clone() if any(new is old for old in state) else new for new in moved.posterior]
-    for old, new in zip((*state, *momentum), (*posterior, *moved.momentum), strict=True):
-        if old.ndim:  # a field without dimensions is the family's constant
-            old.copy_(kernels.kept(sound, new, old))
+    moved = kernels.advance(constants, weights, first, second, numbers, like)
+    sound = kernels.sound(constants.family, moved, like)
+    old = fields.leaves((weights.state, weights.momentum, weights.memory))
+    new = kernels.unshared(old, fields.leaves((moved.state, moved.momentum, moved.memory)))
+    for place, value in zip(old, new, strict=True):
+        if place.ndim and value is not place:  # a field without dimensions is the family's constant
+            place.copy_(kernels.kept(sound, value, place))
     if following is None:
-        out.copy_(recipe.family.point(state))
+        out.copy_(constants.family.point(weights.state))
     else:
-        out.copy_(kernels.draw(recipe, state, following, like))
+        out.copy_(kernels.draw(constants, weights.state, None, 1.0, following, like))
     if sound is None:
         return torch.zeros((), dtype=torch.int64)
     return (~sound).sum() if real is None else (real & ~sound).view(-1, 4 * TILE).sum(1)
 
 
 def _square(
-    recipe: Recipe, dtype: torch.dtype, like: Tensor, state: Any, outer: Any, inside: Any, outside: Any, numbers: Tensor
+    constants: Constants,
+    dtype: torch.dtype,
+    like: Tensor,
+    weights: Weights,
+    first: Any,
+    second: Any,
+    numbers: Numbers | Tensor,
 ) -> Tensor:
-    found = kernels.corrected(recipe, state, outer, inside, outside, numbers, like)
-    values = [getattr(found.site, name) for name in recipe.family.momentum_block]
+    found = kernels.corrected(constants, weights, first, second, numbers, like)
+    values = [getattr(found.site, name) for name in constants.family.momentum_block]
     return torch.stack([(value * value).sum(dtype=torch.float64) for value in values]).sum()
 
 
@@ -264,7 +307,7 @@ def _noise(kind: str, out: Tensor, address: Address) -> None:
 
 
 def _like(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the span's shape in the posterior's dtype; only its shape and dtype are used."""
+    """A tensor of the tile's shape in the posterior's dtype; only its shape and dtype are used."""
     return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
 
 

@@ -1,76 +1,97 @@
-"""The tensors that families see: one parameter, or the flat vector of all parameters of a joint group."""
+"""The tensors that families see, with their posteriors: one parameter, or all parameters of a joint group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco.engine.settings import Settings
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.noise import NoiseKey
+
+_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+class Record(TypedDict):
+    """What the optimizer keeps for a block: plain entries of `optimizer.state`.
+
+    * `posterior`: q, a State.
+    * `momentum`: the average of each momentum field, or ().
+    * `memory`: the correction's, or None.
+    * `step`: the number of steps in the momentum's average.
+    * `stamp`: the number of the memory that this one is a part of; blocks of one stamp belong together.
+    * `in_mega`: whether the mega-batch depended on the block.
+    * `drawn`: the key of the draw that the model holds between steps, if any.
+    """
+
+    posterior: Any
+    momentum: tuple[Tensor, ...]
+    memory: Any
+    step: int
+    stamp: int
+    in_mega: bool
+    drawn: NoiseKey | None
+
+
+def new_record(posterior: Any) -> Record:
+    """The record of a block that has not been stepped."""
+    return Record(posterior=posterior, momentum=(), memory=None, step=0, stamp=0, in_mega=False, drawn=None)
 
 
 class Block:
     """One tensor with one posterior: reads the model's weights, and writes points and samples into them.
 
     Attributes:
-        params: the parameters it consists of (several only for joint families).
-        group: the parameter group, a dictionary of hyperparameters.
+        params: the parameters it consists of (several only for joint families and blocks laid side by side).
         index: number of its first parameter in the optimizer; with the key it determines the noise.
         name: the parameter's name, or the group's for a joint block.
         group_number: which group it is in.
+        settings: what the group says now.
+        family: the group's family, as it is for a parameter of this shape.
         at_point: whether the model is known to hold the posterior's point.
         drawn: the key of the draw that the model holds, if it is known to hold one.
     """
 
+    settings: Settings
+    family: ExponentialFamily
+
     def __init__(
-        self, params: Sequence[Parameter], group: dict[str, Any], index: int, name: str, group_number: int
+        self, params: Sequence[Parameter], settings: Settings, index: int, name: str, group_number: int
     ) -> None:
         self.params = list(params)
-        self.group = group
         self.index = index
         self.name = name
         self.group_number = group_number
         self.at_point = False
-        self.drawn: Any = None
+        self.drawn: NoiseKey | None = None
+        self.numel = sum(p.numel() for p in self.params)
         self._seen: list[tuple[int, int]] | None = None
-        self._fitted: tuple[ExponentialFamily, ExponentialFamily] | None = None
+        self._fitted: ExponentialFamily | None = None
+        self.known_prior: tuple[Any, Any] | None = None
+        self.adopt(settings)
 
-    @property
-    def family(self) -> ExponentialFamily:
-        """The family of the group, as it is for a parameter of this shape."""
-        family: ExponentialFamily = self.group["family"]
-        if family.joint:
-            return family
-        if self._fitted is None or self._fitted[0] is not family:
-            self._fitted = family, family.for_shape(self.params[0].shape)
-        return self._fitted[1]
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape that the family sees."""
-        return torch.Size([self.numel]) if self.family.joint else self.params[0].shape
-
-    @property
-    def batch(self) -> torch.Size:
-        """The axes along which the weights stand."""
-        return self.shape[: len(self.shape) - self.family.event_dim]
-
-    @property
-    def numel(self) -> int:
-        """The number of entries."""
-        return sum(p.numel() for p in self.params)
+    def adopt(self, settings: Settings) -> None:
+        """Go by the group's new settings."""
+        self.settings = settings
+        if self._fitted is not settings.family:
+            self._fitted = settings.family
+            joint = settings.family.joint
+            self.family = settings.family if joint else settings.family.for_shape(self.params[0].shape)
+            self.shape = torch.Size([self.numel]) if joint else self.params[0].shape
+            self.batch = self.shape[: len(self.shape) - self.family.event_dim]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the posterior: that of the weights, but at least float32."""
         dtype = torch.float32
         for p in self.params:
-            dtype = torch.promote_types(dtype, p.dtype)
+            dtype = _DTYPES[p.dtype] if dtype is torch.float32 and p.dtype in _DTYPES else torch.float64
         return dtype
 
     @property
@@ -79,15 +100,20 @@ class Block:
         return self.params[0].device
 
     @property
+    def members(self) -> Sequence[Block]:
+        """The blocks that it is made of."""
+        return (self,)
+
+    @property
     def active(self) -> bool:
         """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step."""
         return self.numel > 0 and all(p.requires_grad for p in self.params)
 
-    def check_members(self) -> None:
+    def check_members(self, params: Sequence[Parameter]) -> None:
         """A joint posterior is over the parameters that were trainable when it was made; refuse another set."""
         if not self.family.joint:
             return
-        now = [p for p in self.group["params"] if p.requires_grad]
+        now = [p for p in params if p.requires_grad]
         if now and [id(p) for p in now] != [id(p) for p in self.params]:
             raise ValueError(
                 f"params: {type(self.family).__name__} is joint over the parameters of {self.name!r} that were "
@@ -123,8 +149,7 @@ class Block:
     def write(self, value: Tensor) -> None:
         """Put values into the model. Version counters change, so that another optimizer on it notices."""
         with torch.no_grad():
-            for p, part in zip(self.params, self.split(value), strict=True):
-                p.copy_(part)
+            torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
         self.at_point, self.drawn = False, None
         self.note_weights()
 
@@ -170,6 +195,11 @@ class Block:
         touched = changed.flatten(len(self.batch)).any(-1) if self.family.event_dim else changed
         return fields.map_fields(lambda old, own: _mixed(touched, own, old), state, new)
 
+    def follow(self, record: Record) -> None:
+        """Centre the posterior where another optimizer has just put the weights."""
+        record["posterior"] = self.family.recentre(record["posterior"], self.read())
+        self.note_weights()
+
     def _versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.params]
 
@@ -181,7 +211,7 @@ def _mixed(touched: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(touched.reshape(touched.shape + (1,) * (new.ndim - touched.ndim)), new, old)
 
 
-def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:
+def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: int) -> list[Block]:
     """The blocks of the `number`th group, whose first parameter is the optimizer's `start`th."""
     names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(group["params"]))]
     for p, name in zip(group["params"], names, strict=True):
@@ -192,9 +222,9 @@ def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:
             "params: two parameters of a group share their storage; tie weights by using one Parameter twice in the "
             "model instead."
         )
-    if not group["family"].joint:
+    if not settings.family.joint:
         pairs = enumerate(zip(group["params"], names, strict=True))
-        blocks = [Block([p], group, start + i, name, number) for i, (p, name) in pairs]
+        blocks = [Block([p], settings, start + i, name, number) for i, (p, name) in pairs]
         for block in blocks:
             if block.family.event_dim > len(block.shape):
                 raise ValueError(
@@ -205,10 +235,10 @@ def make_blocks(group: dict[str, Any], number: int, start: int) -> list[Block]:
     members = [p for p in group["params"] if p.requires_grad]
     if len({p.device for p in members}) > 1:
         raise ValueError(
-            f"params: a joint family ({type(group['family']).__name__}) needs all parameters of its group on one "
+            f"params: a joint family ({type(settings.family).__name__}) needs all parameters of its group on one "
             "device; make a group for each device."
         )
-    return [Block(members, group, start, f"group{number}", number)] if members else []
+    return [Block(members, settings, start, f"group{number}", number)] if members else []
 
 
 def check_parameter(p: Tensor, name: str) -> None:

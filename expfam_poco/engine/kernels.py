@@ -1,28 +1,28 @@
-r"""One step's mathematics on a span of weights, as pure functions that run eagerly or compiled.
+r"""One step's mathematics on a tile of weights, as pure functions that run eagerly or compiled.
 
-A leafwise family acts on every weight by itself, so a tensor may be cut into *spans* and the rule applied to one
-after the other: nothing larger than a span is ever held beside the state. Three functions make a step, each reading
-and writing every number once:
+A leafwise family acts on every weight by itself, so a tensor may be cut into *tiles* and the rule applied to one after
+the other: nothing larger than a tile is ever held beside the state. Three functions make a step, each reading and
+writing every number once:
 
-    draw      θ = points(λ, ε)                       into the model
+    draw      θ = points(λ̃, ε)                      into the model
     collect   total ← total + w ∇̃ℓ̂(θ)               where several draws or chunks are averaged
-    advance   ∇̃ℓ̂ in and out → corrected → the rule → λ, momentum, and the point into the model
+    advance   the natural gradients at λ̃ and λ_ref → corrected → the rule → λ, momentum, memory
 
-None of them stores noise: it is looked up again (`noise`). They are made of the same family, estimator, `correction`
-and `blr` functions as the step on whole tensors, and they know no family.
+None of them stores noise: it is looked up again (`noise`). They are made of the same family, estimator, correction and
+`blr` functions as the step on whole tensors, and they know no family.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from expfam_poco.correction import snapshot
-from expfam_poco.correction.snapshot import Outer
+from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
@@ -31,12 +31,13 @@ from expfam_poco.rule import blr
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What does not change from span to span nor, usually, from step to step: the constants of a compiled kernel.
+class Constants:
+    """What does not change from tile to tile nor, usually, from step to step: the constants of a compiled kernel.
 
     Args:
-        family: a leafwise exponential family.
+        family: an exponential family.
         estimator: of the natural gradient.
+        correction: of the natural gradient.
         momentum: whether there is any.
         clip_radius: ξ.
         retraction: its variant.
@@ -47,6 +48,7 @@ class Recipe:
 
     family: ExponentialFamily
     estimator: Estimator
+    correction: Correction
     momentum: bool
     clip_radius: float
     retraction: str
@@ -64,6 +66,12 @@ class Recipe:
             source = source.view(shape)
         return self.family.reflect(source) if self.noise == "reflected" else source
 
+    def where(self, state: Any, memory: Any, share: Any) -> Any:
+        """λ̃, where the correction wants the mini-batch to be evaluated first."""
+        if memory is None or not self.correction.moves:
+            return state
+        return self.correction.where(self.family, state, memory, share)
+
 
 def numbers_of(family: ExponentialFamily) -> int:
     """How many numbers of noise an entry of θ takes."""
@@ -71,7 +79,7 @@ def numbers_of(family: ExponentialFamily) -> int:
 
 
 class Evidence(NamedTuple):
-    """What one draw measured on a span: its noise (or address; None: as inside), gradient and loss."""
+    """What one draw measured on a tile: its noise (or address; None: as at the first posterior), gradient and loss."""
 
     noise: Tensor | Address | None
     grad: Tensor
@@ -79,38 +87,62 @@ class Evidence(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What may change at every step: step sizes and α as Sites of numbers, N, β₁, 1 − β₁ᵗ, the clipping's factor."""
+    """What may change at every step: step sizes and α as Sites of numbers, N, β₁, 1 − β₁ᵗ, w_t, the clipping's factor.
+
+    Python numbers, or in a compiled kernel tensors without dimensions, so that none is taken for a constant.
+    """
 
     rates: Any
     alpha: Any
     ess: Any
     momentum: Any
     unbias: Any
+    share: Any
     factor: Any
 
     def packed(self) -> Tensor:
-        """As one float64 tensor, so that a compiled kernel does not take them for constants."""
+        """As one float64 tensor."""
         return torch.tensor([*self.rates, *self.alpha, *self[2:]], dtype=torch.float64)
 
 
-def unpacked(recipe: Recipe, packed: Tensor) -> Numbers:
-    """The inverse of `Numbers.packed`."""
-    values, site = packed.unbind(), recipe.family.Site
+def unpacked(constants: Constants, numbers: Numbers | Tensor) -> Numbers:
+    """The inverse of `Numbers.packed`; numbers that are not packed pass."""
+    if isinstance(numbers, Numbers):
+        return numbers
+    values, site = numbers.unbind(), constants.family.Site
     count = len(site._fields)
     return Numbers(site(*values[:count]), site(*values[count : 2 * count]), *values[2 * count :])
 
 
-def draw(recipe: Recipe, state: Any, source: Tensor | Address, like: Tensor) -> Tensor:
-    """θ = points(λ, ε) on a span of weights shaped as `like`."""
-    noise = recipe.noise_of(source, like)
-    return recipe.estimator.points(recipe.family, state, noise.unsqueeze(0))[0]
+class Weights(NamedTuple):
+    """What is kept of a tile's weights: λ, the momentum's averages, the correction's memory, and the prior."""
+
+    state: Any
+    momentum: tuple[Tensor, ...]
+    memory: Any
+    prior: Any
 
 
-def site(recipe: Recipe, state: Any, evidence: Evidence, like: Tensor, ess: Any) -> Any:
-    """The natural gradient that one draw estimates."""
-    family, estimator = recipe.family, recipe.estimator
+class Moved(NamedTuple):
+    """A tile's weights after a step."""
+
+    state: Any
+    momentum: tuple[Tensor, ...]
+    memory: Any
+
+
+def draw(constants: Constants, state: Any, memory: Any, share: Any, source: Tensor | Address, like: Tensor) -> Tensor:
+    """θ = points(λ̃, ε) on a tile of weights shaped as `like`."""
+    noise = constants.noise_of(source, like)
+    where = constants.where(state, memory, share)
+    return constants.estimator.points(constants.family, where, noise.unsqueeze(0))[0]
+
+
+def site(constants: Constants, state: Any, evidence: Evidence, like: Tensor, ess: Any) -> Any:
+    """The natural gradient at `state` that one draw estimates."""
+    family, estimator = constants.family, constants.estimator
     assert evidence.noise is not None
-    noise = recipe.noise_of(evidence.noise, like).unsqueeze(0)
+    noise = constants.noise_of(evidence.noise, like).unsqueeze(0)
     grad = evidence.grad.to(like.dtype)
     pair = None if family.curvature == "none" else estimator.pair(grad, ess)
     pairs = None if pair is None else (pair[0].unsqueeze(0), pair[1].unsqueeze(0))
@@ -120,72 +152,73 @@ def site(recipe: Recipe, state: Any, evidence: Evidence, like: Tensor, ess: Any)
 
 
 def site_pair(
-    recipe: Recipe, state: Any, outer: Outer | None, inside: Any, outside: Any, like: Tensor, ess: Any
+    constants: Constants, weights: Weights, first: Any, second: Any, numbers: Numbers | Tensor, like: Tensor
 ) -> tuple[Any, Any]:
-    """The sites inside and outside (None without a q_out) from the `Evidence` of one draw; averaged sites pass."""
-    if outer is not None and isinstance(outside, Evidence):
-        if outside.noise is None:
-            outside = outside._replace(noise=inside.noise)
-        outside = site(recipe, outer.posterior, outside, like, ess)
-    if isinstance(inside, Evidence):
-        inside = site(recipe, state, inside, like, ess)
-    return inside, outside
+    """The natural gradients at λ̃ and at λ_ref (None: not measured) from `Evidence` of one draw; averaged ones pass."""
+    *_, share, _ = values = unpacked(constants, numbers)
+    if isinstance(second, Evidence):
+        if second.noise is None:
+            second = second._replace(noise=first.noise)
+        second = site(constants, constants.correction.reference(weights.memory), second, like, values.ess)
+    if isinstance(first, Evidence):
+        first = site(constants, constants.where(weights.state, weights.memory, share), first, like, values.ess)
+    return first, second
 
 
 def corrected(
-    recipe: Recipe,
-    state: Any,
-    outer: Outer | None,
-    inside: Any,
-    outside: Any,
-    numbers: Any,
+    constants: Constants,
+    weights: Weights,
+    first: Any,
+    second: Any,
+    numbers: Numbers | Tensor,
     like: Tensor,
     anchor: Any = None,
-) -> snapshot.Corrected:
-    """The corrected site of a span and its anchor term; without a q_out the site itself.
+) -> Corrected:
+    """The corrected natural gradient of a tile and its anchor term; without a second one the first itself.
 
-    `inside` and `outside` are the `Evidence` of one draw, or sites averaged by `collect`.
+    `first` and `second` are the `Evidence` of one draw, or Sites averaged by `collect`; `anchor` an anchor term from
+    elsewhere.
     """
-    _, alpha, ess, *_ = unpacked(recipe, numbers)
-    inside, outside = site_pair(recipe, state, outer, inside, outside, like, ess)
-    if outer is None:
-        return snapshot.Corrected(inside, None)
-    found = snapshot.correct(
-        recipe.family, inside, outside, state, outer, alpha=alpha, anchor_weight=recipe.anchor_weight
+    first, second = site_pair(constants, weights, first, second, numbers, like)
+    if second is None:
+        return Corrected(first, None)
+    alpha, weight = unpacked(constants, numbers).alpha, constants.anchor_weight if anchor is None else 0.0
+    found = constants.correction.correct(
+        constants.family, first, second, weights.state, weights.memory, alpha=alpha, anchor_weight=weight
     )
     return found if anchor is None else found._replace(anchor=anchor)
 
 
 def advance(
-    recipe: Recipe,
-    state: Any,
-    momentum: tuple[Tensor, ...],
-    prior: Any,
-    outer: Outer | None,
-    inside: Any,
-    outside: Any,
-    numbers: Any,
+    constants: Constants,
+    weights: Weights,
+    first: Any,
+    second: Any,
+    numbers: Numbers | Tensor,
     like: Tensor,
     anchor: Any = None,
-) -> blr.BLRState:
-    """One step on a span."""
-    family = recipe.family
-    rates, _, ess, beta, unbias, factor = unpacked(recipe, numbers)
-    natural_gradient, anchor = corrected(recipe, state, outer, inside, outside, numbers, like, anchor)
-    return blr.update(
+) -> Moved:
+    """One step on a tile."""
+    family, values = constants.family, unpacked(constants, numbers)
+    found = corrected(constants, weights, first, second, numbers, like, anchor)
+    moved = blr.update(
         family,
-        blr.BLRState(state, momentum),
-        prior,
-        clipped(family, natural_gradient, factor),
-        rates=rates,
-        ess=ess,
-        anchor=anchor,
-        momentum=beta if recipe.momentum else 0.0,
-        unbias=unbias,
-        clip_radius=recipe.clip_radius,
-        retraction=recipe.retraction,
-        prior_in_momentum=recipe.prior_in_momentum,
+        blr.BLRState(weights.state, weights.momentum),
+        weights.prior,
+        clipped(family, found.site, values.factor),
+        rates=values.rates,
+        ess=values.ess,
+        anchor=found.anchor,
+        momentum=values.momentum if constants.momentum else 0.0,
+        unbias=values.unbias,
+        clip_radius=constants.clip_radius,
+        retraction=constants.retraction,
+        prior_in_momentum=constants.prior_in_momentum,
     )
+    memory = weights.memory
+    if memory is not None and constants.correction.follows_steps:
+        memory = constants.correction.after_step(family, memory, weights.state, moved.posterior, found)
+    return Moved(moved.posterior, moved.momentum, memory)
 
 
 def clipped(family: ExponentialFamily, site: Any, factor: Any) -> Any:
@@ -195,10 +228,10 @@ def clipped(family: ExponentialFamily, site: Any, factor: Any) -> Any:
     return fields.weigh(site, family.per_block(factor, 1.0))
 
 
-def sound(family: ExponentialFamily, moved: blr.BLRState, like: Tensor) -> Tensor | None:
-    """For every weight of a span: all its numbers are finite and in the domain; None where they all are."""
-    constrained = [(getattr(moved.posterior, name), constraint) for name, constraint in family.domain.items()]
-    values = (*moved.posterior, *moved.momentum)
+def sound(family: ExponentialFamily, moved: Moved, like: Tensor) -> Tensor | None:
+    """For every weight of a tile: all its numbers are finite and in the domain; None where they all are."""
+    constrained = [(getattr(moved.state, name), constraint) for name, constraint in family.domain.items()]
+    values = (*moved.state, *moved.momentum)
     weights = like.shape[: like.ndim - family.event_dim]
     if not torch.compiler.is_compiling():
         # A NaN or infinity survives summing: a look at sums is cheaper than one at every number.
@@ -218,6 +251,16 @@ def kept(sound: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     if sound is None:
         return new
     return torch.where(sound.reshape(sound.shape + (1,) * (new.ndim - sound.ndim)), new, old)
+
+
+def unshared(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    """The new values of places, a copy of each that is another place's old value (a λ remembered).
+
+    Such a value must have been read before that place is written.
+    """
+    places = {id(place) for place in old}
+    pairs = zip(old, new, strict=True)
+    return [value.clone() if id(value) in places and value is not place else value for place, value in pairs]
 
 
 def _per_weight(values: Tensor, dims: int) -> Tensor:

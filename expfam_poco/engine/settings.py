@@ -1,9 +1,14 @@
-"""Hyperparameters of a parameter group: their defaults, their ranges, and what is derived from them."""
+"""Hyperparameters of a parameter group: their ranges, and the typed object that the engine reads.
+
+`param_groups` is the face that users and schedulers write; `Settings` is what a group says at a step, checked.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +16,7 @@ from torch import Tensor
 
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.alpha import AdaptiveAlpha, resolve_alpha
-from expfam_poco.engine.block import Block
+from expfam_poco.correction.base import Averaging
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import LOSSES_ALONE, Estimator
 from expfam_poco.family.registry import resolve_family
@@ -283,90 +288,6 @@ def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
         )
 
 
-def initial_posterior(block: Block) -> Any:
-    """q centred at the model's weights, of precision ess·(hess_init + weight_decay) or the family's own.
-
-    Raises:
-        ValueError: where finite weights are no centre of a member, as negative ones of a family of positive weights.
-    """
-    group = block.group
-    strength = None
-    if group["hess_init"] is not None:
-        strength = group["ess"] * (group["hess_init"] + group["weight_decay"])
-    weights = block.read()
-    state = block.family.centred_at(weights, strength)
-    if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
-        torch.isfinite(weights).all()
-    ):
-        raise ValueError(
-            f"params: {block.name!r} holds weights on which no {type(block.family).__name__} can be centred "
-            f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
-        )
-    return state
-
-
-def _is_centre(family: ExponentialFamily, state: Any, weights: Tensor) -> bool:
-    """Whether a weight of several numbers is where its posterior is centred: rows of a simplex have to sum to one."""
-    if not family.event_dim or family.levels is not None or family.default_estimator != "reparam":
-        return True
-    return torch.allclose(family.point(state), weights, rtol=0.02, atol=0.02)
-
-
-def check_device(block: Block, posterior: Any) -> None:
-    """Refuse a block whose parameters have moved to another device than their posterior.
-
-    Raises:
-        RuntimeError: names the parameter and both devices.
-    """
-    where = posterior[0].device
-    if where != block.device:
-        raise RuntimeError(
-            f"params: {block.name!r} is on {block.device} but its posterior on {where}; move the model before the "
-            "first step, or call optimizer.load_state_dict(optimizer.state_dict()) after moving it."
-        )
-
-
-def prior_of(block: Block) -> Any:
-    """The block's prior: the given State, or precision ess·weight_decay around the middle of the support."""
-    group = block.group
-    prior = group["prior"]
-    if isinstance(prior, dict):
-        prior = prior.get(block.name)
-    if prior is not None:
-        return type(prior)(*(v.to(device=block.device, dtype=block.dtype) for v in prior))
-    event = block.family.event_dim
-    shape = block.shape[len(block.shape) - event :] if event else ()
-    like = torch.zeros(shape, dtype=block.dtype, device=block.device)
-    middle = block.family.reference_like(like)
-    return block.family.centred_at(middle, group["ess"] * group["weight_decay"])
-
-
-def check_prior(block: Block) -> None:
-    """Refuse a prior of another type, of a shape that does not broadcast to the block, or with NaN."""
-    prior = block.group["prior"]
-    if isinstance(prior, dict):
-        prior = prior.get(block.name)
-    if prior is None:
-        return
-    family = block.family
-    if not isinstance(prior, family.State):
-        raise ValueError(
-            f"prior={type(prior).__name__}: {type(family).__name__} needs a prior of type "
-            f"{family.State.__name__} (or a dictionary of them by parameter name)."
-        )
-    own = family.centred_at(torch.zeros(block.shape, dtype=block.dtype, device=block.device))
-    for name, value, reference in zip(prior._fields, prior, own, strict=True):
-        try:
-            fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape
-        except RuntimeError:
-            fits = False
-        if not fits or not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"prior.{name} has shape {tuple(value.shape)} for a block {block.name!r} of shape "
-                f"{tuple(reference.shape)}, or holds NaN or infinities; give finite values that broadcast to it."
-            )
-
-
 def check_prior_names(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Refuse dictionaries of priors with a name that no block has."""
     for group in param_groups:
@@ -375,24 +296,125 @@ def check_prior_names(param_groups: Sequence[Mapping[str, Any]], names: Sequence
             raise ValueError(f"prior[{unknown[0]!r}]: no such parameter; the known names are {', '.join(names)}.")
 
 
-def rates(group: Mapping[str, Any], block: Block) -> Any:
-    """The step sizes of a block's fields: lr·lr_scale, and `precision_lr` for the others."""
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a group says at a step.
+
+    Attributes:
+        family: the group's exponential family.
+        estimator: of natural gradients ("curvature" in the group).
+        lr: η of the momentum block, with `lr_scale`.
+        precision_lr: η of the other fields.
+        ess: N.
+        weight_decay: δ.
+        hess_init: h₀, or None for the family's own width.
+        prior: a State, a dictionary of them by parameter name, or None for precision ess · δ.
+        alpha: α: a number, a pair, a schedule, or adaptive.
+        rho: ρ of gradient and curvature.
+        anchor_weight: of the anchor term.
+        momentum: β₁.
+        debias: whether the momentum's average is divided by 1 − β₁ᵗ.
+        clip_radius: ξ.
+        retraction: its variant.
+        reanchor_average: whether the old mega-batch average is moved to the new posterior.
+        prior_in_momentum: whether momentum averages the prior's pull, too.
+    """
+
+    family: ExponentialFamily
+    estimator: Estimator
+    lr: float
+    precision_lr: float
+    ess: float
+    weight_decay: float
+    hess_init: float | None
+    prior: Any
+    alpha: Any
+    rho: tuple[float, float]
+    anchor_weight: float
+    momentum: float
+    debias: bool
+    clip_radius: float
+    retraction: str
+    reanchor_average: bool
+    prior_in_momentum: bool
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What decides whether blocks can be laid side by side."""
+        return self.family, self.estimator, self.adaptive, self.retraction
+
+    @property
+    def adaptive(self) -> AdaptiveAlpha | None:
+        """How α follows the measured variances, if it does."""
+        return self.alpha if isinstance(self.alpha, AdaptiveAlpha) else None
+
+    def rates(self, family: ExponentialFamily) -> Any:
+        """The step sizes of a posterior's fields, as a Site of numbers."""
+        return family.per_block(self.lr, self.precision_lr)
+
+    def share(self, age: int) -> float:
+        """w_t = (1 − β₁)/(1 − β₁ᵗ), the share of the newest natural gradient in the momentum's average."""
+        return (1.0 - self.momentum) / (1.0 - self.momentum**age)
+
+    def averaging(self, family: ExponentialFamily) -> Averaging:
+        """How a mega-batch's mean joins the old one."""
+        return Averaging(family.per_block(*self.rho), self.reanchor_average, self.anchor_weight)
+
+
+def read(group: Mapping[str, Any]) -> Settings:
+    """A group's settings.
+
+    Raises:
+        ValueError: for a number out of range, since schedulers and users change them between steps.
+    """
+    check_numbers(group)
+    family, estimator, weight = group["family"], group["curvature"], group["anchor_weight"]
+    lr = float(group["lr"]) * _scale_of(group)
+    other, rho = group["precision_lr"], group["rho"]
+    return Settings(
+        family=family,
+        estimator=estimator,
+        lr=lr,
+        precision_lr=lr if other is None else float(other),
+        ess=float(group["ess"]),
+        weight_decay=float(group["weight_decay"]),
+        hess_init=None if group["hess_init"] is None else float(group["hess_init"]),
+        prior=group["prior"],
+        alpha=group["alpha"],
+        rho=(float(rho[0]), float(rho[1])) if isinstance(rho, tuple) else (float(rho), float(rho)),
+        anchor_weight=float(estimator.anchor_weight if weight is None else weight),
+        momentum=float(group["momentum"]),
+        debias=group["debias"],
+        clip_radius=float(group["clip_radius"]),
+        retraction=group["retraction"],
+        reanchor_average=group["reanchor_average"],
+        prior_in_momentum=group["prior_in_momentum"],
+    )
+
+
+def _scale_of(group: Mapping[str, Any]) -> float:
+    """The factor on lr, which stands for a convention."""
     scale = group["lr_scale"]
     if scale == INITIAL_HESSIAN:
-        scale = group["hess_init"] + group["weight_decay"]
-    elif scale == MEAN_LOSS:
-        scale = group["family"].precision / group["ess"]
-    lr = float(group["lr"]) * float(scale)
-    other = group["precision_lr"]
-    return block.family.per_block(lr, lr if other is None else float(other))
+        return float(group["hess_init"]) + float(group["weight_decay"])
+    if scale == MEAN_LOSS:
+        return float(group["family"].precision) / float(group["ess"])
+    return float(scale)
 
 
-def anchor_weight(group: Mapping[str, Any]) -> float:
-    """The group's, or the one that its curvature estimator bears."""
-    value = group["anchor_weight"]
-    return float(group["curvature"].anchor_weight if value is None else value)
+class Reading:
+    """The settings of one group, read anew when something in it has changed."""
 
+    def __init__(self) -> None:
+        self._seen: tuple[Any, ...] = ()
+        self._settings: Settings | None = None
 
-def pair(value: Any) -> tuple[float, float]:
-    """A number twice, or the pair itself."""
-    return (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), float(value))
+    def of(self, group: Mapping[str, Any]) -> Settings:
+        """The group's present settings; the same object as long as its values are the same objects."""
+        values = tuple(map(group.__getitem__, HYPERPARAMETERS))
+        if self._settings is None or not all(map(operator.is_, values, self._seen)):
+            self._settings = read(group)
+            # A tensor or dictionary may be changed in place: look at it every time.
+            lasting = not any(isinstance(value, Tensor | dict) for value in values)
+            self._seen = values if lasting else (None,) * len(values)
+        return self._settings

@@ -1,4 +1,4 @@
-"""One block's step from what was measured inside and outside, tile by tile: whole, or in place where it is large.
+"""One block's step from what was measured at the present and the reference posterior: whole, or tile by tile in place.
 
 A block that fits into memory twice is one tile, computed before anything changes. A large one is stepped tile by tile,
 in place; that cannot be undone, so weights whose step would not be finite keep their values, and the error comes after.
@@ -6,7 +6,7 @@ in place; that cannot be undone, so weights whose step would not be finite keep 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from expfam_poco.correction import snapshot
-from expfam_poco.correction.snapshot import Corrected
+from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.correction.variance import VarianceMeter
-from expfam_poco.engine import kernels, settings
-from expfam_poco.engine.backend import plainly
-from expfam_poco.engine.block import Block
-from expfam_poco.engine.kernels import Numbers
-from expfam_poco.engine.tiles import Bucket, spans, spread
-from expfam_poco.engine.trial import Trial
+from expfam_poco.engine import kernels
+from expfam_poco.engine.backend import plainly, tile_size
+from expfam_poco.engine.beginning import prior_of
+from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.flat import ROLES, FlatBlock
+from expfam_poco.engine.kernels import Weights
+from expfam_poco.engine.tiles import spread, tiles
+from expfam_poco.engine.trial import Trial, empty_site
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
@@ -34,34 +36,28 @@ class Step:
     """One block's step: nothing changes before `commit`.
 
     Args:
-        state: the block's record.
-        inner: what was measured at λ_in.
-        outer: what was measured at λ_out, or None for a plain step.
-        alpha: α of the gradient and of the curvature.
+        record: the block's.
+        first: what was measured at the present posterior.
+        second: what was measured at the reference, or None for a plain step.
         anchor: the anchor term, where it comes from Hessian-vector products.
     """
 
     unsound = 0
     unsound_tiles: Tensor
 
-    def __init__(
-        self, state: dict[str, Any], inner: Trial, outer: Trial | None, alpha: tuple[float, float], anchor: Any = None
-    ) -> None:
-        inner.make_ready(state)
-        self.block, self.state, self.inner, self.outer, self.alpha = inner.block, state, inner, outer, alpha
-        self.anchor = anchor
-        self.age = state["step"] + 1 if state["momentum"] else 1
-        self.recipe = inner.recipe()
-        if anchor is not None:
-            self.recipe = replace(self.recipe, anchor_weight=0.0)
+    def __init__(self, record: Record, first: Trial, second: Trial | None, anchor: Any = None) -> None:
+        self.block, self.record, self.first, self.second, self.anchor = first.block, record, first, second, anchor
+        self.age = age_of(self.block, record)
+        self.constants = first.constants()
+        self.numbers = first.numbers
 
     @plainly
     def gradient_square(self) -> Tensor:
         """‖corrected gradient‖² of the momentum block."""
-        numbers, values = self._numbers(1.0), []
-        for tile, inside, outside, q_out in self._measured():
-            arguments = (tile.cut(self.state["posterior"]), q_out, inside, outside, numbers)
-            values.append(self.inner.runner.square(self.recipe, self.inner.like(tile), *arguments).cpu())
+        values = []
+        for tile, weights, first, second in self._measured():
+            arguments = (weights, first, second, self.numbers)
+            values.append(self.first.runner.square(self.constants, self.first.like(tile), *arguments).cpu())
         return torch.stack(values).sum()
 
     @plainly
@@ -75,92 +71,162 @@ class Step:
         Raises:
             NonFiniteError, ValueError: if it is not finite or not in the domain.
         """
-        self.factor, self.following = factor, following
-        if self.inner.in_place:
+        self.numbers, self.following = self.numbers._replace(factor=factor), following
+        if self.first.in_place:
             return
-        ((tile, inside, outside, q_out),) = self._measured()
-        state, prior = self.state, settings.prior_of(self.block)
-        self.moved = kernels.advance(
-            self.recipe, state["posterior"], state["momentum"], prior, q_out, inside, outside, self._numbers(factor),
-            self.inner.like(tile), self.anchor,
-        )  # fmt: skip
-        if not bool(self.block.family.in_domain(self.moved.posterior)):
-            raise domain_error(self.block, self.moved.posterior)
+        ((tile, weights, first, second),) = self._measured()
+        like = self.first.like(tile)
+        self.moved = kernels.advance(self.constants, weights, first, second, self.numbers, like, self.anchor)
+        family = self.block.family
+        leaves = (
+            not bool(family.in_domain(self.moved.state)) if family.joint else kernels.sound(family, self.moved, like)
+        )
+        if leaves is not None and leaves is not False:
+            self.moved = self._with_sound_gaps(like)
+
+    def _with_sound_gaps(self, like: Tensor) -> kernels.Moved:
+        """The new posterior of a flat block in which nothing but gaps has left the domain; else the error."""
+        flat, family = self.block, self.block.family
+        if not isinstance(flat, FlatBlock):
+            raise domain_error(flat, self.moved.state)
+        sound = kernels.sound(family, self.moved, like)
+        wrong = [] if sound is None else flat.unsound_members(sound)
+        if wrong:
+            number = flat.members.index(wrong[0])
+            raise domain_error(wrong[0], flat.cut(self.moved.state, number))
+        healed = fields.map_leaves(lambda v: torch.where(flat.real, v, v[0]) if v.ndim else v, tuple(self.moved))
+        return kernels.Moved(*healed)
 
     def commit(self) -> None:
         """Make the new posterior the block's; in place, the model then holds its point or the next draw."""
-        block, state = self.block, self.state
-        if self.inner.in_place:
+        block, record = self.block, self.record
+        if self.first.in_place:
             self._advance_in_place()
             block.at_point, block.drawn = self.following is None, self.following
         else:
-            state.update(posterior=self.moved.posterior, momentum=self.moved.momentum)
+            self._replace(self.moved)
             block.at_point, block.drawn = False, None
-        state["step"] = self.age if state["momentum"] else 0
+        record["step"] = self.age if record["momentum"] else 0
+
+    def _replace(self, moved: kernels.Moved) -> None:
+        """Keep a whole block's new values, a flat one's in the storage that its members see."""
+        record = self.record
+        if not isinstance(self.block, FlatBlock):
+            record["posterior"], record["momentum"], record["memory"] = moved
+            return
+        old = fields.leaves((record["posterior"], record["momentum"], record["memory"]))
+        new = kernels.unshared(old, fields.leaves((moved.state, moved.momentum, moved.memory)))
+        pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
+        torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
     def _advance_in_place(self) -> None:
-        block, state, numbers = self.block, self.state, self._numbers(self.factor)
-        prior = spread(settings.prior_of(block), state["posterior"], block)
-        real = block.real if isinstance(block, Bucket) else None
-        following = None if self.following is None else replace(self.inner, key=self.following)
+        block = self.block
+        real = block.real if isinstance(block, FlatBlock) else None
+        following = None if self.following is None else replace(self.first, key=self.following)
         unsound = []
         with block.rewritten() as out:
-            for tile, inside, outside, q_out in self._measured():
-                own = tile.cut(state["posterior"]), tile.cut(state["momentum"]), tile.cut(prior)
-                after = None if following is None else following.source(tile, self.recipe, 0)
-                arguments = (*own, q_out, inside, outside, numbers, real, after)
-                unsound.append(self.inner.runner.advance(self.recipe, tile.cut(out), block.dtype, *arguments).cpu())
+            for tile, weights, first, second in self._measured():
+                after = None if following is None else following.source(tile, self.constants, 0)
+                arguments = (weights, first, second, self.numbers, real, after)
+                count = self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments)
+                unsound.append(count.cpu())
         self.unsound_tiles = unsound[0]
         self.unsound = int(torch.stack(unsound).sum())
 
     @plainly
-    def meter(self, meter: VarianceMeter, number: int, keep: float | None = None) -> None:
-        """Show the meter the weights, of large blocks some; `keep` is of an adaptive α, which looks at every pair."""
+    def meter(self, meter: VarianceMeter, number: int) -> None:
+        """Show the meter the weights, of large blocks some; an adaptive α looks at every pair."""
+        family, adaptive, only = self.block.family, self.block.settings.adaptive, None
+        keep = None if adaptive is None else adaptive.keep
         if not meter.samples(number, keep is not None):
             return
-        family, only = self.block.family, None
-        if self.inner.in_place:
-            only = next(spans(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
-        ((like, state, q_out, *pair, found),) = self._sites(only)
-        if q_out is not None:
-            terms = snapshot.variance_terms(pair[0], *snapshot.carried(family, pair[1], q_out, state))
-            meter.add(self.block.name, terms, family.per_block(*self.alpha), keep)
+        if self.first.in_place:
+            only = next(tiles(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
+        ((like, weights, *pair, found),) = self._sites(only)
+        if pair[1] is not None:
+            correction, memory, state = self.constants.correction, weights.memory, weights.state
+            outer = snapshot.Outer(correction.reference(memory), correction.mean(memory))
+            terms = snapshot.variance_terms(pair[0], *snapshot.carried(family, pair[1], outer, state))
+            meter.add(self.block.name, terms, self.numbers.alpha, keep)
         if meter.samples(number):
             square = blr.square_of([getattr(found.site, name) for name in family.momentum_block])
-            meter.add_square(number, self.block.name, float(square) * self.block.numel / like.numel())
+            meter.add_square(number, self.block.name, float(square) * self.block.shape.numel() / like.numel())
 
-    def gradient(self) -> Tensor:
-        """The corrected natural gradient of a family with one field, shaped and typed as the parameter."""
-        (p,) = self.block.params
-        out = torch.empty_like(p, memory_format=torch.contiguous_format)
-        for tile, (*_, found) in zip(self.inner.tiles(), self._sites(), strict=True):
+    def gradients(self) -> list[Tensor]:
+        """The corrected natural gradient of a family with one field, one tensor for each parameter."""
+        out = torch.empty(self.block.shape, dtype=self.block.dtype, device=self.block.device)
+        for tile, (*_, found) in zip(self.first.tiles(), self._sites(), strict=True):
             tile.cut(out).copy_(found.site[0])
-        return out
+        return self.block.split(out)
 
     def sites(self) -> Iterator[tuple[Any, Any, Corrected]]:
-        """Tile by tile: the site inside, the one outside, and the corrected one with its anchor term."""
-        yield from ((inside, outside, found) for *_, inside, outside, found in self._sites())
+        """Tile by tile: the site at λ̃, the one at λ_ref, and the corrected one with its anchor term."""
+        yield from ((first, second, found) for *_, first, second, found in self._sites())
 
     def _sites(self, only: Any = None) -> Iterator[tuple[Any, ...]]:
-        numbers, ess = self._numbers(1.0), self.block.group["ess"]
-        for tile, inside, outside, q_out in self._measured(only):
-            state, like = tile.cut(self.state["posterior"]), self.inner.like(tile)
-            pair = kernels.site_pair(self.recipe, state, q_out, inside, outside, like, ess)
-            found = kernels.corrected(self.recipe, state, q_out, *pair, numbers, like, self.anchor)
-            yield like, state, q_out, *pair, found
+        for tile, weights, first, second in self._measured(only):
+            like = self.first.like(tile)
+            pair = kernels.site_pair(self.constants, weights, first, second, self.numbers, like)
+            found = kernels.corrected(self.constants, weights, *pair, self.numbers, like, self.anchor)
+            yield like, weights, *pair, found
 
-    def _measured(self, only: Any = None) -> Iterator[tuple[Any, Any, Any, Any]]:
-        """Tile by tile: what was measured inside and outside (a batch that did not use the block: zero), and q_out."""
-        q_out = None if self.outer is None else self.state["outer"]
-        for tile in [only] if only is not None else self.inner.tiles():
-            outside = None if self.outer is None else self.outer.evidence(tile, self.recipe, beside=self.inner)
-            yield tile, self.inner.evidence(tile, self.recipe), outside, tile.cut(q_out)
+    def _measured(self, only: Any = None) -> Iterator[tuple[Any, Weights, Any, Any]]:
+        """Tile by tile: the weights, and what was measured (zero where the batch did not use the block)."""
+        record, prior = self.record, self._prior()
+        for tile in [only] if only is not None else self.first.tiles():
+            cut = tile.cut
+            weights = Weights(cut(record["posterior"]), cut(record["momentum"]), cut(record["memory"]), cut(prior))
+            second = None if self.second is None else self.second.evidence(tile, self.constants, beside=self.first)
+            yield tile, weights, self.first.evidence(tile, self.constants), second
 
-    def _numbers(self, factor: float) -> Tensor:
-        group, family = self.block.group, self.block.family
-        unbias = blr.unbias_of(float(group["momentum"]), self.age, group["debias"])
-        rates, alpha = settings.rates(group, self.block), family.per_block(*self.alpha)
-        return Numbers(rates, alpha, float(group["ess"]), float(group["momentum"]), unbias, factor).packed()
+    def _prior(self) -> Any:
+        if isinstance(self.block, FlatBlock):
+            return self.block.prior()
+        prior = prior_of(self.block)
+        return spread(prior, self.record["posterior"], self.block) if self.first.in_place else prior
+
+
+def age_of(block: Block, record: Record) -> int:
+    """The number of steps in the momentum's average after the next step; 1 where there is none."""
+    return record["step"] + 1 if block.settings.momentum > 0.0 else 1
+
+
+@plainly
+def begin(block: Block, record: Record, correction: Correction, *, in_place: bool) -> bool:
+    """Give a block what its next step needs: a momentum, a memory, contiguous storage; whether anything was missing."""
+    before = record["posterior"], record["momentum"], record["memory"]
+    posterior, family = record["posterior"], block.family
+    if in_place and not all(value.is_contiguous() for value in posterior):
+        posterior = record["posterior"] = fields.map_fields(Tensor.contiguous, posterior)
+    if block.settings.momentum == 0.0:
+        if record["momentum"]:
+            record["momentum"] = ()
+    elif not record["momentum"]:
+        laid = in_place or isinstance(block, FlatBlock)
+        zero = empty_site(block, posterior) if laid else family.kl_gradient(posterior, posterior)
+        record["momentum"] = tuple(torch.zeros_like(getattr(zero, name)) for name in family.momentum_block)
+    if record["memory"] is None:
+        begun = correction.begin(family, posterior)  # may be λ itself, which steps in place overwrite
+        record["memory"] = fields.map_leaves(torch.clone, begun)
+    return any(old is not record[role] for old, role in zip(before, ROLES, strict=True))  # type: ignore[literal-required]
+
+
+@plainly
+def remember(trial: Trial, record: Record) -> Any:
+    """The correction's memory after a refresh, from the mega-batch's mean natural gradient, which is used up."""
+    family, correction, old, mean = trial.block.family, trial.correction, record["memory"], trial.settled()
+    how = trial.block.settings.averaging(family)
+    posterior = fields.map_fields(torch.clone, record["posterior"])
+    if not trial.in_place or old is None:
+        return correction.after_refresh(family, old, posterior, mean, how)
+    old = fields.map_leaves(Tensor.contiguous, old)
+    for tile in tiles(trial.block, tile_size("eager", trial.block.device)):
+        cut = tile.cut
+        made = correction.after_refresh(family, cut(old), cut(record["posterior"]), cut(mean), how)
+        for place, value in zip(fields.leaves(cut(old)), fields.leaves(made), strict=True):
+            if place.ndim:
+                place.copy_(value)
+    return old
 
 
 def domain_error(block: Block, state: Any) -> Exception:
@@ -170,10 +236,10 @@ def domain_error(block: Block, state: Any) -> Exception:
     finite = fields.all_finite(tuple(bounded)) if bounded else fields.all_finite(state)
     if not bool(finite) or bool(block.family.in_domain(state)):
         return NonFiniteError(
-            f"lr={block.group['lr']}: the step would make {where} infinite or NaN; lower lr or precision_lr, or clip "
+            f"lr={block.settings.lr}: the step would make {where} infinite or NaN; lower lr or precision_lr, or clip "
             "(clip_radius, max_grad_norm). Nothing was changed."
         )
-    if block.group["retraction"] == "plain":
+    if block.settings.retraction == "plain":
         return ValueError(
             f"retraction='plain': the step would take {where} out of its domain; lower lr or precision_lr, or use "
             "retraction='second_order'. Nothing was changed."
@@ -182,3 +248,20 @@ def domain_error(block: Block, state: Any) -> Exception:
         f"precision_lr: the step would take {where} out of its domain by rounding in {block.dtype}; lower lr or "
         "precision_lr, or use float64 parameters. Nothing was changed."
     )
+
+
+def unsound_error(steps: Sequence[Step]) -> NonFiniteError | None:
+    """The error after a step in which some weights had to keep their values."""
+    for step in steps:
+        if step.unsound:
+            block, count = step.block, step.unsound
+            if isinstance(block, FlatBlock):
+                block, count = block.worst(step.unsound_tiles)
+            error = NonFiniteError(
+                f"lr={block.settings.lr}: the step would have made {count} of {block.numel} weights of {block.name!r} "
+                "infinite or NaN; these kept their values, all others were stepped. Lower lr or precision_lr, or clip "
+                "(clip_radius, max_grad_norm)."
+            )
+            error.stepped = True
+            return error
+    return None

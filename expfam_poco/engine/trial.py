@@ -9,67 +9,72 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from expfam_poco.closures.batched import Batched
-from expfam_poco.closures.evaluate import Closure, Measured
-from expfam_poco.correction import snapshot
-from expfam_poco.correction.snapshot import Outer
-from expfam_poco.engine import settings
-from expfam_poco.engine.backend import EAGER, Backend, plainly, span_size
-from expfam_poco.engine.block import Block
-from expfam_poco.engine.kernels import Evidence, Recipe, numbers_of
-from expfam_poco.engine.noise_plan import FIXED, INNER, MEGA, OUTER, PROBE_INNER, PROBE_MEGA, PROBE_OUTER
-from expfam_poco.engine.tiles import TILE, Bucket, can_stream, spans
+from expfam_poco.closures.evaluate import Measured
+from expfam_poco.correction.base import Correction
+from expfam_poco.engine.backend import EAGER, Backend, plainly, tile_size
+from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
+from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
 from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
 from expfam_poco.family.noise import Address, NoiseKey, noise
 
 
-class _Whole:
-    """The tile that is a whole block."""
-
-    def cut(self, values: Any) -> Any:
-        """All of them."""
-        return values
-
-
-WHOLE = _Whole()
-
-
 @dataclass
 class Trial:
-    """A block at one posterior (inner or outer) with its draws: what is measured for it, and the record.
+    """A block at one posterior with its draws: what is measured for it.
 
-    `total` is the sum of earlier parts (chunks, micro-batches), to which this one is added with `weight`;
-    `used_before` says whether one of them depended on the block.
+    Attributes:
+        block: whose weights are tried.
+        estimator: of the natural gradient.
+        correction: which says where they are tried.
+        state: the posterior.
+        memory: the correction's, where the posterior is the present one; None at the reference.
+        numbers: those of the step.
+        key: of the noise of the first draw.
+        sign_key: of the random signs of Hessian-vector products.
+        mode: of the noise.
+        draws: how many draws, or pairs of them for "antithetic".
+        backend: what steps the block in place; None: it is one tile.
+        is_present: whether the posterior is the present one, not the reference.
+        total: the sum of earlier parts (chunks, micro-batches), to which this one is added with `weight`.
+        used: which parameters an evaluation has depended on.
     """
 
     block: Block
     estimator: Estimator
+    correction: Correction
     state: Any
+    memory: Any
+    numbers: Numbers
     key: NoiseKey
-    probe_key: NoiseKey
+    sign_key: NoiseKey
     mode: str = "shared"
     draws: int = 1
     backend: Backend | None = None
+    is_present: bool = True
     total: Any = None
     weight: float = 1.0
-    used_before: bool = False
-    noises: dict[int, Tensor] = field(default_factory=dict)
-    grad: list[Tensor | None] = field(default_factory=list)
-    loss: list[Tensor] = field(default_factory=list)
-    hessian: list[Tensor] = field(default_factory=list)
+    used: list[bool] = field(default_factory=list)
+    grads: list[list[Tensor | None]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    hessians: list[Tensor] = field(default_factory=list)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     variations: list[Tensor] = field(default_factory=list)
+    noises: dict[int, Tensor] = field(default_factory=dict)
+    _points: Tensor | None = None
     _site: Any = None
 
     def again(self, **changed: Any) -> Trial:
         """The same trial, or one that differs so, with nothing recorded yet."""
-        return replace(self, grad=[], loss=[], hessian=[], pairs=[], variations=[], _site=None, **changed)
+        blank: dict[str, Any] = dict(used=[], grads=[], losses=[], hessians=[], pairs=[], variations=[])
+        return replace(self, **blank, _points=None, _site=None, **changed)
 
     @property
     def count(self) -> int:
@@ -86,65 +91,73 @@ class Trial:
         """What runs the kernels."""
         return self.backend or EAGER
 
-    @property
-    def bucket(self) -> Bucket | None:
-        """The bucket that the block is laid into."""
-        return None if self.backend is None else self.backend.buckets.get(self.block)
-
-    def tiles(self) -> Iterator[Any]:
-        """All of the block: whole, or in tiles as long as the backend likes them; a bucket is one."""
+    def tiles(self) -> Iterator[Tile | Whole]:
+        """All of the block: whole, or in tiles as long as the backend likes them; a flat block is one."""
         if self.backend is None:
-            return iter([WHOLE])
-        whole = isinstance(self.block, Bucket)
-        return spans(self.block, self.block.numel if whole else span_size(self.backend.mode, self.block.device))
+            return iter([Whole(self.block.shape)])
+        size = self.block.shape.numel() if isinstance(self.block, FlatBlock) else None
+        return tiles(self.block, size or tile_size(self.backend.mode, self.block.device))
 
-    def like(self, tile: Any) -> Tensor:
+    def like(self, tile: Tile | Whole) -> Tensor:
         """A tensor of the tile's shape, dtype and device; its values mean nothing."""
-        shape = self.block.shape if tile is WHOLE else tile.shape
-        return torch.empty(shape, dtype=self.block.dtype, device=self.block.device)
+        return torch.empty(tile.shape, dtype=self.block.dtype, device=self.block.device)
 
     # ---- draws -------------------------------------------------------------------------------------------
 
-    def recipe(self, draw: int = 0) -> Recipe:
+    def constants(self, draw: int = 0) -> Constants:
         """The constants of this block's kernels at one draw."""
-        group, reflected = self.block.group, self.mode == "antithetic" and draw % 2 == 1
-        return Recipe(
+        settings, reflected = self.block.settings, self.mode == "antithetic" and draw % 2 == 1
+        return Constants(
             self.block.family,
             self.estimator,
-            float(group["momentum"]) > 0.0,
-            float(group["clip_radius"]),
-            group["retraction"],
-            settings.anchor_weight(group),
+            self.correction,
+            settings.momentum > 0.0,
+            settings.clip_radius,
+            settings.retraction,
+            settings.anchor_weight,
             "zero" if self.mode == "zero" else "reflected" if reflected else "random",
-            group["prior_in_momentum"],
+            settings.prior_in_momentum,
         )
 
-    def source(self, tile: Any, recipe: Recipe, draw: int) -> Tensor | Address:
+    def source(self, tile: Tile | Whole, constants: Constants, draw: int) -> Tensor | Address:
         """One draw's noise on a tile, or its address."""
+        if constants.noise == "zero":
+            return torch.empty(0, dtype=self.block.dtype, device=self.block.device)
         number = draw // 2 if self.mode == "antithetic" else draw
-        start = 0 if tile is WHOLE else tile.start * tile.event.numel() * numbers_of(self.block.family)
+        start = tile.start * tile.event.numel() * numbers_of(self.block.family)
         key = self.key.at(parameter=self.block.index, draw=self.key.draw + number, offset=start)
-        tiles = self.block.tiles if isinstance(self.block, Bucket) else None
-        return self.runner.noise(recipe, key, self.like(tile), tiles)
+        addresses = self.block.tiles if isinstance(self.block, FlatBlock) else None
+        return self.runner.noise(constants, key, self.like(tile), addresses)
 
     def noise(self) -> Tensor:
         """The noise of all draws of a whole block, K × P."""
         for draw in range(self.count):
             if draw not in self.noises:
-                recipe, like = self.recipe(draw), self.like(WHOLE)
-                self.noises[draw] = recipe.noise_of(self.source(WHOLE, recipe, draw), like)
+                constants, whole = self.constants(draw), Whole(self.block.shape)
+                self.noises[draw] = constants.noise_of(self.source(whole, constants, draw), self.like(whole))
+        if self.count == 1:
+            return self.noises[0].unsqueeze(0)
         return torch.stack([self.noises[draw] for draw in range(self.count)])
+
+    @property
+    def where(self) -> Any:
+        """The posterior that a whole block is tried at."""
+        return self.constants().where(self.state, self.memory, self.numbers.share)
 
     def points(self) -> Tensor:
         """Where the loss is to be evaluated, K × P."""
-        return self.estimator.points(self.block.family, self.state, self.noise())
+        if self._points is None:
+            where, rows = self.where, self.noise().split(1)
+            points = [self.estimator.points(self.block.family, where, row) for row in rows]
+            self._points = points[0] if len(points) == 1 else torch.cat(points)
+        return self._points
 
-    def probes(self, draw: int) -> Tensor | None:
-        """Random signs for Hessian-vector products at one draw, probes × P, or None where none are needed."""
+    def signs(self, draw: int) -> Tensor | None:
+        """Random signs for Hessian-vector products at one draw, any number × P, or None where none are needed."""
         if self.estimator.needs != "hvp":
             return None
         count: int = getattr(self.estimator, "probes", 1)
-        key = self.probe_key.at(parameter=self.block.index, draw=(self.probe_key.draw + draw) * count)
+        key = self.sign_key.at(parameter=self.block.index, draw=(self.sign_key.draw + draw) * count)
         shape, where = tuple(self.block.shape), self.block.device
         return noise("rademacher", shape, count, key, dtype=self.block.dtype, device=where)
 
@@ -152,19 +165,27 @@ class Trial:
     def write(self, draw: int) -> None:
         """Put draw number `draw` into the model, unless it is there."""
         if self.backend is None:
-            self.block.write(self.points()[draw])
+            points = self.points()[draw]
+            if not self._holds(points):
+                self.block.write(points)
             return
         if draw == 0 and self._take_first_draw():
             return
-        recipe = self.recipe(draw)
+        constants = self.constants(draw)
         with self.block.rewritten() as out:
             for tile in self.tiles():
-                source = self.source(tile, recipe, draw)
-                self.runner.draw(recipe, tile.cut(self.state), source, tile.cut(out), self.block.dtype)
+                source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
+                self.runner.draw(constants, tile.cut(out), self.block.dtype, *own, self.numbers, source)
+
+    def _holds(self, points: Tensor) -> bool:
+        """Whether the model is known to hold these points, since they are the posterior's own."""
+        if self.mode != "zero" or not all(member.at_point for member in self.block.members):
+            return False
+        return self.is_present and torch.equal(points, self.block.family.point(self.state))
 
     def _take_first_draw(self) -> bool:
-        """Whether the last step has left this draw in the model; it counts once, for λ_out may have the same key."""
-        blocks = self.block.blocks if isinstance(self.block, Bucket) else [self.block]
+        """Whether the last step has left this draw in the model; it counts once, for λ_ref may have the same key."""
+        blocks = self.block.members if isinstance(self.block, FlatBlock) else [self.block]
         held = all(block.drawn == self.key for block in blocks)
         for block in blocks:
             block.drawn = None
@@ -174,49 +195,73 @@ class Trial:
 
     def record(self, draw: int, measured: Measured, position: slice) -> None:
         """Keep what an evaluation measured of this block's parameters, which stand at `position` among all."""
-        grad = self.block.gather(measured.grads[position])
+        grads = measured.grads[position]
+        self._keep(measured.loss, grads)
         if self.in_place:
-            if grad is not None:
-                (self.grad, self.loss), self.used_before = ([measured.grads[position][0]], [measured.loss]), True
             return
-        self.loss.append(measured.loss)
-        self.grad.append(grad)
-        family, probes = self.block.family, self.probes(draw)
-        if probes is not None:
+        family, signs = self.block.family, self.signs(draw)
+        if signs is not None:
             gathered = (self.block.gather(product[position]) for product in measured.products)
             products = [product for product in gathered if product is not None]
-            self.pairs.extend(zip(products, probes, strict=False))  # the anchor's own product comes last
+            self.pairs.extend(zip(products, signs, strict=False))  # the anchor's own product comes last
         elif self.measures_hessian:
             hessian = measured.hessians[position.start].to(self.block.dtype)
-            self.hessian.append(hessian if family.curvature == "dense" else hessian.reshape(self.block.shape))
+            self.hessians.append(hessian if family.curvature == "dense" else hessian.reshape(self.block.shape))
         else:
-            self.record_pair(grad)
+            self._keep_pair()
 
-    def record_pair(self, grad: Tensor | None) -> None:
+    def record_rows(self, losses: Tensor, grads: list[list[Tensor | None]]) -> None:
+        """Keep the losses, and the gradients of every parameter, of all draws at once."""
+        for loss, row in zip(losses, grads, strict=True):
+            self._keep(loss, row)
+            self._keep_pair()
+
+    def _keep(self, loss: Tensor, grads: list[Tensor | None]) -> None:
+        losses_alone = self.estimator.needs in LOSSES_ALONE
+        now = [losses_alone or grad is not None for grad in grads]
+        self.used = [a or b for a, b in zip(self.used, now, strict=True)] if self.used else now
+        if self.in_place:
+            self.grads, self.losses = [grads], [loss]
+        else:
+            self.grads.append(grads)
+            self.losses.append(loss)
+
+    def _keep_pair(self) -> None:
         """Keep what the estimator makes of the gradient alone."""
-        grad = torch.zeros_like(self.like(WHOLE)) if grad is None else grad
-        pair = None if self.block.family.curvature == "none" else self.estimator.pair(grad, self.block.group["ess"])
+        if self.block.family.curvature == "none":
+            return
+        pair = self.estimator.pair(self.gradient(-1), self.block.settings.ess)
         self.pairs.extend([] if pair is None else [pair])
+
+    def gradient(self, draw: int) -> Tensor:
+        """The block's gradient at a draw, zero where nothing depended on it."""
+        grad = self.block.gather(self.grads[draw])
+        return torch.zeros_like(self.like(Whole(self.block.shape))) if grad is None else grad
 
     @property
     def measures_hessian(self) -> bool:
         """Whether the estimator wants this block's Hessian, whole or its diagonal."""
         return self.estimator.needs == "hessian" and self.block.family.curvature != "none"
 
-    def used(self) -> bool:
-        """Whether any evaluation depended on the block."""
-        return self.used_before or self.estimator.needs in LOSSES_ALONE or any(grad is not None for grad in self.grad)
-
+    @plainly
     def collect(self, draw: int) -> None:
-        """Add the natural gradient of the draw just recorded to the total, and drop the gradient."""
-        if not self.grad or self.grad[0] is None:
+        """In place: add the natural gradient of the draw just recorded to the total, if there is one."""
+        if self.total is None or not self.in_place:
             return
-        recipe, grad = self.recipe(draw), self.grad[0]
-        for tile in self.tiles():
-            evidence = Evidence(self.source(tile, recipe, draw), tile.cut(grad), self.loss[0])
-            arguments = (recipe, tile.cut(self.state), evidence, tile.cut(self.total), self.weight)
-            self.runner.collect(*arguments, float(self.block.group["ess"]), self.like(tile))
-        self.grad, self.loss = [], []
+        grad, constants = self._raw_gradient(), self.constants(draw)
+        for tile in self.tiles() if grad is not None else ():
+            where = constants.where(tile.cut(self.state), tile.cut(self.memory), self.numbers.share)
+            evidence = Evidence(self.source(tile, constants, draw), tile.cut(grad), self.losses[0])
+            arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
+            self.runner.collect(*arguments, self.block.settings.ess, self.like(tile))
+        self.grads, self.losses = [], []
+
+    def _raw_gradient(self) -> Tensor | None:
+        """In place: the last gradient in its own dtype, or None."""
+        grads = self.grads[0] if self.grads else [None]
+        if isinstance(self.block, FlatBlock):
+            return self.block.beside(grads) if any(grad is not None for grad in grads) else None
+        return grads[0]
 
     def settled(self) -> Any:
         """The total with this part."""
@@ -230,153 +275,58 @@ class Trial:
 
     def natural_gradient(self) -> Any:
         """The estimator's site from all recorded evaluations."""
-        theta = self.points()
-        grads = [torch.zeros_like(theta[0]) if grad is None else grad for grad in self.grad]
-        hessian = torch.stack(self.hessian) if self.hessian else None
-        pairs = (
-            (torch.stack([a for a, _ in self.pairs]), torch.stack([b for _, b in self.pairs])) if self.pairs else None
-        )
-        grad = None if self.estimator.needs in LOSSES_ALONE else torch.stack(grads)
-        loss = torch.stack(self.loss).to(theta.dtype)
+        theta, several = self.points(), self.count > 1
+        hessian = torch.stack(self.hessians) if self.hessians else None
+        first, second = zip(*self.pairs, strict=True) if self.pairs else ((), ())
+        pairs = (torch.stack(first), torch.stack(second)) if self.pairs else None
+        grad = None
+        if self.estimator.needs not in LOSSES_ALONE:
+            rows = [self.gradient(draw) for draw in range(len(self.grads))]
+            grad = torch.stack(rows) if several else rows[0].unsqueeze(0)
+        loss = torch.stack(self.losses).to(theta.dtype)
         variations = torch.stack(self.variations).to(theta.dtype) if self.variations else None
         draws = Draws(self.noise(), theta, loss, grad, hessian, pairs, variations)
-        return self.estimator.natural_gradient(self.block.family, self.state, draws)
+        return self.estimator.natural_gradient(self.block.family, self.where, draws)
 
-    def evidence(self, tile: Any, recipe: Recipe, *, beside: Trial | None = None) -> Any:
+    def evidence(self, tile: Tile | Whole, constants: Constants, *, beside: Trial | None = None) -> Any:
         """What was measured on a tile: the site, or one draw's gradient (zero where the batch did not use it).
 
         Where the noise is that of the evidence of another trial `beside`, it is left out.
         """
         if not self.in_place or self.total is not None:
             return tile.cut(self.settled())
-        source = None if beside is not None and self.key == beside.key else self.source(tile, recipe, 0)
-        if not self.grad or self.grad[0] is None:
+        source = None if beside is not None and self.key == beside.key else self.source(tile, constants, 0)
+        grad = self._raw_gradient()
+        if grad is None:
             return Evidence(source, torch.zeros_like(self.like(tile)), torch.zeros((), device=self.block.device))
-        return Evidence(source, tile.cut(self.grad[0]), self.loss[0])
+        return Evidence(source, tile.cut(grad), self.losses[0])
 
-    def make_ready(self, state: dict[str, Any]) -> None:
-        """In place a block's record is contiguous, with a momentum where the group has one."""
-        if not self.in_place:
-            return
-        posterior = state["posterior"]
-        if not all(value.is_contiguous() for value in posterior):
-            state["posterior"] = fields.map_fields(Tensor.contiguous, posterior)
-        if self.block.group["momentum"] == 0.0:
-            state["momentum"] = ()
-        elif not state["momentum"]:
-            zero = empty_site(self.block, posterior)
-            state["momentum"] = tuple(getattr(zero, name) for name in self.block.family.momentum_block)
+    def apart(self, records: list[Record], states: list[Any]) -> list[Trial]:
+        """The trials of a flat block's members, with what was measured for each.
 
-    @plainly
-    def outer(self, record: dict[str, Any]) -> Outer:
-        """The block's new q_out, from its mega-batch's mean natural gradient, which is used up."""
-        family, group, old, mean = self.block.family, self.block.group, record["outer"], self.settled()
-        posterior = fields.map_fields(torch.clone, record["posterior"])
-        if self.in_place and old is not None:
-            old = Outer(*(fields.map_fields(Tensor.contiguous, part) for part in old))
-        for tile in self.tiles() if old is not None else ():
-            averaged = snapshot.update_outer(
-                family,
-                Outer(tile.cut(old.posterior), tile.cut(old.site)),
-                tile.cut(record["posterior"]),
-                tile.cut(mean),
-                rho=family.per_block(*settings.pair(group["rho"])),
-                reanchor_average=group["reanchor_average"],
-                anchor_weight=settings.anchor_weight(group),
-            )
-            for value, new in zip(tile.cut(mean), averaged.site, strict=True):
-                value.copy_(new)
-        return Outer(posterior, mean)
+        Args:
+            records: the members'.
+            states: the members' posteriors of this trial.
+        """
+        flat = self.block
+        assert isinstance(flat, FlatBlock)
+        made = []
+        for number, (block, record, state) in enumerate(zip(flat.members, records, states, strict=True)):
+            total = None if self.total is None else flat.cut(self.total, number)
+            memory = None if self.memory is None else record["memory"]
+            trial = self.again(block=block, state=state, memory=memory, total=total, noises={})
+            trial.grads = [[row[number]] for row in self.grads]
+            trial.losses, trial.used = list(self.losses), [self.used[number]]
+            trial.noises = {row: flat.views(noise)[number] for row, noise in self.noises.items()}
+            if not self.in_place:
+                trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
+            made.append(trial)
+        return made
 
 
 @plainly
 def empty_site(block: Block, state: Any) -> Any:
     """A site of zeros for the whole block."""
-    first = next(spans(block, TILE, most=1)).cut(state)
+    first = next(tiles(block, TILE, most=1)).cut(state)
     example = block.family.kl_gradient(first, first)
     return fields.map_fields(lambda value: value.new_zeros(*block.batch, *value.shape[1:]), example)
-
-
-class Part(NamedTuple):
-    """Which part of a step or mega-batch a trial is for: its number, its share, the trial of the part before it.
-
-    `collecting`: natural gradients are summed up, so that even a single part has a total.
-    """
-
-    number: int
-    share: float
-    before: Trial | None = None
-    collecting: bool = True
-
-
-class NoisePlan(NamedTuple):
-    """The noise mode, draws per evaluation, and the seed: with counters they determine every noise.
-
-    `streamed` is the backend for blocks that are large enough to be stepped in place, or None.
-    """
-
-    mode: str
-    mc_samples: int
-    seed: int
-    streamed: Backend | None = None
-
-    def inner_key(self, step: int) -> NoiseKey:
-        """Where the noise of an inner step is."""
-        return NoiseKey(self.seed, INNER, step)
-
-    def at_inner(self, block: Block, state: Any, step: int, closure: Closure, part: Part) -> Trial:
-        """A block at λ_in: fresh noise at every step (and for every part of it, where there are several)."""
-        return self._trial(block, state, closure, self.inner_key(step), NoiseKey(self.seed, PROBE_INNER, step), part)
-
-    def at_outer(self, inner: Trial, state: Any, step: int, refresh: int, part: Part) -> Trial:
-        """The same block at λ_out; its noise is the inner one unless the mode says otherwise."""
-        made = inner.again(state=state)
-        keys = {"independent": NoiseKey(self.seed, OUTER, step), "fixed": NoiseKey(self.seed, FIXED, refresh)}
-        if self.mode in keys:
-            probe_key = NoiseKey(self.seed, PROBE_OUTER if self.mode == "independent" else PROBE_INNER, step)
-            key = self._of_part(keys[self.mode], part)
-            made = inner.again(state=state, key=key, noises={}, probe_key=self._probes(probe_key, inner, part))
-        return self._carrying(made, part)
-
-    def at_mega(self, block: Block, state: Any, chunk: int, refresh: int, closure: Closure, part: Part) -> Trial:
-        """A block at the posterior that becomes λ_out; fresh noise for every chunk unless the mode is "fixed"."""
-        fixed = self.mode == "fixed"
-        key = NoiseKey(self.seed, FIXED, refresh) if fixed else NoiseKey(self.seed, MEGA, chunk)
-        return self._trial(block, state, closure, key, NoiseKey(self.seed, PROBE_MEGA, chunk), part)
-
-    def _trial(self, block: Block, state: Any, closure: Closure, key: NoiseKey, probe: NoiseKey, part: Part) -> Trial:
-        in_place = self.streamed is not None and not isinstance(closure, Batched) and can_stream(block)
-        backend, draws = (self.streamed if in_place else None), self._count(closure)
-        made = Trial(block, block.group["curvature"], state, self._of_part(key, part), probe, self.mode, draws, backend)
-        made.probe_key = self._probes(probe, made, part)
-        return self._carrying(made, part)
-
-    @staticmethod
-    def _carrying(trial: Trial, part: Part) -> Trial:
-        """The trial with what the parts before it have brought."""
-        trial.weight, trial.total, trial.used_before = part.share, None, False
-        if part.before is not None:
-            trial.total, trial.used_before = part.before.settled(), part.before.used()
-        if trial.in_place:
-            trial.weight = part.share / trial.count
-            if trial.total is None and (part.collecting or trial.count > 1):
-                trial.total = empty_site(trial.block, trial.state)
-        return trial
-
-    @staticmethod
-    def _probes(key: NoiseKey, trial: Trial, part: Part) -> NoiseKey:
-        return key.at(draw=part.number * trial.count)
-
-    def _of_part(self, key: NoiseKey, part: Part) -> NoiseKey:
-        """The draws of one part of a step follow those of the parts before it; a fixed draw stays."""
-        return key if key.stream == FIXED else key.at(draw=part.number * self.mc_samples)
-
-    def _count(self, closure: Closure) -> int:
-        if not isinstance(closure, Batched) or closure.draws == 1:
-            return self.mc_samples
-        if self.mode == "fixed":
-            raise ValueError(
-                "noise='fixed': with PerExample every example would keep the draw of its place in the batch; use "
-                "noise='shared'."
-            )
-        return self.mc_samples * closure.draws

@@ -294,6 +294,19 @@ class ExponentialFamily(ABC):
             moved.append(derived.bounded_step(value, -rate * slope, bound, plain=variant == "plain"))
         return self.from_nat(self.Nat(*moved))
 
+    def extrapolate(self, state: Any, previous: Any, factor: float | Tensor) -> Any:
+        """λ + k (λ − λ_previous) on the momentum block, k times the last step beyond `state`; other blocks are kept.
+
+        Default: the retraction along ∇̃KL(λ ‖ λ_previous) = λ − λ_previous with rate −k, so that it stays in the domain.
+        At k = 0 it is `state` bit for bit.
+        """
+        direction = self.kl_gradient(state, previous)
+        moved = self.retract(state, fields.scale(direction, -1.0), self.per_block(factor, 0.0))
+        if not isinstance(factor, Tensor):
+            return state if factor == 0.0 else moved
+        still = (factor == 0.0).to(state[0].device)  # coordinates that are not the chart's come back rounded
+        return fields.map_fields(lambda new, old: torch.where(still, old, new), moved, state)
+
     def in_domain(self, state: Any) -> Tensor:
         """A boolean tensor without dimensions: every field is finite and satisfies its constraint."""
         inside = fields.all_finite(state)
@@ -301,7 +314,7 @@ class ExponentialFamily(ABC):
             inside = inside & constraint.check(getattr(state, name)).all()
         return inside
 
-    def per_block(self, first: float, second: float) -> Any:
+    def per_block(self, first: float | Tensor, second: float | Tensor) -> Any:
         """A `Site` of numbers: `first` for the fields of `momentum_block`, `second` for the others."""
         return self.Site(*(first if name in self.momentum_block else second for name in self.Site._fields))
 

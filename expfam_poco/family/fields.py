@@ -58,3 +58,22 @@ def from_plain(kind: type[Fields], values: Mapping[str, Tensor]) -> Fields:
 def all_finite(values: tuple[Tensor, ...]) -> Tensor:
     """A boolean tensor without dimensions: no field holds a NaN or an infinity."""
     return torch.stack([torch.isfinite(value).all() for value in values]).all()
+
+
+def leaves(values: Any) -> list[Tensor]:
+    """The tensors of nested tuples, in order; None has none."""
+    if isinstance(values, Tensor):
+        return [values]
+    if values is None:
+        return []
+    return [leaf for value in values for leaf in leaves(value)]
+
+
+def map_leaves(function: Callable[..., Any], first: Any, *rest: Any) -> Any:
+    """Apply `function` tensor by tensor to nested tuples of one shape; the result has the types of `first`."""
+    if isinstance(first, Tensor):
+        return function(first, *rest)
+    if first is None:
+        return None
+    made = [map_leaves(function, *values) for values in zip(first, *rest, strict=True)]
+    return type(first)(*made) if hasattr(first, "_fields") else tuple(made)

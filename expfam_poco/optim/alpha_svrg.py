@@ -11,8 +11,7 @@ from torch import Tensor
 
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
-from expfam_poco.correction import snapshot
-from expfam_poco.correction.alpha import AdaptiveAlpha
+from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import check_max_grad_norm
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
@@ -49,7 +48,7 @@ class AlphaSVRG(torch.optim.Optimizer):
         self,
         base_optimizer: torch.optim.Optimizer,
         *,
-        alpha: snapshot.Alpha = 1.0,
+        alpha: Alpha = 1.0,
         max_grad_norm: float | None = None,
         stale_after: int | None = 1000,
     ) -> None:
@@ -114,18 +113,18 @@ class AlphaSVRG(torch.optim.Optimizer):
         params = [block.params[0] for block in blocks]
         number = engine._clock["step"] + 1
         try:
-            with engine._pairs.undone_on_error():
+            with engine._evaluator.undone_on_error():
                 with engine._weights_restored(blocks):
-                    loss, steps = engine._corrected_sites(parts, blocks, number)
+                    loss, steps = engine._measured(parts, blocks, number)
                     for step in steps:
-                        alpha = step.block.group["alpha"]
-                        keep = alpha.keep if isinstance(alpha, AdaptiveAlpha) else None
-                        step.meter(engine._meter, number, keep)
+                        step.meter(engine._meter, number)
                 for step in steps:
-                    step.block.params[0].grad = step.gradient()
+                    for p, grad in zip(step.block.params, step.gradients(), strict=True):
+                        p.grad = grad.to(p.dtype)
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
                 self.base.step()
+                engine._follow(blocks)
         except ScaledOverflow:
             engine._clock["skipped"] += 1
             loss = NonFiniteError.loss

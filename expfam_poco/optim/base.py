@@ -11,11 +11,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from expfam_poco.closures.evaluate import Closure
     from expfam_poco.correction.alpha import Staleness
+    from expfam_poco.correction.base import Correction
     from expfam_poco.correction.variance import VarianceMeter
-    from expfam_poco.engine.anchors import Anchor
     from expfam_poco.engine.backend import Backend
-    from expfam_poco.engine.block import Block
-    from expfam_poco.engine.pairs import Pairs
+    from expfam_poco.engine.block import Block, Record
+    from expfam_poco.engine.evaluator import Evaluator
+    from expfam_poco.engine.noise_plan import NoisePlan
+    from expfam_poco.engine.products import Products
 
 
 def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,6 +30,7 @@ class Shell:
 
     seed: int
     noise: str
+    correction: Correction
     mc_samples: int
     max_grad_norm: float | None
     nonfinite: str
@@ -36,8 +39,8 @@ class Shell:
     state: Any
     _blocks: list[Block]
     _clock: dict[str, int]
-    _anchor: Anchor
-    _pairs: Pairs
+    _products: Products
+    _evaluator: Evaluator
     _meter: VarianceMeter
     _stale: Staleness
     _alphas: dict[str, tuple[float, float]]
@@ -48,22 +51,22 @@ class Shell:
     def _trainable(self) -> list[Block]:
         raise NotImplementedError("the optimizer checks its blocks")
 
-    def _state(self, block: Block) -> dict[str, Any]:
+    def _state(self, block: Block) -> Record:
         raise NotImplementedError("the optimizer keeps the state")
 
-    def _outer_is_of(self, blocks: Sequence[Block]) -> bool:
+    def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
         raise NotImplementedError("the optimizer knows its refreshes")
 
     def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
         raise NotImplementedError("the optimizer restores the weights")
 
-    def _streaming(self, blocks: Sequence[Block]) -> Backend | None:
-        raise NotImplementedError("the optimizer knows its backend")
+    def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
+        raise NotImplementedError("the optimizer plans its noise")
 
     def _write_point(self, block: Block) -> None:
         raise NotImplementedError("the optimizer restores the weights")
 
-    def _corrected_sites(
+    def _measured(
         self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
     ) -> tuple[Tensor, list[Any]]:
         raise NotImplementedError("the optimizer evaluates its steps")

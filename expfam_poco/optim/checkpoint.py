@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.correction import CORRECTIONS
 from expfam_poco.correction.alpha import alpha_from, describe_alpha
-from expfam_poco.correction.snapshot import Outer
+from expfam_poco.correction.base import Averaging, Correction
+from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
-from expfam_poco.engine.block import Block
+from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.settings import HYPERPARAMETERS, check_group
 from expfam_poco.errors import CheckpointError
 from expfam_poco.family import fields
@@ -20,9 +22,10 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.registry import name_of
+from expfam_poco.optim.base import Shell
 
-FORMAT = 2
-CLOCK = ("step", "refresh", "refreshed", "chunk", "sample", "skipped")
+FORMAT = 3
+CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped")
 _HEADER: dict[str, Any] = {
     "settings": Mapping,
     "seed": int,
@@ -47,7 +50,7 @@ def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def describe(thing: ExponentialFamily | Estimator) -> dict[str, Any]:
+def describe(thing: ExponentialFamily | Estimator | Correction) -> dict[str, Any]:
     """The registered name (or import path) and the hyperparameters of a family or an estimator."""
     name = name_of(thing) if isinstance(thing, ExponentialFamily) else type(thing).__name__
     settings = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
@@ -55,57 +58,65 @@ def describe(thing: ExponentialFamily | Estimator) -> dict[str, Any]:
 
 
 def encode_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One block's state: NamedTuples become dictionaries of copies, which later steps in place do not reach."""
-    outer = state["outer"]
+    """One block's record: NamedTuples become dictionaries of copies, which later steps in place do not reach."""
     return {
         "step": state["step"],
-        "refresh": state["refresh"],
+        "stamp": state["stamp"],
         "in_mega": state["in_mega"],
         "drawn": None if state["drawn"] is None else dataclasses.asdict(state["drawn"]),
-        "posterior": _plain(state["posterior"]),
+        "posterior": plain_of(state["posterior"]),
         "momentum": [value.clone() for value in state["momentum"]],
-        "outer": None if outer is None else {"posterior": _plain(outer.posterior), "site": _plain(outer.site)},
+        "memory": None if state["memory"] is None else plain_of(state["memory"]),
     }
 
 
-def _plain(values: Any) -> dict[str, Any]:
-    return fields.to_plain(fields.map_fields(torch.clone, values))
+def plain_of(values: Any) -> Any:
+    """Nested NamedTuples of tensors as nested dictionaries of copies."""
+    if isinstance(values, Tensor):
+        return values.clone()
+    return {name: plain_of(value) for name, value in values._asdict().items()}
 
 
-def decode_state(block: Block, plain: Mapping[str, Any]) -> dict[str, Any]:
+def decode_state(block: Block, plain: Mapping[str, Any], correction: Correction) -> Record:
     """The inverse of `encode_state` on the block's device, in the dtypes that were saved, checked."""
     family, where = block.family, f"the state of {block.name!r}"
+    expected = family.centred_at(block.read())
+    site = family.kl_gradient(expected, expected)
+    average = [getattr(site, name) for name in family.momentum_block]
     try:
-        outer = plain["outer"]
-        decoded = {
-            "step": int(plain["step"]),
-            "refresh": int(plain["refresh"]),
-            "in_mega": _boolean(plain["in_mega"]),
-            "drawn": None if plain["drawn"] is None else NoiseKey(**plain["drawn"]),
-            "posterior": _tuple(family.State, plain["posterior"], block),
-            "momentum": tuple(value.to(block.device, copy=True).contiguous() for value in plain["momentum"]),
-            "outer": None
-            if outer is None
-            else Outer(_tuple(family.State, outer["posterior"], block), _tuple(family.Site, outer["site"], block)),
-        }
+        memory = plain["memory"]
+        like = None if memory is None else memory_like(correction, family, expected, site)
+        record = Record(
+            step=int(plain["step"]),
+            stamp=int(plain["stamp"]),
+            in_mega=_boolean(plain["in_mega"]),
+            drawn=None if plain["drawn"] is None else NoiseKey(**plain["drawn"]),
+            posterior=_nested(expected, plain["posterior"], block),
+            momentum=tuple(value.to(block.device, copy=True).contiguous() for value in plain["momentum"]),
+            memory=None if memory is None else _nested(like, memory, block),
+        )
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"state_dict: {where} is incomplete or damaged ({type(error).__name__}: {error}); use another file."
         ) from None
-    expected = family.centred_at(block.read())
-    site = family.kl_gradient(expected, expected)
-    memory = [getattr(site, name) for name in family.momentum_block]
-    _check_like(where, expected._fields, decoded["posterior"], expected)
-    if not bool(family.in_domain(decoded["posterior"])):
+    _check_like(where, expected._fields, record["posterior"], expected)
+    if not bool(family.in_domain(record["posterior"])):
         raise CheckpointError(
             f"state_dict: {where} is outside the domain of {type(family).__name__}; use another file."
         )
-    if decoded["momentum"]:
-        _check_like(f"the momentum of {block.name!r}", family.momentum_block, decoded["momentum"], memory)
-    if decoded["outer"] is not None:
-        _check_like(f"q_out of {block.name!r}", expected._fields, decoded["outer"].posterior, expected)
-        _check_like(f"the mean site of {block.name!r}", site._fields, decoded["outer"].site, site)
-    return decoded
+    if record["momentum"]:
+        _check_like(f"the momentum of {block.name!r}", family.momentum_block, record["momentum"], average)
+    if record["memory"] is not None:
+        found, own = fields.leaves(record["memory"]), fields.leaves(like)
+        _check_like(f"the memory of {block.name!r}", [str(i) for i in range(len(found))], found, own)
+    return record
+
+
+def memory_like(correction: Correction, family: ExponentialFamily, state: Any, site: Any) -> Any:
+    """A memory of this correction for such a state, whose values mean nothing."""
+    how = Averaging(family.per_block(0.0, 0.0), True, 0.0)
+    begun = correction.begin(family, state)
+    return begun if begun is not None else correction.after_refresh(family, None, state, site, how)
 
 
 def _check_like(where: str, names: Sequence[str], values: Sequence[Tensor], own: Sequence[Tensor]) -> None:
@@ -120,8 +131,11 @@ def _check_like(where: str, names: Sequence[str], values: Sequence[Tensor], own:
 
 
 def decode_states(
-    blocks: Sequence[Block], own: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+    blocks: Sequence[Block],
+    own: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
+    correction: Correction,
+) -> dict[str, Record]:
     """The states of all blocks that have one, by block name."""
     saved = state_dict.get("state")
     if not isinstance(saved, Mapping):
@@ -130,7 +144,7 @@ def decode_states(
     pairs = ((p, n) for g, s in zip(own, state_dict["param_groups"], strict=True) for p, n in _numbered(g, s))
     number_of = {id(p): n for p, n in pairs}
     found = {block.name: saved.get(number_of[id(block.params[0])]) for block in blocks}
-    return {b.name: decode_state(b, plain) for b in blocks if (plain := found[b.name]) is not None}
+    return {b.name: decode_state(b, plain, correction) for b in blocks if (plain := found[b.name]) is not None}
 
 
 def posteriors_of(
@@ -139,7 +153,9 @@ def posteriors_of(
     """A State for every block, from a dictionary of States by name or from an optimizer's `state_dict`."""
     if "param_groups" in state:
         check_groups(own, state["param_groups"], ("family",))
-        states = {name: value["posterior"] for name, value in decode_states(blocks, own, state).items()}
+        state = upgraded(state)
+        found = decode_states(blocks, own, state, _correction_of(state))
+        states = {name: value["posterior"] for name, value in found.items()}
     else:
         states = dict(state)
     for block in blocks:
@@ -224,6 +240,32 @@ def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str,
     return group
 
 
+def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state_dict of format 2, whose memories were always those of `Snapshot`, in the present format."""
+    header = state_dict.get("poco")
+    if not isinstance(header, Mapping) or header.get("format") != 2:
+        return state_dict
+    try:
+        clock = {**header["clock"], "memory": header["clock"]["refresh"]}
+        settings = {**header["settings"], "correction": describe(Snapshot())}
+        state = {}
+        for key, old in state_dict["state"].items():
+            new = {name: value for name, value in old.items() if name not in ("refresh", "outer")}
+            state[key] = {**new, "stamp": old["refresh"], "memory": old["outer"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"state_dict: a damaged checkpoint of format 2 ({error!r}); use another file.") from None
+    return {**state_dict, "state": state, "poco": {**header, "format": FORMAT, "clock": clock, "settings": settings}}
+
+
+def _correction_of(state_dict: Mapping[str, Any]) -> Correction:
+    """The correction that a state_dict was saved with, as far as it is one of the library's."""
+    try:
+        name = state_dict["poco"]["settings"]["correction"]["name"]
+    except (KeyError, TypeError):
+        return Snapshot()
+    return next((kind() for kind in CORRECTIONS.values() if kind.__name__ == name), Snapshot())
+
+
 def check_header(header: Any, settings: Mapping[str, Any]) -> None:
     """Refuse state of another optimizer, another version of the format, or other settings of the shell."""
     if not isinstance(header, Mapping) or header.get("format") != FORMAT:
@@ -254,5 +296,90 @@ def _boolean(value: Any) -> bool:
     return value
 
 
-def _tuple(kind: type[Any], plain: Mapping[str, Tensor], block: Block) -> Any:
-    return kind(**{name: torch.as_tensor(v).to(block.device, copy=True).contiguous() for name, v in plain.items()})
+def _nested(like: Any, plain: Any, block: Block) -> Any:
+    """Nested dictionaries of tensors in the types of `like`, which has the same names."""
+    if isinstance(like, Tensor):
+        return torch.as_tensor(plain).to(block.device, copy=True).contiguous()
+    if like is None or set(plain) != set(like._fields):
+        raise ValueError(f"entries {sorted(plain)} where {sorted(like._fields) if like is not None else []} are needed")
+    return type(like)(**{name: _nested(getattr(like, name), plain[name], block) for name in like._fields})
+
+
+class Resuming(Shell):
+    """`state_dict` and `load_state_dict` of a `PosteriorCorrected`; mixed into it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run continues from, bit for bit, in plain types (`torch.load(weights_only=True)`)."""
+        for block in self._blocks:
+            if block.params[0] in self.state:
+                self._state(block)["drawn"] = block.drawn
+        plain: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        plain["state"] = {key: encode_state(value) for key, value in plain["state"].items()}
+        plain["param_groups"] = [encode_group(group) for group in plain["param_groups"]]
+        plain["poco"] = {
+            "format": FORMAT,
+            "settings": self._settings(),
+            "seed": self.seed,
+            "clock": dict(self._clock),
+            "meter": self._meter.state(),
+            "anchor_hessian": self._products.hessian,
+        }
+        return plain
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. The model's weights are the model's checkpoint's business.
+
+        Raises:
+            CheckpointError: if it belongs to another model, family, setting or version; nothing is changed.
+        """
+        state_dict = upgraded(state_dict)
+        check_header(state_dict.get("poco"), self._settings())
+        check_groups(self.param_groups, state_dict.get("param_groups"))
+        states = decode_states(self._blocks, self.param_groups, state_dict, self.correction)
+        decoded = decode_groups(self.param_groups, state_dict["param_groups"])
+        for group, values in zip(self.param_groups, decoded, strict=True):
+            group.update(values)
+        self.state.clear()
+        for block in self._blocks:
+            if block.name in states:
+                self.state[block.params[0]] = states[block.name]
+                block.forget_weights()
+                block.drawn = self._state(block)["drawn"]
+        self._products.reset()
+        header = state_dict["poco"]
+        self.seed = header["seed"]
+        self._clock = dict(header["clock"])
+        self._meter.load(header["meter"])
+        self._products.hessian = header["anchor_hessian"]
+
+    @torch.no_grad()
+    def next_task(self) -> None:
+        """Make the present posterior the prior: training goes on with another task's data (as in BayesBiNN §5).
+
+        λ₀ ← λ for every family and parameter, frozen ones too; q stays where it is. Momentum and q_out, which belong to
+        the old task, are forgotten.
+        `weight_decay` has no further part; ess·∇̃KL now pulls towards the old task's posterior.
+        """
+        self._trainable()
+        for number, group in enumerate(self.param_groups):
+            blocks = [block for block in self._blocks if block.group_number == number]
+            old = group["prior"]
+            known = dict(old) if isinstance(old, dict) else {b.name: old for b in blocks if old is not None}
+            for block in blocks:
+                own = self.state.get(block.params[0])
+                if own:  # a parameter that was always frozen has no posterior, and keeps its prior
+                    known[block.name] = fields.map_fields(torch.clone, own["posterior"])
+                    own.update(memory=None, stamp=0, in_mega=False, momentum=(), step=0)
+            group["prior"] = known
+        self._products.reset()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "noise": self.noise,
+            "correction": describe(self.correction),
+            "mc_samples": self.mc_samples,
+            "anchor": self._products.kind,
+            "max_grad_norm": self.max_grad_norm,
+            "nonfinite": self.nonfinite,
+        }

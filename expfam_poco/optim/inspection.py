@@ -14,12 +14,14 @@ from expfam_poco.closures.evaluate import Closure, Request, check_chunks, evalua
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.alpha import AdaptiveAlpha, Staleness
 from expfam_poco.correction.paired_variance import PairedVariance
-from expfam_poco.engine import buckets, settings
+from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.noise_plan import ELBO, SAMPLE, draw_noise
+from expfam_poco.engine.round import draw_into
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import Shell
+from expfam_poco.rule.estimators import Reparameterised
 
 
 class Objective(NamedTuple):
@@ -53,7 +55,7 @@ def objective(
     closures, shares = check_chunks(closures, weights)
     if samples < 2:
         raise ValueError(f"samples={samples}: a standard error needs 2 draws or more.")
-    sizes = {float(block.group["ess"]) for block in blocks}
+    sizes = {block.settings.ess for block in blocks}
     if len(sizes) != 1:
         raise ValueError(f"ess: the groups differ ({sorted(sizes)}), so there is no one objective; give all one ess.")
     (ess,) = sizes
@@ -87,10 +89,10 @@ def mean_stddev(distributions: Mapping[str, Any]) -> float | None:
 
 
 def _kl(block: Block, state: Any) -> float:
-    value = float(block.family.kl(state, settings.prior_of(block)).sum())
+    value = float(block.family.kl(state, prior_of(block)).sum())
     if not math.isfinite(value):
         raise ValueError(
-            f"weight_decay={block.group['weight_decay']}: the KL divergence from the prior of {block.name!r} is "
+            f"weight_decay={block.settings.weight_decay}: the KL divergence from the prior of {block.name!r} is "
             f"{value}; the objective needs a proper prior."
         )
     return value
@@ -117,7 +119,7 @@ class Inspection(Shell):
                 if at_point:
                     self._write_point(block)
                 else:
-                    buckets.draw_into(block, state, key, self._streaming(blocks))
+                    draw_into(block, state, Reparameterised(), self._plan(blocks), key)
             yield
 
     def posterior(self) -> dict[str, Any]:
@@ -215,15 +217,15 @@ class Inspection(Shell):
         blocks = self._trainable()
         if len(chunks) < 2:
             raise ValueError(f"closures: a variance needs two mini-batches or more, not {len(chunks)}.")
-        if not self._outer_is_of(blocks):
+        if not self._memory_is_of(blocks):
             raise ValueError("closures: there is no q_out of the present parameters; call refresh(closures) first.")
         collected, alphas, known = PairedVariance(), self._alphas, self._stale
         self._stale = Staleness(None)
         params = [p for block in blocks for p in block.params]
         try:
-            with self._weights_restored(blocks), self._pairs.undone(params, chunks):
+            with self._weights_restored(blocks), self._evaluator.undone(params, chunks):
                 for number, closure in enumerate(chunks, self._clock["step"] + 1):
-                    collected.add(self._corrected_sites([(closure, 1.0)], blocks, number, always=True)[1])
+                    collected.add(self._measured([(closure, 1.0)], blocks, number, always=True)[1])
         finally:
             self._alphas, self._stale = alphas, known
         return collected.read()

@@ -1,6 +1,7 @@
-"""The optimizer shell: closures, noise keys, groups, state and checkpoints. It holds no mathematics.
+"""The optimizer of any exponential family: groups, closures, noise keys, and what a step does in which order.
 
-What a step computes stands in `blr` and `correction`, what is measured in `estimators` and the family.
+It holds no mathematics: what a step computes stands in `rule` and `correction`, what is measured in estimators and the
+family, how tensors are laid and stepped in `engine`.
 """
 
 from __future__ import annotations
@@ -15,26 +16,27 @@ from torch import Tensor
 
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
 from expfam_poco.closures.fp16 import ScaledOverflow
-from expfam_poco.correction import snapshot
-from expfam_poco.correction.alpha import AdaptiveAlpha, Staleness
+from expfam_poco.correction import Correction, resolve_correction
+from expfam_poco.correction.alpha import Staleness
+from expfam_poco.correction.snapshot import Alpha, outer_from_posterior
 from expfam_poco.correction.variance import VarianceMeter
-from expfam_poco.engine import anchors, buckets, settings
+from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
-from expfam_poco.engine.block import Block, make_blocks
-from expfam_poco.engine.noise_plan import NOISE_MODES
-from expfam_poco.engine.pairs import Pairs
-from expfam_poco.engine.step import Step
-from expfam_poco.engine.tiles import can_stream
-from expfam_poco.engine.trial import NoisePlan, Part, Trial
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record
+from expfam_poco.engine.evaluator import Evaluator
+from expfam_poco.engine.layout import Layout, write_point
+from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
+from expfam_poco.engine.products import Products
+from expfam_poco.engine.round import Round, holds_draw
+from expfam_poco.engine.step import Step, remember, unsound_error
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.optim import checkpoint
 from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.checkpoint import CLOCK, Resuming, posteriors_of
 from expfam_poco.optim.inspection import Inspection
-from expfam_poco.optim.resuming import Resuming
 from expfam_poco.rule import blr
 
 
@@ -54,6 +56,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         ess: N (κ), the number of examples that the mean loss stands for.
         weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
         prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
+        correction: what natural gradients are corrected with, by name ("snapshot": the posterior of the last refresh;
+            "stored", "recursive", "transported", "none") or as an object; see `correction`.
         alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`schedules`), or "adaptive" (the α
             of least variance, measured for every tensor). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
@@ -106,7 +110,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         *,
         weight_decay: float = 0.0,
         prior: Any = None,
-        alpha: snapshot.Alpha = 1.0,
+        correction: str | type[Correction] | Correction = "snapshot",
+        alpha: Alpha = 1.0,
         rho: float | tuple[float, float] = 0.0,
         noise: str = "shared",
         curvature: str | Estimator | None = None,
@@ -131,6 +136,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     ) -> None:
         settings.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite, one_pass)
         self.noise = noise
+        self.correction = resolve_correction(correction)
         self.mc_samples = mc_samples
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
@@ -138,13 +144,15 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         NoiseKey(self.seed)
         self.backend = Backend(backend)
         self.one_pass = one_pass
-        self._anchor = anchors.Anchor(anchor)
+        self._products = Products(anchor)
+        self._evaluator = Evaluator(self._products)
         self._meter = VarianceMeter()
-        self._pairs = Pairs(self._anchor)
         self._stale = Staleness(stale_after)
         self._alphas: dict[str, tuple[float, float]] = {}
-        self._clock = dict.fromkeys(checkpoint.CLOCK, 0)
+        self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []
+        self._readings: list[settings.Reading] = []
+        self._layout = Layout()
         defaults = {
             "family": family,
             "lr": lr,
@@ -184,7 +192,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             for group in settings.split_group(param_group, self.defaults):
                 self._add_group(group)
         except Exception:
-            del self.param_groups[groups_before:], self._blocks[blocks_before:]
+            del self.param_groups[groups_before:], self._readings[groups_before:], self._blocks[blocks_before:]
             raise
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
@@ -193,50 +201,72 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         group = self.param_groups[-1]
         settings.check_group(group)
         settings.check_noise(self.noise, self.mc_samples, group)
-        self._anchor.check_group(group)
+        reading = settings.Reading()
+        own = reading.of(group)
+        self._products.check_family(own.family)
         before = [len(g["params"]) for g in self.param_groups[:-1]]
-        blocks = make_blocks(group, len(before), sum(before))
+        blocks = make_blocks(group, own, len(before), sum(before))
         taken = {block.name for block in self._blocks}
         for block in blocks:
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
-            settings.check_prior(block)
-            group["curvature"].check_size(block.numel)
+            beginning.check_prior(block)
+            own.estimator.check_size(block.numel)
+        self._readings.append(reading)
         self._blocks.extend(blocks)
+
+    def _read_settings(self) -> None:
+        """Let all blocks go by what their groups say now."""
+        present = [reading.of(group) for reading, group in zip(self._readings, self.param_groups, strict=True)]
+        for block in self._blocks:
+            if block.settings is not present[block.group_number]:
+                block.adopt(present[block.group_number])
 
     @plainly
     def _active(self) -> list[Block]:
-        """The blocks that take part now, with their state made or brought up to date."""
+        """The blocks that take part now, with their records made or brought up to date."""
+        self._read_settings()
+        active = []
         for block in self._blocks:
-            block.check_members()
-        active = [block for block in self._blocks if block.active]
-        for block in self._blocks:
-            if block.drawn is not None and not block.active:
+            block.check_members(self.param_groups[block.group_number]["params"])
+            if block.active:
+                active.append(block)
+            elif block.drawn is not None:
                 self._write_point(block)
         for block in active:
             state = self.state[block.params[0]]
-            if not state:
-                state["posterior"] = settings.initial_posterior(block)
-                state.update(momentum=(), outer=None, step=0, refresh=0, in_mega=False, drawn=None)
+            if "posterior" not in state:
+                state.update(new_record(beginning.initial_posterior(block)))
                 block.note_weights()
                 continue
-            settings.check_device(block, state["posterior"])
-            if block.weights_changed() and not buckets.still_drawn(block, state, self.noise, self.backend):
-                state["posterior"] = block.reconcile(state["posterior"])
-            block.note_weights()
+            beginning.check_device(block, state["posterior"])
+            if block.weights_changed():
+                self._reconcile(block, state)
         return active
+
+    def _reconcile(self, block: Block, record: Record) -> None:
+        """Follow weights that somebody else has written; a memory of earlier steps is about others."""
+        if not holds_draw(block, record, self._plan(None), self.backend):
+            moved = block.reconcile(record["posterior"])
+            if moved is not record["posterior"] and self.correction.follows_steps:
+                record["memory"], record["stamp"] = None, 0
+            record["posterior"] = moved
+        block.note_weights()
+
+    def _follow(self, blocks: Sequence[Block]) -> None:
+        """Take the weights for the centres of the posteriors, where another optimizer has stepped them."""
+        for block, record in self._layout.units(blocks, self.state, self.correction, in_place=False):
+            block.follow(record)
 
     def _trainable(self) -> list[Block]:
         """The active blocks, at least one, with hyperparameters in their ranges."""
-        for group in self.param_groups:
-            settings.check_numbers(group)
         blocks = self._active()
         if not blocks:
             raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
         return blocks
 
-    def _state(self, block: Block) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[block.params[0]]
-        return state
+    def _state(self, block: Block) -> Record:
+        record: Record = self.state[block.params[0]]
+        return record
 
     @contextmanager
     def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> Iterator[None]:
@@ -246,10 +276,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             yield
             done = True
         finally:
-            for block in blocks:
-                if not block.at_point and (block.drawn is None or not done):
-                    self._write_point(block)
-                if clear_grad:
+            self._layout.restore(blocks, self.state, drawn_too=not done)
+            if clear_grad:
+                for block in blocks:
                     for p in block.params:
                         p.grad = None
 
@@ -286,8 +315,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         blocks = self._trainable()
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
-            with self._weights_restored(blocks), self._pairs.undone_on_error():
-                loss, steps = self._corrected_sites(parts, blocks, number)
+            with self._weights_restored(blocks), self._evaluator.undone_on_error():
+                loss, steps = self._measured(parts, blocks, number)
                 self._advance(steps, number)
         except NonFiniteError as error:
             if error.stepped:  # all weights but some have moved
@@ -298,78 +327,24 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._clock["step"] = number
         return loss
 
-    def _corrected_sites(
+    def _measured(
         self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
     ) -> tuple[Tensor, list[Step]]:
-        """Evaluate the pair of every draw of every part, inner first, and correct; `always`: even where α is 0."""
-        alphas, probed = self._alphas_at(blocks, number, always)
-        correcting = (any(map(any, alphas)) or any(probed)) and self._outer_is_of(blocks)
-        plan, refresh = self._plan(blocks), self._clock["refresh"]
-        inner: Sequence[Trial] = []
-        outer: Sequence[Trial] | None = None
-        nothing: list[Trial | None] = [None] * len(blocks)
-        total, products = torch.zeros(()), None
-        for index, (closure, share) in enumerate(parts):
-            several = len(parts) > 1
-            places = [Part(index, share, before, several) for before in inner or nothing]
-            there = [Part(index, share, before, several) for before in outer or nothing]
-            inner = [
-                plan.at_inner(b, self._state(b)["posterior"], number, closure, place)
-                for b, place in zip(blocks, places, strict=True)
-            ]
-            if correcting:
-                outer = [
-                    plan.at_outer(v, self._state(v.block)["outer"].posterior, number, refresh, place)
-                    for v, place in zip(inner, there, strict=True)
-                ]
-            loss, found = self._pairs.evaluate(closure, inner, outer)
-            total = total.to(loss) + share * loss
-            products = self._anchor.add_products(products, found, share)
-        steps = []
-        for i, view in enumerate(inner):
-            if outer is None or not (any(alphas[i]) or probed[i]):
-                if view.used():
-                    steps.append(self._step_of(view, None, alphas[i], None))
-            elif always or view.used() or (any(alphas[i]) and self._outer_uses(outer[i])):
-                steps.append(self._step_of(view, outer[i], alphas[i], None if products is None else products[i]))
-        if not any(view.used() for view in inner):
-            raise unused_error()
-        return total, steps
+        """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
+        now = self._round(blocks, number)
+        alphas, wanted = now.alphas(self._meter, always=always)
+        self._alphas = now.alphas_by_name(alphas)
+        asked = any(map(any, alphas)) or any(wanted)
+        self._stale.check(asked and self.correction.compares, number - self._clock["refreshed"])
+        comparing = asked and self.correction.compares and self._memory_is_of(blocks)
+        return now.evaluate(
+            parts, self._evaluator, alphas, wanted if comparing else None, self._clock["refresh"], always
+        )
 
-    def _outer_uses(self, outer: Trial) -> bool:
-        """Whether the correction moves a block that the batch at θ_in did not use."""
-        return outer.used() or bool(self._state(outer.block)["in_mega"])
-
-    def _alphas_at(
-        self, blocks: Sequence[Block], number: int, always: bool
-    ) -> tuple[list[tuple[float, float]], list[bool]]:
-        """Every block's α (gradient, curvature) at this step, and whether its pair is to be measured anyway."""
-        adaptive = [block.name for block in blocks if isinstance(block.group["alpha"], AdaptiveAlpha)]
-        alphas, probed = [], []
-        for block in blocks:
-            alpha, probe = block.group["alpha"], always
-            if isinstance(alpha, AdaptiveAlpha):
-                pair = self._meter.alpha(block.name, block.family.momentum_block, alpha)
-                probe = always or self._meter.probes(number, adaptive, alpha)
-            else:
-                pair = snapshot.alpha_at(alpha, number)
-            alphas.append(pair)
-            probed.append(probe)
-        self._alphas = {block.name: pair for block, pair in zip(blocks, alphas, strict=True)}
-        self._stale.check(any(map(any, alphas)) or any(probed), number - self._clock["refreshed"])
-        return alphas, probed
-
-    def _step_of(self, inner: Trial, outer: Trial | None, alpha: tuple[float, float], product: Tensor | None) -> Step:
-        """One block's step; `product` is H̄ (m_in − m_out), where the anchor term comes from products."""
-        anchor = None
-        if product is not None:
-            anchor = self._anchor.term(inner.block, product, alpha[1] * settings.anchor_weight(inner.block.group))
-        return Step(self._state(inner.block), inner, outer, alpha, anchor)
-
-    def _outer_is_of(self, blocks: Sequence[Block]) -> bool:
-        """Whether q_out is one refresh of just these blocks: else (frozen, unfrozen, added) steps are plain."""
-        latest = self._clock["refresh"]
-        stamped = {b.index for b in self._blocks if self.state.get(b.params[0], {}).get("refresh") == latest}
+    def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
+        """Whether the memories are of one refresh of just these blocks; else (frozen, added) steps are plain."""
+        latest = self._clock["memory"]
+        stamped = {b.index for b in self._blocks if self.state.get(b.params[0], {}).get("stamp") == latest}
         return latest > 0 and stamped == {block.index for block in blocks}
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
@@ -377,16 +352,29 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         factor = 1.0
         if self.max_grad_norm is not None and steps:
             factor = float(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
-        following = NoisePlan(self.noise, self.mc_samples, self.seed).inner_key(number + 1) if self.one_pass else None
+        ahead = self.one_pass and not self.correction.moves
+        following = self._plan(None).step_key(number + 1) if ahead else None
         for step in steps:
             step.prepare(factor, following)
         for step in steps:
-            alpha = step.block.group["alpha"]
-            step.meter(self._meter, number, alpha.keep if isinstance(alpha, AdaptiveAlpha) else None)
-        buckets.commit(steps)
-        error = buckets.unsound_error(steps)
+            step.meter(self._meter, number)
+        for step in steps:
+            step.commit()
+        self._layout.settle(steps, self.state)
+        if self.correction.follows_steps and self.correction.compares:
+            self._stamp(steps)
+        error = unsound_error(steps)
         if error is not None:
             raise error
+
+    def _stamp(self, steps: Sequence[Step]) -> None:
+        """Memories that follow steps belong together after a step of all blocks."""
+        stepped = [block for step in steps for block in step.block.members]
+        active = [block for block in self._blocks if block.active]
+        if {block.index for block in stepped} == {block.index for block in active} and not self._memory_is_of(active):
+            self._clock["memory"] += 1
+            for block in stepped:
+                self._state(block)["stamp"] = self._clock["memory"]
 
     # ---- q_out -------------------------------------------------------------------------------------------
 
@@ -415,29 +403,19 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         chunks, shares = check_chunks(closures, weights)
         parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
         blocks = self._trainable()
-        refresh = self._clock["refresh"] + 1
-        plan = self._plan(blocks)
-        views: list[Trial] = []
-        before: Sequence[Trial | None] = [None] * len(blocks)
-        losses = []
-        self._anchor.begin()
+        refresh, first = self._clock["refresh"] + 1, self._clock["chunk"] + 1
+        now = self._round(blocks, self._clock["step"] + 1)
+        self._products.begin()
         with self._weights_restored(blocks):
-            for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
-                chunk = self._clock["chunk"] + number + 1
-                views = [
-                    plan.at_mega(b, self._state(b)["posterior"], chunk, refresh, part, Part(0, share, previous))
-                    for b, previous in zip(blocks, before, strict=True)
-                ]
-                before = views
-                losses.append(share * self._pairs.evaluate_chunk(part, views, share))
-        if not any(view.used() for view in views):
+            loss, trials = now.evaluate_chunks(list(zip(parts, shares, strict=True)), self._evaluator, refresh, first)
+        if not any(any(trial.used) for trial in trials):
             raise unused_error()
-        for view in views:
-            state = self._state(view.block)
-            state.update(outer=view.outer(state), refresh=refresh, in_mega=view.used())
-        self._anchor.commit()
-        self._clock.update(refresh=refresh, refreshed=self._clock["step"], chunk=self._clock["chunk"] + len(parts))
-        return torch.stack(losses).sum()
+        memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
+        self._clock.update(memory=self._clock["memory"] + 1, refresh=refresh, refreshed=self._clock["step"])
+        self._clock["chunk"] += len(parts)
+        now.keep(memories, trials, self._clock["memory"])
+        self._products.commit()
+        return loss
 
     @torch.no_grad()
     def set_outer(self, state: Mapping[str, Any]) -> None:
@@ -449,32 +427,29 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
                 optimizer of the same model.
         """
         blocks = self._active()
-        self._anchor.check_set_outer()
-        states = checkpoint.posteriors_of(state, blocks, self.param_groups)
-        self._clock.update(refresh=self._clock["refresh"] + 1, refreshed=self._clock["step"])
+        self._products.check_set_outer()
+        states = posteriors_of(state, blocks, self.param_groups)
+        self._clock.update(memory=self._clock["memory"] + 1, refresh=self._clock["refresh"] + 1)
+        self._clock["refreshed"] = self._clock["step"]
         for block in blocks:
             own = fields.map_fields(torch.clone, states[block.name])  # steps in place must not reach the caller's
-            outer = snapshot.outer_from_posterior(block.family, own, settings.prior_of(block), block.group["ess"])
-            self._state(block).update(outer=outer, refresh=self._clock["refresh"], in_mega=True)
+            site = outer_from_posterior(block.family, own, beginning.prior_of(block), block.settings.ess).site
+            memory = self.correction.after_refresh(
+                block.family, None, own, site, block.settings.averaging(block.family)
+            )
+            record = self._state(block)
+            record["memory"], record["stamp"], record["in_mega"] = memory, self._clock["memory"], True
 
-    def _plan(self, blocks: Sequence[Block]) -> NoisePlan:
-        """Where noise comes from in a step or refresh of these blocks."""
-        return NoisePlan(self.noise, self.mc_samples, self.seed, self._streaming(blocks))
+    def _round(self, blocks: Sequence[Block], number: int) -> Round:
+        apart = self._products.kind != "curvature"
+        return Round(self._layout, blocks, self.state, self._plan(blocks), number, apart=apart)
 
-    def _streaming(self, blocks: Sequence[Block]) -> Backend | None:
-        """The backend, where the model is stepped span by span."""
-        if self._anchor.kind != "curvature":
-            return None
-        weights = sum(block.numel for block in blocks if can_stream(block))
-        if not self.backend.streams(weights):
-            return None
-        self.backend.assign(blocks)
-        return self.backend
+    def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
+        """Where noise comes from in a step or refresh of these blocks, and whether they are stepped in place."""
+        backend = None if blocks is None or self._products.kind != "curvature" else self.backend
+        if backend is not None and not self._layout.in_place(backend, blocks or ()):
+            backend = None
+        return NoisePlan(self.noise, self.mc_samples, self.seed, self.correction, backend)
 
     def _write_point(self, block: Block) -> None:
-        posterior_state = self._state(block)["posterior"]
-        if can_stream(block):
-            buckets.write_point(block, posterior_state)
-        else:
-            block.write(block.family.point(posterior_state))
-        block.at_point = True
+        write_point(block, self._state(block)["posterior"])

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from expfam_poco.closures.evaluate import by_device, require_finite
 from expfam_poco.engine import settings
-from expfam_poco.engine.backend import Backend, plainly, span_size
+from expfam_poco.engine.backend import Backend, plainly, tile_size
 from expfam_poco.engine.block import check_parameter
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.optim.base import without_hooks
@@ -148,7 +148,7 @@ class GradientModelOptimizer(torch.optim.Optimizer):
 
     @plainly
     def _step(self, used: list[tuple[dict[str, Any], Parameter]]) -> None:
-        streamed = self.backend.streams(sum(p.numel() for _, p in used))
+        streamed = self.backend.in_place(sum(p.numel() for _, p in used))
         if not streamed or self.nonfinite == "skip":  # else the kernels look, in the same pass over the weights
             require_finite([p.grad for _, p in used])
         known: dict[Any, Tensor] = {}
@@ -196,7 +196,7 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         if not streamed or not plain or not all(value.is_contiguous() for value in (theta, grad, *own)):
             return kernel(families, theta, grad, *own, numbers)
         flat = [value if value.ndim == 1 else value.view(-1) for value in (theta, grad, *own)]
-        size = span_size(self.backend.mode, theta.device)
+        size = tile_size(self.backend.mode, theta.device)
         if self.backend.mode != "compiled" and theta.device.type == "cpu":
             size = min(size, EAGER_SPAN)
         if theta.numel() <= size:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expfam_poco.engine import settings
-from expfam_poco.engine.block import Block
+from expfam_poco.engine.beginning import initial_posterior
+from expfam_poco.engine.block import Block, new_record
 from expfam_poco.engine.settings import precision_rate
 from expfam_poco.errors import CheckpointError
 from expfam_poco.optim import checkpoint
@@ -142,17 +142,9 @@ def _states(blocks: Sequence[Block], theirs: Mapping[str, Any], steps: int, wher
                 f"the least is {float(precision.min())}; use an earlier checkpoint."
             )
         memory = () if theirs["beta1"] == 0.0 else (gradient,)
-        found[block.index] = checkpoint.encode_state(
-            {
-                "step": steps if memory else 0,
-                "refresh": 0,
-                "in_mega": False,
-                "drawn": None,
-                "posterior": settings.initial_posterior(block)._replace(precision=precision),
-                "momentum": memory,
-                "outer": None,
-            }
-        )
+        record = new_record(initial_posterior(block)._replace(precision=precision))
+        record["step"], record["momentum"] = (steps if memory else 0), memory
+        found[block.index] = checkpoint.encode_state(record)
     return found
 
 

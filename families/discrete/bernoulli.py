@@ -118,7 +118,7 @@ class Bernoulli(ExponentialFamily):
 
     def distribution(self, state: Any) -> Any:
         """A `SignBernoulli`, one event of the tensor's shape."""
-        from .sign_bernoulli import SignBernoulli
+        from .level_categorical import SignBernoulli
 
         return SignBernoulli(state.theta).to_event(state.theta.ndim)
 
@@ -128,7 +128,7 @@ class Stale(NamedTuple):
 
     Example:
         >>> import torch
-        >>> from ..bernoulli import Stale
+        >>> from expfam_poco.families.discrete.bernoulli import Stale
         >>> Stale(torch.zeros(1), torch.ones(1)).previous
         tensor([1.])
     """
@@ -145,7 +145,7 @@ class StaleBernoulli(Bernoulli):
 
     Example:
         >>> import torch
-        >>> from ..bernoulli import StaleBernoulli
+        >>> from expfam_poco.families.discrete.bernoulli import StaleBernoulli
         >>> q = StaleBernoulli()
         >>> q.retract(q.centred_at(torch.ones(1)), q.Site(torch.ones(1)), (0.5,)).previous
         tensor([1.])

@@ -16,7 +16,7 @@ class LevelCategorical(dist.TorchDistribution):
 
     Example:
         >>> import torch
-        >>> from ..level_categorical import LevelCategorical
+        >>> from expfam_poco.families.discrete.level_categorical import LevelCategorical
         >>> LevelCategorical(torch.zeros(3), (-1.0, 0.0, 1.0)).log_prob(torch.ones(())).exp()
         tensor(0.3333)
     """
@@ -85,3 +85,19 @@ class _Levels(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """True where the value is a level."""
         return (value.unsqueeze(-1) == self.levels).any(-1)
+
+
+class SignBernoulli(LevelCategorical):
+    """A Pyro distribution over {−1, +1} with natural parameter λ: P(θ = ±1) = σ(±2λ).
+
+    Example:
+        >>> import torch
+        >>> from expfam_poco.families.discrete.level_categorical import SignBernoulli
+        >>> SignBernoulli(torch.zeros(())).log_prob(torch.ones(())).exp()
+        tensor(0.5000)
+    """
+
+    def __init__(self, natural: Tensor, validate_args: bool | None = None) -> None:
+        """The two levels with log-odds ∓λ."""
+        natural = torch.as_tensor(natural)
+        super().__init__(torch.stack((-natural, natural), -1), (-1.0, 1.0), validate_args)

@@ -23,7 +23,7 @@ def cholesky(matrix: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..factors import cholesky
+        >>> from expfam_poco.families.gaussian.factors import cholesky
         >>> cholesky(torch.tensor([[4.0]]))
         tensor([[2.]])
     """

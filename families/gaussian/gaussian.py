@@ -55,6 +55,11 @@ class GaussianSite(NamedTuple):
     curvature: Tensor
 
 
+def _beyond(state: Any, previous: Any, factor: float | Tensor) -> GaussianState:
+    """m + k (m − m_previous), exactly m at k = 0 as long as both are finite; the precision is kept."""
+    return GaussianState(state.mean + factor * (state.mean - previous.mean), state.precision)
+
+
 class _CurvedGaussian(ExponentialFamily):
     """What diagonal and full Gaussians share, written with the six operations on precisions below."""
 
@@ -191,6 +196,10 @@ class _CurvedGaussian(ExponentialFamily):
         if clip_radius < math.inf:
             slope = slope.clamp(-clip_radius, clip_radius)
         return GaussianState(state.mean - rate_mean * slope, precision)
+
+    def extrapolate(self, state: Any, previous: Any, factor: float | Tensor) -> GaussianState:
+        """m + k (m − m_previous), the precision kept."""
+        return _beyond(state, previous, factor)
 
     def log_prob(self, state: Any, theta: Tensor) -> Tensor:
         """−½ (θ−m)ᵀ S (θ−m) + ½ log |S| − ½ d log 2π; like `entropy` and `kl` in the chart, where nothing cancels."""
@@ -470,6 +479,10 @@ class IsotropicGaussian(ExponentialFamily):
         if clip_radius < math.inf:
             slope = slope.clamp(-clip_radius, clip_radius)
         return GaussianState(state.mean - rates[0] * slope, state.precision)
+
+    def extrapolate(self, state: Any, previous: Any, factor: float | Tensor) -> GaussianState:
+        """m + k (m − m_previous)."""
+        return _beyond(state, previous, factor)
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> GaussianState:
         """Mean θ. A `precision` other than the family's own makes a prior, not a member."""

@@ -96,6 +96,10 @@ class StructuredGaussian(CurvedFamily):
         shift = self.apply_curvature(site, state_from, state_to.mean - state_from.mean)
         return self.carry(site._replace(gradient=site.gradient + shift), state_from, state_to)
 
+    def extrapolate(self, state: Any, previous: Any, factor: float | Tensor) -> Any:
+        """m + k (m − m_previous), the precision kept."""
+        return state._replace(mean=state.mean + factor * (state.mean - previous.mean))
+
     def point(self, state: Any) -> Tensor:
         """The mean."""
         mean: Tensor = state.mean

@@ -29,7 +29,7 @@ class BetaStatistics(NamedTuple):
 
     Example:
         >>> import torch
-        >>> from ..beta import BetaStatistics
+        >>> from expfam_poco.families.positive.beta import BetaStatistics
         >>> BetaStatistics(torch.tensor(2.0), torch.tensor(6.0)).log_rest
         tensor(6.)
     """

@@ -44,7 +44,7 @@ class LogWeights(NamedTuple):
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import LogWeights
+        >>> from expfam_poco.families.positive.dirichlet import LogWeights
         >>> LogWeights(torch.tensor([1.0, 1.0])).log
         tensor([1., 1.])
     """
@@ -57,7 +57,7 @@ def shape_slack(shapes: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import shape_slack
+        >>> from expfam_poco.families.positive.dirichlet import shape_slack
         >>> shape_slack(torch.tensor([1e-3, 1e6], dtype=torch.float64))
         tensor([0.0010, 0.5000], dtype=torch.float64)
     """
@@ -70,7 +70,7 @@ def solved(shapes: Tensor, each: Tensor, total: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import solved
+        >>> from expfam_poco.families.positive.dirichlet import solved
         >>> shapes = torch.tensor([1.0, 1.0], dtype=torch.float64)
         >>> v = torch.tensor([1.0, -1.0], dtype=torch.float64)
         >>> solved(shapes, v, v.sum(-1))
@@ -86,7 +86,7 @@ def pathwise(shapes: Tensor, noise: Tensor, pull: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import pathwise
+        >>> from expfam_poco.families.positive.dirichlet import pathwise
         >>> shapes, noise = torch.ones(2), torch.full((1, 2), 0.5)
         >>> pathwise(shapes, noise, torch.zeros(1, 2))
         tensor([0., 0.], dtype=torch.float64)
@@ -105,7 +105,7 @@ def dirichlet_entropy(shapes: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import dirichlet_entropy
+        >>> from expfam_poco.families.positive.dirichlet import dirichlet_entropy
         >>> bool(dirichlet_entropy(torch.ones(2)).abs() < 1e-6)  # uniform on (0, 1)
         True
     """
@@ -119,7 +119,7 @@ def dirichlet_divergence(shapes: Tensor, prior: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import dirichlet_divergence
+        >>> from expfam_poco.families.positive.dirichlet import dirichlet_divergence
         >>> dirichlet_divergence(torch.ones(3), torch.ones(3))
         tensor(0.)
     """
@@ -137,7 +137,7 @@ def shapes_of(logs: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import shapes_of
+        >>> from expfam_poco.families.positive.dirichlet import shapes_of
         >>> shapes_of(torch.tensor([-1.0, -1.0])).round(decimals=4)  # uniform on (0, 1)
         tensor([1., 1.])
     """

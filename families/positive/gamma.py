@@ -43,7 +43,7 @@ class GammaStatistics(NamedTuple):
 
     Example:
         >>> import torch
-        >>> from ..gamma import GammaStatistics
+        >>> from expfam_poco.families.positive.gamma import GammaStatistics
         >>> GammaStatistics(log=torch.tensor(2.0), theta=torch.tensor(-4.0))  # shape 2, rate 4, mean 1/2
         GammaStatistics(log=tensor(2.), theta=tensor(-4.))
     """

@@ -111,7 +111,7 @@ def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import polynomial
+        >>> from expfam_poco.families.positive.gamma_functions import polynomial
         >>> polynomial(torch.tensor(2.0), (1.0, 0.0, 3.0))
         tensor(13.)
     """
@@ -149,7 +149,7 @@ def log_gamma(shape: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import log_gamma
+        >>> from expfam_poco.families.positive.gamma_functions import log_gamma
         >>> log_gamma(torch.tensor([0.5, 4.0], dtype=torch.float64))
         tensor([0.5724, 1.7918], dtype=torch.float64)
     """
@@ -164,7 +164,7 @@ def stirling_remainder(shape: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import stirling_remainder
+        >>> from expfam_poco.families.positive.gamma_functions import stirling_remainder
         >>> stirling_remainder(torch.tensor([1.0, 1e6], dtype=torch.float64))
         tensor([8.1061e-02, 8.3333e-08], dtype=torch.float64)
     """
@@ -177,7 +177,7 @@ def log_less_digamma(shape: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import log_less_digamma
+        >>> from expfam_poco.families.positive.gamma_functions import log_less_digamma
         >>> log_less_digamma(torch.tensor([1.0, 1e6], dtype=torch.float64))
         tensor([5.7722e-01, 5.0000e-07], dtype=torch.float64)
     """
@@ -192,7 +192,7 @@ def digamma(shape: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import digamma
+        >>> from expfam_poco.families.positive.gamma_functions import digamma
         >>> digamma(torch.tensor(1.0))
         tensor(-0.5772)
     """
@@ -205,7 +205,7 @@ def trigamma_excess(shape: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import trigamma_excess
+        >>> from expfam_poco.families.positive.gamma_functions import trigamma_excess
         >>> trigamma_excess(torch.tensor([1.0, 1e6], dtype=torch.float64))
         tensor([6.4493e-01, 5.0000e-07], dtype=torch.float64)
     """
@@ -220,7 +220,7 @@ def standard_entropy(shape: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import standard_entropy
+        >>> from expfam_poco.families.positive.gamma_functions import standard_entropy
         >>> standard_entropy(torch.tensor(1.0))
         tensor(1.)
     """
@@ -232,7 +232,7 @@ def exp_excess(x: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import exp_excess
+        >>> from expfam_poco.families.positive.gamma_functions import exp_excess
         >>> exp_excess(torch.tensor(1.0))
         tensor(0.7183)
     """
@@ -246,7 +246,7 @@ def shape_divergence(shape: Tensor, prior: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import shape_divergence
+        >>> from expfam_poco.families.positive.gamma_functions import shape_divergence
         >>> shape_divergence(torch.tensor(2.0), torch.tensor(2.0))
         tensor(0.)
     """
@@ -260,7 +260,7 @@ class Draw(NamedTuple):
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import standard_draw
+        >>> from expfam_poco.families.positive.gamma_functions import standard_draw
         >>> draw = standard_draw(torch.tensor([1.0]), torch.tensor([0.5]), slope=True)  # −log ½ = 0.6931
         >>> draw.ratio.exp()
         tensor([0.6931], dtype=torch.float64)
@@ -280,7 +280,7 @@ def standard_draw(shape: Tensor, uniform: Tensor, *, slope: bool = False) -> Dra
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import standard_draw
+        >>> from expfam_poco.families.positive.gamma_functions import standard_draw
         >>> draw = standard_draw(torch.tensor([3.0]), torch.tensor([0.9]))
         >>> 3.0 * draw.ratio.exp()  # scipy.stats.gamma.ppf(0.9, 3)
         tensor([5.3223], dtype=torch.float64)
@@ -400,7 +400,7 @@ def following(value: Tensor, change: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import following
+        >>> from expfam_poco.families.positive.gamma_functions import following
         >>> scale = torch.tensor(2.0, requires_grad=True)  # value = 3 · scale
         >>> torch.autograd.grad(following(torch.tensor(6.0), scale.log() - scale.log().detach()), scale)[0]
         tensor(3.)
@@ -413,7 +413,7 @@ def from_zero(value: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import from_zero
+        >>> from expfam_poco.families.positive.gamma_functions import from_zero
         >>> from_zero(torch.tensor(3.0))
         tensor(0.)
     """

@@ -212,7 +212,7 @@ def scaled_exponential_integral(x: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..inverse_gaussian import scaled_exponential_integral
+        >>> from expfam_poco.families.positive.inverse_gaussian import scaled_exponential_integral
         >>> scaled_exponential_integral(torch.tensor([1.0, 1e9], dtype=torch.float64))
         tensor([5.9635e-01, 1.0000e-09], dtype=torch.float64)
     """

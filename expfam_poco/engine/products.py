@@ -19,12 +19,13 @@ from expfam_poco.closures.evaluate import Closure
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.measure import dense_hessian, measure_draw
 from expfam_poco.engine.trial import Trial
+from expfam_poco.family.base import ExponentialFamily
 
 KINDS = ("curvature", "stored", "products")
 LARGEST_STORED = 10_000
 
 
-class Anchor:
+class Products:
     """What the optimizer keeps of the mega-batch for the anchor term: nothing, a Hessian, or the closures."""
 
     def __init__(self, kind: str) -> None:
@@ -40,11 +41,11 @@ class Anchor:
         """All but the closures: those of a copied optimizer would still evaluate the original's model."""
         return {**self.__dict__, "_chunks": [], "_pending": None}
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def check_family(self, family: ExponentialFamily) -> None:
         """Refuse families whose sites have no curvature to anchor with."""
-        if self.kind != "curvature" and group["family"].curvature == "none":
+        if self.kind != "curvature" and family.curvature == "none":
             raise ValueError(
-                f"anchor={self.kind!r}: {type(group['family']).__name__} keeps no curvature; use anchor='curvature'."
+                f"anchor={self.kind!r}: {type(family).__name__} keeps no curvature; use anchor='curvature'."
             )
 
     def reset(self) -> None:
@@ -63,7 +64,7 @@ class Anchor:
         """A new mega-batch starts."""
         self._pending = [] if self.kind == "products" else None
 
-    def collect(self, closure: Closure, views: Sequence[Trial], share: float) -> None:
+    def collect(self, closure: Closure, trials: Sequence[Trial], share: float) -> None:
         """Add a chunk that counts `share` of the mega-batch."""
         if self.kind == "curvature":
             return
@@ -72,17 +73,17 @@ class Anchor:
                 f"anchor={self.kind!r}: it needs closures, not {type(closure).__name__}; use anchor='curvature'."
             )
         if self.kind == "products":
-            self._pending.append((closure, [view.again() for view in views], share))
+            self._pending.append((closure, [trial.again() for trial in trials], share))
             return
-        size = sum(view.block.numel for view in views)
+        size = sum(trial.block.numel for trial in trials)
         if size > LARGEST_STORED:
             raise ValueError(
                 f"anchor='stored': {size} entries would need a Hessian of {size}²; it is meant for at most "
                 f"{LARGEST_STORED}, use anchor='products' or 'curvature'."
             )
-        draws = views[0].count
+        draws = trials[0].count
         for draw in range(draws):
-            part = dense_hessian(closure, views, draw) * (share / draws)
+            part = dense_hessian(closure, trials, draw) * (share / draws)
             self._pending = part if self._pending is None else self._pending + part
 
     def commit(self) -> None:
@@ -98,18 +99,18 @@ class Anchor:
         return [closure for closure, _, _ in self._chunks]
 
     def shift(self, inner: Sequence[Trial], outer: Sequence[Trial] | None) -> list[Tensor] | None:
-        """m_in − m_out of every view, or None where this kind needs no products; prepares H_out (m_in − m_out)."""
+        """m_in − m_out of every trial, or None where this kind needs no products; prepares H_out (m_in − m_out)."""
         if outer is None or self.kind == "curvature":
             return None
         shifts = [
-            view.block.family.point(view.state) - view.block.family.point(other.state)
-            for view, other in zip(inner, outer, strict=True)
+            trial.block.family.point(trial.state) - trial.block.family.point(other.state)
+            for trial, other in zip(inner, outer, strict=True)
         ]
         self._target = self._mega_products(inner, shifts)
         return shifts
 
     def difference(self, products: Sequence[Tensor]) -> list[Tensor]:
-        """(H_out − H_i)(m_in − m_out) of every view, from the mini-batch's products."""
+        """(H_out − H_i)(m_in − m_out) of every trial, from the mini-batch's products."""
         assert self._target is not None
         return [target - product for target, product in zip(self._target, products, strict=True)]
 
@@ -136,12 +137,12 @@ class Anchor:
         if not self._chunks:
             raise RuntimeError("anchor='products': a checkpoint or copy has no closures; call refresh() first.")
         total = [torch.zeros_like(shift) for shift in shifts]
-        params = [p for view in inner for p in view.block.params]
+        params = [p for trial in inner for p in trial.block.params]
         with replay_random(capture_random(params)):
-            for closure, views, share in self._chunks:
-                draws = views[0].count
+            for closure, trials, share in self._chunks:
+                draws = trials[0].count
                 for draw in range(draws):
-                    fresh = [view.again() for view in views]
+                    fresh = [trial.again() for trial in trials]
                     _, products = measure_draw(closure, fresh, draw, shifts)
                     total = [t + (share / draws) * p for t, p in zip(total, products, strict=True)]
         return total

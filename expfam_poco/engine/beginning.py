@@ -1,0 +1,95 @@
+"""Where a posterior begins, and what pulls at it: the start and the prior of a block, with their checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expfam_poco.engine.block import Block
+from expfam_poco.family.base import ExponentialFamily
+
+
+def initial_posterior(block: Block) -> Any:
+    """q centred at the model's weights, of precision ess·(hess_init + weight_decay) or the family's own.
+
+    Raises:
+        ValueError: where finite weights are no centre of a member, as negative ones of a family of positive weights.
+    """
+    settings, strength = block.settings, None
+    if settings.hess_init is not None:
+        strength = settings.ess * (settings.hess_init + settings.weight_decay)
+    weights = block.read()
+    state = block.family.centred_at(weights, strength)
+    if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
+        torch.isfinite(weights).all()
+    ):
+        raise ValueError(
+            f"params: {block.name!r} holds weights on which no {type(block.family).__name__} can be centred "
+            f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
+        )
+    return state
+
+
+def _is_centre(family: ExponentialFamily, state: Any, weights: Tensor) -> bool:
+    """Whether a weight of several numbers is where its posterior is centred: rows of a simplex have to sum to one."""
+    if not family.event_dim or family.levels is not None or family.default_estimator != "reparam":
+        return True
+    return torch.allclose(family.point(state), weights, rtol=0.02, atol=0.02)
+
+
+def check_device(block: Block, posterior: Any) -> None:
+    """Refuse a block whose parameters have moved to another device than their posterior.
+
+    Raises:
+        RuntimeError: names the parameter and both devices.
+    """
+    where = posterior[0].device
+    if where != block.device:
+        raise RuntimeError(
+            f"params: {block.name!r} is on {block.device} but its posterior on {where}; move the model before the "
+            "first step, or call optimizer.load_state_dict(optimizer.state_dict()) after moving it."
+        )
+
+
+def prior_of(block: Block) -> Any:
+    """The block's prior: the given State, or precision ess·weight_decay around the middle of the support."""
+    prior, dtype, device = block.settings.prior, block.dtype, block.device
+    if isinstance(prior, dict):
+        prior = prior.get(block.name)
+    if prior is not None:
+        return type(prior)(*(v.to(device=device, dtype=dtype) for v in prior))
+    key = (block.family, block.settings.ess * block.settings.weight_decay, dtype, device)
+    if block.known_prior is None or block.known_prior[0] != key:
+        event = block.family.event_dim
+        shape = block.shape[len(block.shape) - event :] if event else ()
+        middle = block.family.reference_like(torch.zeros(shape, dtype=dtype, device=device))
+        block.known_prior = key, block.family.centred_at(middle, key[1])
+    return block.known_prior[1]
+
+
+def check_prior(block: Block) -> None:
+    """Refuse a prior of another type, of a shape that does not broadcast to the block, or with NaN."""
+    prior = block.settings.prior
+    if isinstance(prior, dict):
+        prior = prior.get(block.name)
+    if prior is None:
+        return
+    family = block.family
+    if not isinstance(prior, family.State):
+        raise ValueError(
+            f"prior={type(prior).__name__}: {type(family).__name__} needs a prior of type "
+            f"{family.State.__name__} (or a dictionary of them by parameter name)."
+        )
+    own = family.centred_at(torch.zeros(block.shape, dtype=block.dtype, device=block.device))
+    for name, value, reference in zip(prior._fields, prior, own, strict=True):
+        try:
+            fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape
+        except RuntimeError:
+            fits = False
+        if not fits or not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"prior.{name} has shape {tuple(value.shape)} for a block {block.name!r} of shape "
+                f"{tuple(reference.shape)}, or holds NaN or infinities; give finite values that broadcast to it."
+            )

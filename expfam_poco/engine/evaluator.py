@@ -1,0 +1,119 @@
+"""One step's evaluations: every draw at both posteriors, with paired random numbers and buffers that move once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from expfam_poco.closures.batched import Batched
+from expfam_poco.closures.effects import Buffers, Record, Replay, capture_random, replay_random
+from expfam_poco.closures.evaluate import Closure
+from expfam_poco.engine.measure import measure_batched, measure_draw, measure_variations
+from expfam_poco.engine.products import Products
+from expfam_poco.engine.trial import Trial
+
+
+class Evaluator:
+    """Evaluates closures at the draws of trials; only a batch's first evaluation moves the model's buffers."""
+
+    def __init__(self, products: Products) -> None:
+        self.products = products
+        self._buffers = Buffers()
+        self._moved: list[Record] = []
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """If the block raises, the buffers that its evaluations have moved go back."""
+        self._moved = []
+        try:
+            yield
+        except BaseException:
+            for record in reversed(self._moved):
+                record.restore()
+            raise
+        finally:
+            self._moved = []
+
+    @contextmanager
+    def undone(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> Iterator[None]:
+        """After the block, random numbers and buffers are what they were."""
+        with replay_random(capture_random(params)), self._buffers.kept(params, closures):
+            try:
+                yield
+            finally:
+                self._moved = []
+
+    def evaluate(
+        self, closure: Closure, first: Sequence[Trial], second: Sequence[Trial] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Call the closure for every draw, the one at λ first, both with the same random numbers.
+
+        Returns:
+            the mean loss there, and the anchor's H̄ (m − m_ref) for every trial, where it comes from products.
+        """
+        params = [p for trial in first for p in trial.block.params]
+        if isinstance(closure, Batched):
+            return self._evaluate_batched(closure, params, first, second), None
+        shift = None
+        if second is not None and self.products.kind != "curvature":
+            with self._buffers.kept(params, self.products.closures()):
+                shift = self.products.shift(first, second)
+        losses, terms = [], []
+        evaluations = self._buffers.evaluations(params, closure)
+        self._moved.append(evaluations.before)
+        for draw in range(first[0].count):
+            random = None if second is None else Replay(params)
+            if draw == 0:
+                losses.append(self._measure(closure, first, draw)[0])
+            else:
+                with evaluations.kept():
+                    losses.append(self._measure(closure, first, draw)[0])
+            if second is not None and random is not None:
+                with random.again(), evaluations.kept():
+                    products = self._measure(closure, second, draw, shift)[1]
+                if shift is not None:
+                    terms.append(self.products.difference(products))
+        mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), mean_terms
+
+    def evaluate_chunk(self, closure: Closure, trials: Sequence[Trial], share: float) -> Tensor:
+        """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
+        params = [p for trial in trials for p in trial.block.params]
+        with self._buffers.kept(params, closure):
+            if isinstance(closure, Batched):
+                loss = measure_batched(closure, trials)
+            else:
+                loss = torch.stack([self._measure(closure, trials, draw)[0] for draw in range(trials[0].count)]).mean()
+            self.products.collect(closure, trials, share)
+        return loss
+
+    @staticmethod
+    def _evaluate_batched(
+        closure: Batched, params: Sequence[Parameter], first: Sequence[Trial], second: Sequence[Trial] | None
+    ) -> Tensor:
+        random = capture_random(params)
+        if second is None or closure.pairs:
+            return measure_batched(closure, first, *([] if second is None else [second]))
+        loss = measure_batched(closure, first)
+        with replay_random(random):
+            measure_batched(closure, second)
+        return loss
+
+    def _measure(
+        self, closure: Closure, trials: Sequence[Trial], draw: int, product_with: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One draw of all trials, added to the totals of those that keep one."""
+        varying = any(trial.estimator.needs == "variations" for trial in trials)
+        params = [p for trial in trials for p in trial.block.params]
+        random = capture_random(params) if varying else None
+        measured = measure_draw(closure, trials, draw, product_with)
+        if random is not None:
+            with self._buffers.kept(params, closure):
+                measure_variations(closure, trials, draw, lambda: replay_random(random))
+        for trial in trials:
+            trial.collect(draw)
+        return measured

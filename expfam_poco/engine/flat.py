@@ -1,0 +1,254 @@
+"""Small leafwise blocks of one group laid side by side in flat storage, so that one pass serves them all.
+
+The posteriors, averages and memories of the members become views of flat tensors; each member begins with a tile of
+noise of its own, and the gaps between them hold weights that nobody sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expfam_poco.engine.beginning import prior_of
+from expfam_poco.engine.block import Block, Record, new_record
+from expfam_poco.engine.settings import Settings
+from expfam_poco.engine.tiles import TILE, is_leafwise, padded, spread
+from expfam_poco.family import fields
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.noise import tiles_of
+
+SMALL = 2**17  # entries below which a block is laid beside others
+LARGEST = 2**18  # entries of a flat block
+ROLES = ("posterior", "momentum", "memory")
+
+
+class FlatBlock(Block):
+    """Blocks of one group, dtype and device as one flat block.
+
+    Attributes:
+        tiles: the addresses of the tiles of noise (`noise.tiles_of`).
+        real: which entries are weights.
+        record: the members' records as one of flat tensors, after `bind`.
+    """
+
+    record: Record
+
+    def __init__(self, members: Sequence[Block]) -> None:
+        first = members[0]
+        self._members = list(members)
+        self._sizes = [b.numel for b in members]
+        lengths = [padded(size) for size in self._sizes]
+        self._starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        self._dtype = first.dtype
+        super().__init__([b.params[0] for b in members], first.settings, first.index, first.name, first.group_number)
+        self.shape = self.batch = torch.Size([sum(lengths)])
+        self.tiles = tiles_of([b.index for b in members], self._sizes).to(first.device)
+        self.real = self.beside([torch.ones(b.shape, dtype=torch.bool, device=b.device) for b in members])
+        zero = torch.zeros((), dtype=self.params[0].dtype, device=first.device)
+        self._nothing = [zero.expand(size) for size in self._sizes]
+        lacking = [padded(size) - size for size in self._sizes]
+        self._gaps = [zero.expand(number) if number else None for number in lacking]
+        self._bound: list[tuple[Any, ...]] = []
+        self._scratch: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+
+    @property
+    def members(self) -> Sequence[Block]:
+        """The blocks."""
+        return self._members
+
+    def adopt(self, settings: Settings) -> None:
+        """Go by the group's new settings; the family is the members'."""
+        self.settings, self.family = settings, self.members[0].family
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the posteriors."""
+        return self._dtype
+
+    # ---- weights and gradients -----------------------------------------------------------------------------
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The members' parts of flat storage, in their shapes."""
+        parts = zip(self._starts, self._sizes, self.members, strict=True)
+        return [flat[start : start + size].view(block.params[0].shape) for start, size, block in parts]
+
+    def beside(self, values: Sequence[Tensor | None]) -> Tensor:
+        """A copy of the members' tensors in flat storage; the gaps, and what is None, are zero."""
+        present = next(value for value in values if value is not None)
+        flat = torch.zeros(self.shape, dtype=present.dtype, device=present.device)
+        pairs = zip(self.views(flat), values, strict=True)
+        places, given = zip(*((place, value) for place, value in pairs if value is not None), strict=True)
+        torch._foreach_copy_(list(places), list(given))
+        return flat
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        """One tensor per member → flat storage, in the posterior's dtype. None if all are None."""
+        if all(tensor is None for tensor in tensors):
+            return None
+        parts: list[Tensor] = []
+        for tensor, nothing, gap in zip(tensors, self._nothing, self._gaps, strict=True):
+            parts.append(nothing if tensor is None else tensor.reshape(-1))
+            if gap is not None:
+                parts.append(gap)
+        flat = torch.cat(parts)
+        return flat if flat.dtype == self._dtype else flat.to(self._dtype)
+
+    def split(self, value: Tensor) -> list[Tensor]:
+        """Flat storage → one tensor per member."""
+        return self.views(value)
+
+    def write(self, value: Tensor) -> None:
+        """Put values into the model."""
+        with torch.no_grad():
+            out, parts = self._out(value.dtype)
+            out.copy_(value)
+            torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
+        self._written()
+
+    @contextmanager
+    def rewritten(self) -> Iterator[Tensor]:
+        """Flat storage to write the members' weights into."""
+        out, parts = self._out(self.params[0].dtype)
+        yield out
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
+        self._written()
+
+    def _out(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """Storage on the way to the model, with its views; its values last until it is asked for again."""
+        known = self._scratch.get(dtype)
+        if known is None or known[0].device != self.device:
+            flat = torch.zeros(self.shape, dtype=dtype, device=self.device)
+            known = self._scratch[dtype] = flat, self.views(flat)
+        return known
+
+    def follow(self, record: Record) -> None:
+        """Centre the posteriors where another optimizer has just put the weights."""
+        weights = self.gather(self.params)
+        assert weights is not None
+        old, new = record["posterior"], self.family.recentre(record["posterior"], weights)
+        for place, value in zip(old, new, strict=True):
+            if place.ndim and value is not place:
+                place.copy_(value)
+        for block in self.members:
+            block.note_weights()
+
+    def _written(self) -> None:
+        self.at_point, self.drawn = False, None
+        for block in self.members:
+            block.at_point, block.drawn = False, None
+            block.note_weights()
+
+    # ---- records -------------------------------------------------------------------------------------------
+
+    def bind(self, records: Sequence[Record]) -> bool:
+        """Lay the members' records side by side, if that has not been done; False where they differ in age."""
+        first = records[0]
+        for record in records:
+            if (
+                record["step"] != first["step"]
+                or record["stamp"] != first["stamp"]
+                or len(record["momentum"]) != len(first["momentum"])
+                or (record["memory"] is None) != (first["memory"] is None)
+            ):
+                return False
+        if not self.is_bound(records):
+            self.record = new_record(None)
+            for role in ROLES:
+                self._lay(role, [record[role] for record in records])  # type: ignore[literal-required]
+            self.give(records)
+        self.record["step"], self.record["stamp"] = first["step"], first["stamp"]
+        return True
+
+    def is_bound(self, records: Sequence[Record]) -> bool:
+        """Whether the members' records still hold the views that were made for them."""
+        if len(self._bound) != len(records):
+            return False
+        return all(
+            record["posterior"] is known[0] and record["momentum"] is known[1] and record["memory"] is known[2]
+            for record, known in zip(records, self._bound, strict=True)
+        )
+
+    def _lay(self, role: str, values: Sequence[Any]) -> None:
+        """Copy the members' values of one role into flat tensors."""
+        flat = None if values[0] is None else fields.map_leaves(self._flattened, values[0], *values[1:])
+        self.record[role] = flat  # type: ignore[literal-required]
+
+    def give(self, records: Sequence[Record]) -> None:
+        """Make the members' values views of the flat ones."""
+        for number, record in enumerate(records):
+            for role in ROLES:
+                record[role] = self.cut(self.record[role], number)  # type: ignore[literal-required]
+        self._bound = [tuple(record[name] for name in ROLES) for record in records]  # type: ignore[literal-required]
+
+    def cut(self, flat: Any, number: int) -> Any:
+        """One member's part of flat values; constants of the family pass."""
+        start, size, shape = self._starts[number], self._sizes[number], self.members[number].params[0].shape
+        return fields.map_leaves(lambda v: v[start : start + size].view(shape) if v.ndim else v, flat)
+
+    def _flattened(self, *values: Tensor) -> Tensor:
+        """The members' tensors in flat storage, the gaps like the first weight, so that they are valid."""
+        first = values[0]
+        if first.ndim == 0:  # a constant of the family
+            return first
+        flat = first.reshape(-1)[:1].repeat(self.shape.numel())
+        torch._foreach_copy_(self.views(flat), list(values))
+        return flat
+
+    def settle(self, records: Sequence[Record]) -> None:
+        """Tell the members how old their records are, and what the model holds."""
+        own = self.record
+        for record, block in zip(records, self.members, strict=True):
+            record["step"], record["stamp"] = own["step"], own["stamp"]
+            block.at_point, block.drawn = self.at_point, self.drawn
+
+    def prior(self) -> Any:
+        """The members' priors as one."""
+        if self.settings.prior is None:
+            return prior_of(self.members[0])
+        states = [self.cut(self.record["posterior"], number) for number in range(len(self.members))]
+        spreads = [spread(prior_of(b), state, b) for b, state in zip(self.members, states, strict=True)]
+        full = [fields.map_fields(lambda v, s: v.expand_as(s), *pair) for pair in zip(spreads, states, strict=True)]
+        return fields.map_leaves(self._flattened, *full)
+
+    def unsound_members(self, sound: Tensor) -> list[Block]:
+        """The members with a weight that is not sound."""
+        return [b for b, view in zip(self.members, self.views(sound), strict=True) if not bool(view.all())]
+
+    def worst(self, counts: Tensor) -> tuple[Block, int]:
+        """The member with the most of what is counted for each tile of noise, and its count."""
+        parts = counts.split([padded(size) // TILE for size in self._sizes])
+        count, number = max((int(part.sum()), number) for number, part in enumerate(parts))
+        return self.members[number], count
+
+
+def _is_flat(family: ExponentialFamily) -> bool:
+    """Whether every number of a posterior, and of the noise, belongs to one entry of the parameter."""
+    return family.event_dim == 0 and not any(family.statistic_dims) and not family.noise_dims
+
+
+def laid_side_by_side(blocks: Sequence[Block]) -> list[Block | FlatBlock]:
+    """The blocks, the small ones among them laid side by side; a flat block has at least two members."""
+    found: list[Block | FlatBlock] = []
+    waiting: dict[Any, list[Block]] = {}
+
+    def close(members: list[Block]) -> None:
+        found.extend([FlatBlock(members)] if len(members) > 1 else members)
+        members.clear()
+
+    for block in blocks:
+        fits = block.numel < SMALL and block.settings.adaptive is None and _is_flat(block.family)
+        if not fits or not is_leafwise(block):
+            found.append(block)
+            continue
+        alike = waiting.setdefault((block.group_number, block.params[0].dtype, block.device), [])
+        if sum(padded(b.numel) for b in alike) + block.numel > LARGEST:
+            close(alike)
+        alike.append(block)
+    for alike in waiting.values():
+        close(alike)
+    return found

@@ -1,0 +1,265 @@
+"""One round of evaluations, a step's or a refresh's: trials of all blocks at one or two posteriors, and their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expfam_poco.closures.evaluate import Closure, unused_error
+from expfam_poco.correction.snapshot import alpha_at
+from expfam_poco.correction.variance import VarianceMeter
+from expfam_poco.engine.backend import Backend, plainly
+from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.evaluator import Evaluator
+from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.kernels import Numbers
+from expfam_poco.engine.layout import Layout, Unit
+from expfam_poco.engine.noise_plan import NoisePlan, Part
+from expfam_poco.engine.step import Step, age_of
+from expfam_poco.engine.tiles import steps_in_place
+from expfam_poco.engine.trial import Trial
+from expfam_poco.family.draws import Estimator
+from expfam_poco.family.noise import NoiseKey
+from expfam_poco.rule import blr
+
+Pair = tuple[float, float]
+
+
+class Round:
+    """The blocks of a step or refresh, and what is tried with them.
+
+    Args:
+        layout: of the optimizer's blocks.
+        blocks: that take part.
+        states: `optimizer.state`.
+        plan: where noise comes from.
+        number: of the step.
+        apart: every block by itself.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        blocks: Sequence[Block],
+        states: Mapping[Any, Any],
+        plan: NoisePlan,
+        number: int,
+        *,
+        apart: bool = False,
+    ) -> None:
+        self.plan, self.number, self._states = plan, number, states
+        in_place = plan.backend is not None
+        self.units: list[Unit] = layout.units(blocks, states, plan.correction, in_place=in_place, apart=apart)
+
+    # ---- α -----------------------------------------------------------------------------------------------
+
+    def alphas(self, meter: VarianceMeter, *, always: bool) -> tuple[list[Pair], list[bool]]:
+        """Every unit's α (gradient, curvature) at this step, and whether its pair is to be measured anyway."""
+        adaptive = [block.name for block, _ in self.units if block.settings.adaptive is not None]
+        alphas, wanted, known = [], [], dict[int, Pair]()
+        for block, _ in self.units:
+            settings, want = block.settings, always
+            if settings.adaptive is not None:
+                pair = meter.alpha(block.name, block.family.momentum_block, settings.adaptive)
+                want = always or meter.probes(self.number, adaptive, settings.adaptive)
+            else:
+                if id(settings) not in known:
+                    known[id(settings)] = alpha_at(settings.alpha, self.number)
+                pair = known[id(settings)]
+            alphas.append(pair)
+            wanted.append(want)
+        return alphas, wanted
+
+    def alphas_by_name(self, alphas: Sequence[Pair]) -> dict[str, Pair]:
+        """The αs of all blocks, by their names."""
+        pairs = zip(self.units, alphas, strict=True)
+        return {member.name: pair for (block, _), pair in pairs for member in block.members}
+
+    # ---- a step ------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        parts: Sequence[tuple[Closure, float]],
+        evaluator: Evaluator,
+        alphas: Sequence[Pair],
+        wanted: Sequence[bool] | None,
+        refresh: int,
+        always: bool,
+    ) -> tuple[Tensor, list[Step]]:
+        """The mean loss, and a step for every unit that the batch or its correction moves.
+
+        Args:
+            parts: closures, and their shares of the batch.
+            evaluator: of closures.
+            alphas: of the units.
+            wanted: whether units' pairs are measured even where α is 0; None: there is no second evaluation.
+            refresh: the number of the last one.
+            always: make steps also of what the batch does not use.
+
+        Raises:
+            ValueError: if the batch depends on none of the blocks.
+        """
+        first: list[Trial] = []
+        second: list[Trial] | None = None
+        numbers = [self._numbers(*unit, alpha) for unit, alpha in zip(self.units, alphas, strict=True)]
+        total, products, several = torch.zeros(()), None, len(parts) > 1
+        for index, (closure, share) in enumerate(parts):
+            first = self._at_present(closure, Part(index, share, None, several), numbers, first)
+            if wanted is not None:
+                second = self._at_reference(first, Part(index, share, None, several), refresh, second)
+            loss, found = evaluator.evaluate(closure, first, second)
+            total = total.to(loss) + share * loss if several else loss
+            products = evaluator.products.add_products(products, found, share)
+        if not any(any(trial.used) for trial in first):
+            raise unused_error()
+        steps: list[Step] = []
+        for i, (alpha, trial) in enumerate(zip(alphas, first, strict=True)):
+            compared = second is not None and wanted is not None and (any(alpha) or wanted[i])
+            pair = second[i] if second is not None and compared else None
+            anchor = None
+            if products is not None:
+                weight = alpha[1] * trial.block.settings.anchor_weight
+                anchor = evaluator.products.term(trial.block, products[i], weight)
+            steps += self._steps_of(self.units[i], trial, pair, any(alpha), anchor, always)
+        return total, steps
+
+    def _at_present(
+        self, closure: Closure, part: Part, numbers: Sequence[Numbers], before: Sequence[Trial]
+    ) -> list[Trial]:
+        made = []
+        for i, (block, record) in enumerate(self.units):
+            place = part._replace(before=before[i]) if before else part
+            made.append(self.plan.at_present(block, record, numbers[i], self.number, closure, place))
+        return made
+
+    def _at_reference(
+        self, first: Sequence[Trial], part: Part, refresh: int, before: Sequence[Trial] | None
+    ) -> list[Trial]:
+        made = []
+        for i, (trial, (_, record)) in enumerate(zip(first, self.units, strict=True)):
+            place = part._replace(before=before[i]) if before else part
+            state = self.plan.correction.reference(record["memory"])
+            made.append(self.plan.at_reference(trial, state, self.number, refresh, place))
+        return made
+
+    def _steps_of(
+        self, unit: Unit, first: Trial, second: Trial | None, corrected: bool, anchor: Any, always: bool
+    ) -> list[Step]:
+        """A unit's step; one for each member that moves, where not all members of a flat block do."""
+        block, record = unit
+        records: list[Record] = [self._states[member.params[0]] for member in block.members]
+
+        def moves(number: int) -> bool:
+            if second is None:
+                return _uses(first, number)
+            if always or _uses(first, number):
+                return True
+            return corrected and (_uses(second, number) or bool(records[number]["in_mega"]))
+
+        moving = [moves(number) for number in range(len(records))]
+        if all(moving):
+            return [Step(record, first, second, anchor)]
+        if not isinstance(block, FlatBlock) or not any(moving):
+            return []
+        firsts = first.apart(records, [own["posterior"] for own in records])
+        seconds: Sequence[Trial | None] = [None] * len(firsts)
+        if second is not None:
+            references = [self.plan.correction.reference(own["memory"]) for own in records]
+            seconds = second.apart(records, references)
+        rows = zip(moving, records, firsts, seconds, strict=True)
+        return [Step(own, one, other) for moved, own, one, other in rows if moved]
+
+    @staticmethod
+    def _numbers(block: Block, record: Record, alpha: Pair) -> Numbers:
+        settings, family, age = block.settings, block.family, age_of(block, record)
+        unbias = blr.unbias_of(settings.momentum, age, settings.debias)
+        return Numbers(
+            settings.rates(family),
+            family.per_block(*alpha),
+            settings.ess,
+            settings.momentum,
+            unbias,
+            settings.share(age),
+            1.0,
+        )
+
+    # ---- a refresh ---------------------------------------------------------------------------------------
+
+    def evaluate_chunks(
+        self, chunks: Sequence[tuple[Closure, float]], evaluator: Evaluator, refresh: int, number: int
+    ) -> tuple[Tensor, list[Trial]]:
+        """The mega-batch's mean loss, and the units' trials with the mean natural gradient of all chunks.
+
+        Args:
+            chunks: closures, and their shares of the mega-batch.
+            evaluator: of closures.
+            refresh: this one's number.
+            number: of its first chunk.
+        """
+        trials: list[Trial] = []
+        losses = []
+        numbers = [self._numbers(*unit, (0.0, 0.0)) for unit in self.units]
+        for chunk, (closure, share) in enumerate(chunks, number):
+            now = []
+            for i, (block, record) in enumerate(self.units):
+                part = Part(0, share, trials[i] if trials else None)
+                now.append(self.plan.at_mega(block, record, numbers[i], chunk, refresh, closure, part))
+            trials = now
+            losses.append(share * evaluator.evaluate_chunk(closure, trials, share))
+        return torch.stack(losses).sum(), trials
+
+    def keep(self, memories: Sequence[Any], trials: Sequence[Trial], stamp: int) -> None:
+        """Make the memories the blocks'; all of them belong together from now on."""
+        for (block, record), memory, trial in zip(self.units, memories, trials, strict=True):
+            record["memory"], record["stamp"] = memory, stamp
+            own: list[Record] = [self._states[member.params[0]] for member in block.members]
+            if isinstance(block, FlatBlock):
+                block.give(own)
+                block.settle(own)
+            for member_record, used in zip(own, _used(trial), strict=True):
+                member_record["in_mega"] = used
+
+
+def _used(trial: Trial) -> list[bool]:
+    """For every member of a trial's block, whether an evaluation depended on it."""
+    return trial.used if isinstance(trial.block, FlatBlock) else [any(trial.used)]
+
+
+def _uses(trial: Trial, number: int) -> bool:
+    return _used(trial)[number]
+
+
+@plainly
+def holds_draw(block: Block, record: Record, plan: NoisePlan, backend: Backend) -> bool:
+    """Whether the model holds, up to rounding, the draw that a step left there (it may come from a checkpoint)."""
+    key, block.drawn = block.drawn, None
+    if key is None or not steps_in_place(block):
+        return False
+    (p,) = block.params
+    trial = _sampling(block, record["posterior"], block.settings.estimator, plan, key, backend)
+    constants, present = trial.constants(), p.detach()
+    for tile in trial.tiles():
+        drawn = torch.empty(tile.shape, dtype=p.dtype, device=p.device)
+        source = trial.source(tile, constants, 0)
+        backend.draw(constants, drawn, block.dtype, tile.cut(trial.state), None, trial.numbers, source)
+        if not torch.allclose(drawn, tile.cut(present), rtol=1e-4, atol=1e-6):
+            return False
+    return True
+
+
+def draw_into(block: Block, state: Any, estimator: Estimator, plan: NoisePlan, key: NoiseKey) -> None:
+    """Put a sample of q into the model."""
+    backend = plan.backend if steps_in_place(block) else None
+    _sampling(block, state, estimator, plan._replace(mode="shared"), key, backend).write(0)
+
+
+def _sampling(
+    block: Block, state: Any, estimator: Estimator, plan: NoisePlan, key: NoiseKey, backend: Backend | None
+) -> Trial:
+    """A trial of which nothing but the draw is wanted."""
+    site = block.family.per_block(0.0, 0.0)
+    numbers = Numbers(site, site, 1.0, 0.0, 1.0, 1.0, 1.0)
+    return Trial(block, estimator, plan.correction, state, None, numbers, key, key, plan.mode, 1, backend)
