@@ -28,6 +28,7 @@ from expfam_poco.tools.megabatches import megabatches
 from expfam_poco.tools.predict import ClassPrediction, predict, predict_classes, predict_samples
 from expfam_poco.tools.saving import load, save
 from expfam_poco.tools.tracking import log_diagnostics
+from expfam_poco.tools.tuning import LearningRates, find_lr, suggest_ess
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,9 @@ __all__ = [
     "BatchedDraws",
     "PerExample",
     "megabatches",
+    "find_lr",
+    "LearningRates",
+    "suggest_ess",
     "predict",
     "binarize_groups",
     "export_binary",

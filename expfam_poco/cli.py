@@ -1,12 +1,15 @@
 """The command line: `expfam-poco compare`, `families`, `check` and `new-family`.
 
 Wrong input ends with one sentence on standard error and exit code 2; a family that breaks a law with 1; Ctrl-C
-with 130. Everything heavy is imported inside the commands, so that `--help` is quick.
+with 130, SIGTERM and SIGHUP with 143 and 129. Everything heavy is imported inside the commands, so that `--help` is
+quick.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,19 +39,47 @@ def main() -> None:
     app()
 
 
+class _StoppedError(BaseException):
+    """A signal asks to end."""
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise _StoppedError(number)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that workers are ended; who ignores them (nohup) still does."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def _sentences(err: Console) -> Iterator[None]:
-    """Turn wrong input into one sentence and exit code 2, and Ctrl-C into 130."""
+    """Turn wrong input into one sentence and exit code 2, and Ctrl-C and signals into 128 + their number."""
     from expfam_poco.errors import InputError
 
     try:
-        yield
+        with _signals_raise():
+            yield
     except InputError as error:
         _say(err, str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         _say(err, "stopped by Ctrl-C; nothing was written.")
         raise typer.Exit(130) from None
+    except _StoppedError as error:
+        number = signal.Signals(error.args[0])
+        _say(err, f"stopped by {number.name}; nothing was written.")
+        raise typer.Exit(128 + number) from None
 
 
 def _say(err: Console, sentence: str) -> None:

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 import expfam_poco as poco
 from expfam_poco.families import Bernoulli, DiagonalGaussian
+from expfam_poco.tools.binary import _digest
+
+# These models are trained for a few steps, and exported as they are.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:model. its BatchNorm layers have running statistics", "ignore:model. its binary layers .* no normalisation"
+)
 
 
 class Net(nn.Module):
@@ -346,3 +352,107 @@ def test_another_models_file_is_refused(tmp_path: Path) -> None:
     small = nn.Linear(3, 2)
     poco.save_binary(path, small, poco.BayesBiNN(poco.binarize_groups(small), lr=0.1, ess=1.0))
     refused(path, "missing")
+
+
+# ---- wrappers, other layers, and files that claim much -----------------------------------------------------
+
+
+def stack() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
+
+
+WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compile": lambda model: torch.compile(model, backend="eager"),  # type: ignore[dict-item]
+    "DataParallel": nn.DataParallel,
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),  # type: ignore[dict-item]
+    "a part": lambda model: nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:]),  # type: ignore
+    "none": lambda model: model,
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_files_and_names_survive_wrappers(kind: str, tmp_path: Path) -> None:
+    model = WRAPPED[kind](stack())
+    groups = poco.binarize_groups(model, keep=["2"])
+    assert [p.shape for _, p in groups[0]["params"]] == [(16, 8)]
+    opt = poco.BayesBiNN(groups, lr=1e-3, ess=64.0)
+    poco.save_binary(tmp_path / "m", model, opt)
+    plain, again = poco.load_binary(tmp_path / "m", stack()), poco.load_binary(tmp_path / "m", WRAPPED[kind](stack()))
+    expected = list(poco.export_binary(model, opt).state_dict().values())
+    for loaded in (plain, again):
+        assert all(map(torch.equal, loaded.state_dict().values(), expected))
+
+
+def test_layers_whose_weights_have_other_names() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.warns(UserWarning, match=r"self_attn.in_proj_weight stay real, as MultiheadAttention .* `keep`"):
+        groups = poco.binarize_groups(layer)
+    assert "self_attn.in_proj_weight" in [name for name, _ in groups[1]["params"]]
+    poco.binarize_groups(layer, keep=["self_attn.in_proj_weight"])  # said, so no warning
+    groups = poco.binarize_groups(layer, layers=[nn.Linear, nn.MultiheadAttention])
+    assert [name for name, _ in groups[0]["params"]] == [
+        "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight",
+    ]  # fmt: skip
+    lstm = poco.binarize_groups(nn.LSTM(4, 4), layers=[nn.LSTM])
+    assert [name for name, _ in lstm[0]["params"]] == ["weight_ih_l0", "weight_hh_l0"]
+    with pytest.raises(ValueError, match=r"'' \(ParameterList\) has no weight of its own, but \['0'\]"):
+        poco.binarize_groups(nn.ParameterList([torch.ones(2, 2)]), layers=[nn.ParameterList])
+
+
+@pytest.mark.filterwarnings("error")
+def test_binary_layers_without_a_normalisation_are_named() -> None:
+    plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    with pytest.warns(UserWarning, match=r"binary layers \('0' to '2'\) have no normalisation"):
+        poco.binarize_groups(plain)
+
+    class Factor(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 8.0
+
+    poco.binarize_groups(plain, keep_last=True)
+    poco.binarize_groups(nn.Sequential(nn.Linear(64, 32), Factor(), nn.Linear(32, 3)))
+    poco.binarize_groups(nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 3)))
+
+
+BITS = torch.tensor([170], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "listed", "words"),
+    [
+        ({"weight": BITS}, {"weight": [[200_000_000_000], "float32"]}, r"\(200000000000,\) there and \(2, 4\)"),
+        ({"weight": BITS[:0]}, {"weight": [[2, 4], "float32"]}, "not as many bits"),
+        ({"weight": BITS.repeat(99)}, {"weight": [[2, 4], "float32"]}, "not as many bits"),
+        ({"weight": torch.ones(1)}, {"weight": [[2, 4], "float32"]}, "bits are no bytes"),
+        ({"weight": BITS}, {"weight": [[2, 4], "load"]}, "list of binary weights is damaged"),
+        ({"weight": BITS}, {"weight": [[2, 4], "int8"]}, "list of binary weights is damaged"),
+        ({"weight": BITS}, {"weight": [[-2, -4], "float32"]}, "list of binary weights is damaged"),
+        ({"weight": BITS}, {"weight": [["a"], "float32"]}, "list of binary weights is damaged"),
+        ({"weight": BITS}, {"weight": 3}, "list of binary weights is damaged"),
+        ({"weight": BITS}, ["weight"], "list of binary weights is damaged"),
+        ({"weight": torch.ones(2, 4)}, None, "list of binary weights is damaged"),
+        ({"weight": torch.ones(2, 4)}, {"other": [[2, 4], "float32"]}, "not as many bits"),
+    ],
+)
+def test_files_with_a_right_checksum_are_believed_nothing(
+    tensors: dict[str, Tensor], listed: Any, words: str, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "f", nn.Linear(4, 2, bias=False)
+    before = model.weight.clone()
+    described = {"format": "expfam_poco.binary", "version": "1", "binary": json.dumps(listed)}
+    save_file(tensors, path, metadata={**described, "sha256": _digest(tensors, listed)})
+    with pytest.raises(poco.CheckpointError, match=words):
+        poco.load_binary(path, model)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_export_reminds_once_of_statistics_from_training() -> None:
+    model = stack()
+    opt = poco.BayesBiNN(poco.binarize_groups(model), lr=1e-3, ess=64.0)
+    poco.export_binary(model, opt)  # nothing has been trained
+    x = torch.randn(12, 8)
+    opt.step(lambda: model(x).square().mean())
+    with pytest.warns(UserWarning, match="call poco.recalibrate_batchnorm"):
+        poco.export_binary(model, opt)
+    poco.export_binary(model, opt)

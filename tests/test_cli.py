@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from expfam_poco import families_available
+from expfam_poco import cli, families_available
 from expfam_poco.cli import app
 from expfam_poco.family import registry
 
@@ -147,8 +147,10 @@ def alive_in_group(group: int) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="lists processes by the command ps, which is missing")
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_stops_all_processes(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_signal_stops_all_processes(name: str, tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole group, the others to the main process alone."""
     command = [sys.executable, "-m", "expfam_poco.cli", "compare", "--task", "wine", "--passes", "100000"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)],
@@ -162,15 +164,35 @@ def test_ctrl_c_stops_all_processes(tmp_path: Path) -> None:
         if line.startswith("comparing"):
             break
     time.sleep(1.0)
-    os.killpg(process.pid, signal.SIGINT)
+    number = getattr(signal, name)
+    os.killpg(process.pid, number) if name == "SIGINT" else os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped by Ctrl-C; nothing was written." in err and "Traceback" not in err + out
+    assert process.returncode == (-number if name == "SIGKILL" else 128 + number)
+    stopped = "Ctrl-C" if name == "SIGINT" else name
+    assert name == "SIGKILL" or f"stopped by {stopped}; nothing was written." in err
+    assert "Traceback" not in err + out
     assert not list(tmp_path.iterdir())
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 30.0
     while (left := alive_in_group(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_unwind_unless_they_are_ignored(name: str) -> None:
+    number = getattr(signal, name)
+    with pytest.raises(cli._StoppedError), cli._signals_raise():
+        os.kill(os.getpid(), number)
+        time.sleep(5.0)
+    assert signal.getsignal(number) is signal.SIG_DFL
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        with cli._signals_raise():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def test_families_lists_the_registered_ones() -> None:
@@ -267,6 +289,8 @@ def test_new_family_writes_a_family_that_keeps_the_laws(
         (["torch"], "torch.py would hide the module 'torch'"),
         (["family-laws"], "the files it writes use this name for something else"),
         (["conftest"], "the files it writes use this name for something else"),
+        *(([name], "Python itself has") for name in ("none", "true", "false", "exception", "value-error", "match")),
+        (["dangling"], "dangling.py exists, and is not overwritten"),
         (["mine", "--folder", "nowhere"], "--folder nowhere: there is no such folder"),
         (["taken"], "taken.py exists, and is not overwritten"),
         (["tested"], "test_tested.py exists, and is not overwritten"),
@@ -278,8 +302,9 @@ def test_new_family_refuses_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     for name in ("taken.py", "test_tested.py"):
         (tmp_path / name).write_text("# mine\n")
+    (tmp_path / "dangling.py").symlink_to(tmp_path / "elsewhere.py")
     code, out, err = invoke("new-family", *arguments)
     assert (code, out) == (2, "")
     assert expected in err and err.count("\n") == 1 and err.endswith(".\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.py", "test_tested.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling.py", "taken.py", "test_tested.py"]
     assert (tmp_path / "taken.py").read_text() == "# mine\n"

@@ -1,8 +1,10 @@
 """What `expfam-poco compare` reports and writes: tables, JSON, CSV, picture, tuning, remarks."""
 
 import csv
+import errno
 import json
 import math
+import os
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from expfam_poco.compare import plot
-from expfam_poco.compare.job import Options, compare, writable_folder
+from expfam_poco.compare.job import Options, _write, compare, writable_folder
 from expfam_poco.compare.report import LEVELS, Report, Result, show_gap
 from expfam_poco.compare.runner import Curve
 from expfam_poco.compare.tasks import load_task
@@ -223,3 +225,23 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="cannot be written to"):
             writable_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.csv", "curves.png"])
+def test_a_full_disk_leaves_the_old_files(
+    name: str, done: tuple[Path, Report, str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, report, _, _ = done
+    (tmp_path / name).write_text("old")
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if name in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"--output.*No space left on device"):
+        _write(report, tmp_path, Console(quiet=True))
+    assert (tmp_path / name).read_text() == "old"
+    assert not list(tmp_path.glob(".*"))

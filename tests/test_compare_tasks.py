@@ -155,6 +155,10 @@ WRONG_FILES = {
     "text": ("x,y\n1,a\nred,b\n", "y", "line 3, column 'x': 'red' is not a number"),
     "missing label": ("x,y\n1,a\n2,\n", "y", "line 3, column 'y': the label is missing"),
     "nan label": ("x,y\n1,a\n2,NaN\n", "y", "line 3, column 'y': the label is missing"),
+    **{
+        f"label {text}": (f"x,y\n1,a\n2,{text}\n", "y", f"the label is missing ({text!r}); fill it in")
+        for text in ("NA", "n/a", "#N/A", "<NA>", "None", "NULL", "-nan", "?")
+    },
     "one class": ("x,y\n1,a\n2,a\n", "y", "at least two classes"),
     "too many classes": ("x,y\n" + "".join(f"{i},{i}.5\n" for i in range(60)), "y", "60 different values"),
     "short row": ("x,y\n1,a\n2\n", "y", "line 3: 1 cells where the header has 2"),
@@ -173,6 +177,13 @@ def test_wrong_csv_is_one_sentence(tmp_path: Path, case: str) -> None:
         load_csv(path, target)
     sentence = str(caught.value)
     assert expected in sentence and sentence.endswith(".") and "\n" not in sentence
+
+
+def test_many_columns_are_checked_in_linear_time(tmp_path: Path) -> None:
+    names = [f"x{i}" for i in range(60_000)]
+    header = ",".join([*names, "x7"])  # by counting each name anew, half a minute
+    with pytest.raises(InputError, match="'x7' appears twice"):
+        load_csv(write(tmp_path / "wide.csv", f"{header}\n1,2\n"), "y")
 
 
 def test_unreadable_csv(tmp_path: Path) -> None:

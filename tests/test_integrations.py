@@ -7,7 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import expfam_poco as poco
 from expfam_poco.tools.megabatches import MegaBatches
@@ -113,39 +113,6 @@ def trainer_of(
 
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-# ---- mega-batches -------------------------------------------------------------------------------------------
-
-
-def test_mega_batches_depend_on_the_step_alone_and_count_each_example_once() -> None:
-    loader = DataLoader(TensorDataset(torch.arange(10)), batch_size=4, shuffle=True)
-    mega = MegaBatches(loader, every=5, size=3, burn_in=2)
-    batches, examples = mega.at(7)
-    again, _ = MegaBatches(loader, every=5, size=3, burn_in=2).at(7)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
-    assert sorted(int(i) for batch in batches for i in batch[0]) == list(range(10))
-    assert examples == [4, 4, 2]
-    assert not torch.equal(torch.cat([b[0] for b in batches]), torch.cat([b[0] for b in mega.at(12)[0]]))
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [({"every": 0}, "every=0: "), ({"size": 0}, "size=0: "), ({"burn_in": -1}, "burn_in=-1: "), ({"seed": -1}, "seed")],
-)
-def test_mega_batches_refuse_bad_numbers(changed: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MegaBatches(DataLoader(TensorDataset(torch.arange(4))), **({"every": 1, "size": 1} | changed))
-
-
-def test_mega_batches_refuse_what_they_cannot_draw_from() -> None:
-    class Stream(torch.utils.data.IterableDataset[int]):
-        def __iter__(self) -> Iterator[int]:
-            return iter(range(8))
-
-    for loader, message in ((DataLoader(Stream()), "no length"), ([1, 2], "list"), (None, "NoneType")):
-        with pytest.raises(ValueError, match=message):
-            MegaBatches(loader, every=1, size=1)
 
 
 # ---- transformers -------------------------------------------------------------------------------------------
@@ -478,6 +445,39 @@ def test_lightning_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         lightning_trainer(tmp_path, 1).fit(points_module(lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), data)
     with pytest.raises(ValueError, match="one_pass=True"):
         lightning_trainer(tmp_path, 1).fit(points_module(lambda m: ivon(m, one_pass=True)), data)
+
+
+@LIGHTNING_WARNS
+def test_lightning_prepares_mega_batches_as_mini_batches(tmp_path: Path) -> None:
+    """Hooks mark a batch, and the loss sees only marked ones of the precision plugin's dtype."""
+    module = points_module(ivon)
+    plain_loss, plain_transfer = module.loss, module.transfer_batch_to_device
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        assert {"before", "moved", "after"} < set(batch) and batch["x"].dtype == torch.float64
+        return plain_loss({name: batch[name] for name in ("x", "labels")})
+
+    module.on_before_batch_transfer = lambda batch, dataloader_idx: batch | {"before": torch.ones(())}
+    module.transfer_batch_to_device = lambda batch, device, i: plain_transfer(batch | {"moved": batch["x"]}, device, i)
+    module.on_after_batch_transfer = lambda batch, dataloader_idx: batch | {"after": torch.ones(())}
+    module.loss = loss
+    lightning_trainer(tmp_path, 1, precision="64-true").fit(module, DataLoader(points(), batch_size=8))
+    assert module.poco.diagnostics()["refreshes"] == 4
+
+
+def test_trainer_draws_mega_batches_by_its_sampler(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, every=2, max_steps=6)
+    plain_loss = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        assert set(inputs["labels"].tolist()) == {0}
+        return plain_loss(model, inputs, *rest, **named)
+
+    trainer.compute_loss = compute_loss
+    thirds = [1.0 if i % 3 == 0 else 0.0 for i in range(96)]
+    trainer._get_train_sampler = lambda *_: WeightedRandomSampler(thirds, 96)
+    trainer.train()
+    assert trainer.poco.diagnostics()["refreshes"] == 2
 
 
 # ---- the package --------------------------------------------------------------------------------------------

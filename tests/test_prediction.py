@@ -321,3 +321,49 @@ def test_bad_arguments_name_themselves() -> None:
         poco.predict(network(), opt, INPUTS)
     with pytest.raises(ValueError, match="seed"):
         poco.predict(model, opt, INPUTS, seed=-1)
+
+
+# ---- what surrounds a prediction ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [False, True, None])
+@pytest.mark.parametrize("around", ["autocast", "cached", "inference_mode"])
+def test_draws_differ_under_whatever_is_around_them(around: str, batched: bool | None) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    opt, x = poco.IVON(model.parameters(), lr=0.1, ess=64.0, seed=1), torch.randn(5, 4)
+    opt.step(lambda: model(x).square().mean())
+    expected = poco.predict_samples(model, opt, x, samples=4, batched=batched)
+    contexts: dict[str, Any] = {
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "cached": torch.nn.utils.parametrize.cached(),
+        "inference_mode": torch.inference_mode(),
+    }
+    with contexts[around]:
+        before = model(x)
+        found = poco.predict_samples(model, opt, x, samples=4, batched=batched)
+        after = model(x)
+    assert torch.equal(before, after)
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
+    assert float(found.float().std(0).mean()) > 0.5 * float(expected.std(0).mean()) > 0.0
+
+
+def test_a_model_with_statistics_from_training_is_reminded_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    opt, x = poco.IVON(model.parameters(), lr=0.1, ess=64.0), torch.randn(8, 2)
+
+    def train() -> None:
+        model.train()
+        opt.step(lambda: model(x).square().mean())
+
+    poco.predict(model, opt, x)  # nothing has been trained
+    for _ in range(3):
+        train()
+    poco.recalibrate_batchnorm(model, [x])
+    poco.predict(model, opt, x)
+    other, restored = copy.deepcopy((model, opt))  # as after loading: not known to be recalibrated
+    poco.predict(other, restored, x)
+    train()
+    with pytest.warns(UserWarning, match="call poco.recalibrate_batchnorm"):
+        poco.predict(model, opt, x)
+    poco.predict(model, opt, x)

@@ -259,12 +259,15 @@ def _short(value: Any) -> str:
 
 
 def _write(report: Report, folder: Path, out: Console) -> None:
-    report.write_json(folder / "results.json")
-    report.write_csv(folder / "results.csv")
     written = ["results.json", "results.csv"]
-    if plot.plotting_available():
-        plot.draw(report, folder / "curves.png")
-        written.insert(0, "curves.png")
+    try:
+        report.write_json(folder / "results.json")
+        report.write_csv(folder / "results.csv")
+        if plot.plotting_available():
+            plot.draw(report, folder / "curves.png")
+            written.insert(0, "curves.png")
+    except OSError as error:
+        raise InputError(f"--output {error.filename or folder}: {error.strerror or error}.") from error
     out.print(
         f"Written to {folder}: {', '.join(written)}. {report.seconds:.0f} s in all.",
         highlight=False,

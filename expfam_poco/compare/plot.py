@@ -10,6 +10,7 @@ import numpy as np
 
 from expfam_poco.compare.report import Report, Result
 from expfam_poco.errors import InputError
+from expfam_poco.tools.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,8 @@ def draw(report: Report, path: Path) -> None:
         horizontalalignment="left",
     )
     try:
-        figure.savefig(path, dpi=150)
+        with written_aside(path) as file:
+            figure.savefig(file, dpi=150, format="png")
     except OSError as error:
         raise InputError(f"--output: {path} cannot be written ({error.strerror}); choose another folder.") from error
 

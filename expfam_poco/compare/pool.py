@@ -1,6 +1,7 @@
 """Many runs over worker processes, in any order; messages come back as they happen.
 
-Workers are spawned, use one thread each, and ignore Ctrl-C: the main process hears it and ends them.
+Workers are spawned, use one thread each, and ignore Ctrl-C: the main process hears it and ends them. They end by
+themselves when the main process has gone, however it went.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing as mp
+import multiprocessing.connection
 import os
 import queue
 import signal
@@ -152,8 +154,21 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _end_with_parent() -> None:
+    """Watch the main process, which may be killed before it can end its workers."""
+    parent = mp.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)  # at once, wherever the work stands
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _work(tasks: Any, jobs: Any, messages: Any) -> None:
     """A worker's life: take the task, then runs until there is None."""
+    _end_with_parent()
     import torch
 
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import platform
@@ -20,6 +21,7 @@ from rich.table import Table
 from expfam_poco.compare.methods import METHODS, Settings
 from expfam_poco.compare.runner import Curve
 from expfam_poco.compare.tasks import Task
+from expfam_poco.tools.files import written_aside
 
 LEVELS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 FLOOR = 1e-16
@@ -168,7 +170,9 @@ class Report:
                 for result in self.results
             },
         }
-        path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+        with written_aside(path) as file:
+            file.write(f"{text}\n".encode())
 
     def _settings(self) -> dict[str, Any]:
         task = self.task
@@ -187,15 +191,17 @@ class Report:
 
     def write_csv(self, path: Path) -> None:
         """One line for every record of every curve."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["method", "seed", "passes", "steps", "hessian_passes", "gap"])
-            for result in self.results:
-                for curve in result.curves:
-                    rows = zip(curve.passes, curve.steps, curve.hessians, curve.gaps, strict=True)
-                    writer.writerows(
-                        [curve.method, curve.seed, f"{p:.6g}", s, f"{h:.6g}", f"{g:.9g}"] for p, s, h, g in rows
-                    )
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["method", "seed", "passes", "steps", "hessian_passes", "gap"])
+        for result in self.results:
+            for curve in result.curves:
+                rows = zip(curve.passes, curve.steps, curve.hessians, curve.gaps, strict=True)
+                writer.writerows(
+                    [curve.method, curve.seed, f"{p:.6g}", s, f"{h:.6g}", f"{g:.9g}"] for p, s, h, g in rows
+                )
+        with written_aside(path) as file:
+            file.write(text.getvalue().encode())
 
 
 def _table(title: str, names: Sequence[str]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from expfam_poco.errors import InputError
 
 DELIMITERS = ",;\t"
 MOST_CLASSES = 50
+MISSING = frozenset(("", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null", "nil", "nat", "?"))
+"""How people and programs write that there is no label, in lower case."""
+SHOWN_COLUMNS = 20
 
 
 class Table(NamedTuple):
@@ -36,7 +40,8 @@ def read_table(path: Path, target: str) -> Table:
     """
     header, rows = _read_rows(path)
     if target not in header:
-        raise InputError(f"--target {target!r}: {path} has no such column; its columns are {', '.join(header)}.")
+        shown = ", ".join(header[:SHOWN_COLUMNS]) + (", …" if len(header) > SHOWN_COLUMNS else "")
+        raise InputError(f"--target {target!r}: {path} has no such column; its columns are {shown}.")
     where = header.index(target)
     names = [name for name in header if name != target]
     if not names:
@@ -89,15 +94,16 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 def _check_header(header: Sequence[str], path: Path) -> None:
     if not all(header):
         raise InputError(f"--data {path}: column {list(header).index('') + 1} has no name; name every column.")
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
         raise InputError(f"--data {path}: column {twice[0]!r} appears twice; give every column its own name.")
 
 
 def _label(cell: str, path: Path, line: int, target: str) -> str:
-    if cell == "" or cell.lower() == "nan":
+    if cell.lower() in MISSING:
+        said = f" ({cell!r})" if cell else ""
         raise InputError(
-            f"--data {path}, line {line}, column {target!r}: the label is missing; fill it in or drop the row."
+            f"--data {path}, line {line}, column {target!r}: the label is missing{said}; fill it in or drop the row."
         )
     return cell
 

@@ -25,7 +25,8 @@ class PoCoModule(LightningModule):
 
     Args:
         every: steps between two mega-batches; None: no mega-batch, so no correction.
-        mega_batches: mini-batches in a mega-batch, drawn anew from the dataset of the training loader.
+        mega_batches: mini-batches in a mega-batch, drawn anew by a sampler of the training loader's kind; the precision
+            plugin and the hooks around the transfer to the device see them as they see mini-batches.
         burn_in: steps before the first mega-batch.
         mega_seed: fixes, with the step, which examples a mega-batch has.
         log_poco_every: steps between two logs of `diagnostics()`, which passes over all weights.
@@ -62,7 +63,7 @@ class PoCoModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.log_poco_every = log_poco_every
-        self._mega_settings = (
+        self._mega_settings: dict[str, Any] | None = (
             None if every is None else {"every": every, "size": mega_batches, "burn_in": burn_in, "seed": mega_seed}
         )
         self._mega: MegaBatches | None = None
@@ -104,11 +105,18 @@ class PoCoModule(LightningModule):
         if self._mega_settings is not None:
             self._mega = MegaBatches(self.trainer.train_dataloader, **self._mega_settings)
 
+    def _as_lightning_prepares(self, batch: Any) -> Any:
+        """What the training loop does with a mini-batch: precision, transfer, and the hooks around it."""
+        trainer = self.trainer
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One corrected step, after a refresh where one is due."""
         if self._mega is not None and self._mega.due(self.global_step):
             batches, examples = self._mega.at(self.global_step)
-            ready = [self.transfer_batch_to_device(mega, self.device, 0) for mega in batches]
+            ready = [self._as_lightning_prepares(batch) for batch in batches]
             self.poco.refresh([functools.partial(self.loss, mega) for mega in ready], weights=examples)
         stepper: Any = self.optimizers()
         loss: Tensor = stepper.step(lambda: self.loss(batch))

@@ -38,8 +38,8 @@ class PoCoTrainer(Trainer):
 
     Args:
         every: optimizer steps between two mega-batches; None: no mega-batch, so no correction.
-        mega_batches: mini-batches (of `per_device_train_batch_size`) in a mega-batch, drawn anew from the training set;
-            which ones, `args.data_seed` (or `args.seed`) and the step fix.
+        mega_batches: mini-batches in a mega-batch, drawn anew by a sampler of the training loader's kind; which ones,
+            `args.data_seed` (or `args.seed`) and the step fix.
         burn_in: optimizer steps before the first mega-batch.
         arguments, named: the Trainer's own.
 
@@ -72,7 +72,9 @@ class PoCoTrainer(Trainer):
     def __init__(
         self, *arguments: Any, every: int | None = None, mega_batches: int = 10, burn_in: int = 0, **named: Any
     ) -> None:
-        self._mega_settings = None if every is None else {"every": every, "size": mega_batches, "burn_in": burn_in}
+        self._mega_settings: dict[str, Any] | None = None
+        if every is not None:
+            self._mega_settings = {"every": every, "size": mega_batches, "burn_in": burn_in}
         self._mega: MegaBatches | None = None
         self._closures: list[Closure] = []
         self._weights: list[float] = []

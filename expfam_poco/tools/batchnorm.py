@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from expfam_poco.errors import NonFiniteError
-from expfam_poco.tools.predict import arguments_of, left_as_found
+from expfam_poco.tools.predict import arguments_of, batchnorm_layers, fresh_caches, left_as_found, mark_recalibrated
 
 
 def recalibrate_batchnorm(
@@ -42,13 +41,13 @@ def recalibrate_batchnorm(
         >>> poco.recalibrate_batchnorm(model, torch.randn(8, 16, 2))  # eight batches
         1
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = batchnorm_layers(model)
     if not layers:
         return 0
     momenta = [layer.momentum for layer in layers]
     count = 0
     try:
-        with left_as_found(model):
+        with left_as_found(model), fresh_caches():
             for layer in layers:
                 layer.reset_running_stats()
                 layer.momentum = None  # the cumulative average
@@ -73,6 +72,7 @@ def recalibrate_batchnorm(
     with torch.no_grad():
         for buffer, value in fresh:
             buffer.copy_(value)
+    mark_recalibrated(reached)
     return len(reached)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +19,16 @@ from torch import Tensor, nn
 from expfam_poco.engine.settings import translate
 from expfam_poco.errors import CheckpointError
 from expfam_poco.optim.optimizer import PosteriorCorrected
+from expfam_poco.tools.files import written_aside
+from expfam_poco.tools.predict import remind_of_recalibration
 
 FORMAT, VERSION = "expfam_poco.binary", "1"
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FEW = 16  # terms of a sum that needs no normalisation
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+NORMALISATIONS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
+)  # fmt: skip
 GAUSSIAN = {
     "lr": 0.1, "hess_init": 1.0, "beta1": 0.9, "beta2": 0.9999, "weight_decay": 1e-4, "curvature": "reparam",
     "lr_scale": "initial_hessian", "prior_in_momentum": False,
@@ -40,11 +49,14 @@ def binarize_groups(
 
     Binary are the weights of the linear and convolutional layers; biases, normalisation scales and the layers that are
     kept stay real. Parameters that require no gradient are left out. Whether activations are binary is the model's
-    choice.
+    choice. Other modules with matrices of weights (`nn.MultiheadAttention`, whose q, k and v are no `nn.Linear`,
+    `nn.LSTM`) stay real, and a warning names them; so does one where binary layers follow each other in a model
+    without any normalisation.
 
     Args:
-        model: the network.
-        layers: the kinds of modules whose `weight` becomes binary.
+        model: the network. Names are those within wrappers (`torch.compile`, `DataParallel`), or those with them.
+        layers: the kinds of modules whose `weight` becomes binary; of those without one, the parameters with "weight"
+            in their names, such as `in_proj_weight` and `weight_ih_l0`.
         keep: names of layers, of modules that contain some, or of their weights, which stay real.
         keep_first: the first of those layers stays real.
         keep_last: the last of those layers stays real.
@@ -68,16 +80,16 @@ def binarize_groups(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = [name for name, module in modules.items() if isinstance(module, tuple(layers))]
-    kept = _kept(model, found, [keep] if isinstance(keep, str) else list(keep))
+    known = _names_of(model)
+    kept = {known[name] for name in _checked([keep] if isinstance(keep, str) else list(keep), known)}
     kept |= set(found[:1] if keep_first else []) | set(found[-1:] if keep_last else [])
-    for name in found:
-        if "weight" not in modules[name]._parameters and name not in kept:
-            raise ValueError(
-                f"model: the weight of {name!r} is computed (by a parametrization), so it cannot be binary; remove the "
-                "parametrization, or name the layer in `keep`."
-            )
     # A tied weight that is binary in one place is binary.
-    chosen = {id(modules[name].weight) for name in found if name not in kept}
+    chosen: set[int] = set()
+    for name in found:
+        weights = _weights_of(modules[name])
+        if not weights and not _is_kept(name, kept):
+            raise ValueError(f"model: {_why_no_weights(name, modules[name])}, or name the layer in `keep`.")
+        chosen |= {id(p) for own, p in weights.items() if not _is_kept(_joined(name, own), kept)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     signs = [(name, p) for name, p in named if id(p) in chosen]
     rest = [(name, p) for name, p in named if id(p) not in chosen]
@@ -85,6 +97,8 @@ def binarize_groups(
         raise ValueError(
             "model: none of its trainable weights would be binary; give other `layers`, or keep fewer of them."
         )
+    _warn_of_what_stays_real(modules, chosen, kept, layers)
+    _warn_of_missing_normalisation(modules, chosen)
     groups: list[dict[str, Any]] = [{"params": signs, **(binary or {})}]  # of the optimizer's own Bernoulli family
     if rest:
         usual, own = dict(GAUSSIAN), dict(gaussian or {})
@@ -94,16 +108,98 @@ def binarize_groups(
     return groups
 
 
-def _kept(model: nn.Module, layers: Sequence[str], keep: Sequence[str]) -> set[str]:
-    """The layers that stay real: those named, those inside a module that is named, those whose weight is named."""
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    kept = set()
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _unwrapped(model: nn.Module, name: str) -> str:
+    """A name of a module or parameter without what `torch.compile` and `DataParallel` put into it."""
+    kept: list[str] = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        if not (part == "_orig_mod" or (part == "module" and isinstance(module, WRAPPERS))):
+            kept.append(part)
+        module = getattr(module, "_modules", {}).get(part)
+    return ".".join(kept)
+
+
+def _names_of(model: nn.Module) -> dict[str, str]:
+    """The model's own names of its modules and parameters by those within wrappers, and by themselves."""
+    own = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    own += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {_unwrapped(model, name): name for name in own} | {name: name for name in own}
+
+
+def _checked(keep: Sequence[str], known: Mapping[str, str]) -> Sequence[str]:
     for name in keep:
         if name not in known:
             raise ValueError(f"keep={name!r}: the model has no module or parameter of this name.")
-        kept |= {layer for layer in layers if name in (layer, f"{layer}.weight") or layer.startswith(f"{name}.")}
-    return kept
+    return keep
+
+
+def _is_kept(name: str, kept: set[str]) -> bool:
+    """Whether a layer or weight, or a module that it is in, was named."""
+    parts = name.split(".")
+    return any(_joined(*parts[:count]) in kept for count in range(len(parts) + 1))
+
+
+def _weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The layer's own parameter `weight`, or where it has nothing of this name, those with it in theirs."""
+    own = {name: p for name, p in module.named_parameters(recurse=False) if "weight" in name}
+    return {name: p for name, p in own.items() if name == "weight"} if hasattr(module, "weight") else own
+
+
+def _why_no_weights(name: str, module: nn.Module) -> str:
+    if hasattr(module, "weight"):
+        return (
+            f"the weight of {name!r} is computed (by a parametrization), so it cannot be binary; remove the "
+            "parametrization"
+        )
+    own = [own for own, _ in module.named_parameters(recurse=False)]
+    return f"{name!r} ({type(module).__name__}) has no weight of its own, but {own}; leave its kind out of `layers`"
+
+
+def _warn_of_what_stays_real(
+    modules: Mapping[str, nn.Module], chosen: set[int], kept: set[str], layers: Sequence[type[nn.Module]]
+) -> None:
+    """Matrices that are no embeddings, of modules of other kinds."""
+    real = {
+        _joined(name, own): type(module).__name__
+        for name, module in modules.items()
+        if not isinstance(module, (*layers, *LAYERS, nn.Embedding, nn.EmbeddingBag))
+        for own, p in module.named_parameters(recurse=False)
+        if "weight" in own and p.ndim > 1 and p.requires_grad
+        and id(p) not in chosen and not _is_kept(_joined(name, own), kept)
+    }  # fmt: skip
+    if real:
+        shown = ", ".join([*real][:4]) + (", …" if len(real) > 4 else "")
+        kinds = sorted(set(real.values()))
+        warnings.warn(
+            f"model: {shown} stay real, as {' and '.join(kinds)} is not among `layers`; add it (layers=[nn.Linear, …, "
+            f"{', '.join(kinds)}]) to make them binary, or name them in `keep`.",
+            stacklevel=3,
+        )
+
+
+def _terms(weight: Tensor) -> int:
+    """How many weights go into one output."""
+    return weight[0].numel() if weight.ndim > 1 and len(weight) else 0
+
+
+def _warn_of_missing_normalisation(modules: Mapping[str, nn.Module], chosen: set[int]) -> None:
+    """Two binary layers or more of long sums, and nothing known to bring these back to size 1."""
+    weights = {name: _weights_of(module).values() for name, module in modules.items()}
+    binary = [name for name, own in weights.items() if any(id(p) in chosen and _terms(p) >= FEW for p in own)]
+    scaling = any(isinstance(module, NORMALISATIONS) for module in modules.values())
+    leaves = [module for module in modules.values() if not any(True for _ in module.children())]
+    unknown = any(not type(module).__module__.startswith("torch.") for module in leaves)  # it may hold a factor
+    if len(binary) > 1 and not scaling and not unknown:
+        warnings.warn(
+            f"model: its binary layers ({binary[0]!r} to {binary[-1]!r}) have no normalisation after them; a sum of n "
+            "terms of size 1 has size √n, and training then often stays at chance. Put nn.BatchNorm1d (BatchNorm2d) "
+            "after each, or divide by √n in `forward`.",
+            stacklevel=3,
+        )
 
 
 def binary_names(model: nn.Module, optimizer: PosteriorCorrected) -> list[str]:
@@ -140,6 +236,7 @@ def export_binary(model: nn.Module, optimizer: PosteriorCorrected, *, seed: int 
     names = binary_names(model, optimizer)
     if not names:
         raise ValueError("optimizer: it holds no binary parameter of this model; make its groups by binarize_groups().")
+    remind_of_recalibration(model, optimizer)
     with optimizer.sampled(seed, at_point=seed is None):
         exported = copy.deepcopy(model)
     parameters = dict(exported.named_parameters(remove_duplicate=False))
@@ -153,7 +250,7 @@ class Packed(NamedTuple):
     """What a packed file holds.
 
     Example:
-        >>> from expfam_poco.binary import Packed
+        >>> from expfam_poco.tools.binary import Packed
         >>> Packed(bytes=150, float_bytes=1000, binary_weights=200, other_numbers=50).compression
         6.666666666666667
     """
@@ -174,14 +271,19 @@ def save_binary(
 ) -> Packed:
     """Write `export_binary(model, optimizer)` with one bit for each binary weight, as a safetensors file.
 
-    Everything else of the model's `state_dict` is stored as it is. Needs the package `safetensors`.
+    Everything else of the model's `state_dict` is stored as it is, under the names within wrappers (`torch.compile`,
+    `DataParallel`): the file fits the plain model and the wrapped one. Needs the package `safetensors`.
 
     Args:
-        path: the file, replaced if it exists.
+        path: the file, replaced if it exists; it keeps its mode. Its folder must exist.
         model: as all further arguments, see `export_binary`.
 
     Returns:
         sizes.
+
+    Raises:
+        ValueError: as `export_binary`, or where the state_dict holds something else than tensors.
+        OSError: the file could not be written, or something else than a file is there. The old file is as it was.
 
     Example:
         >>> import tempfile, torch, expfam_poco as poco
@@ -193,28 +295,22 @@ def save_binary(
         >>> packed.binary_weights, packed.other_numbers
         (4096, 64)
     """
-    save_file = _safetensors().torch.save_file
-    names = set(binary_names(model, optimizer))
-    state = export_binary(model, optimizer, seed=seed).state_dict()
+    serialized = _safetensors().torch.save
+    exported = export_binary(model, optimizer, seed=seed)
+    names = {_unwrapped(model, name) for name in binary_names(model, optimizer)}
+    state = {_unwrapped(model, name): value for name, value in exported.state_dict().items()}
+    tensors, shapes = {}, {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"model: {name!r} of its state_dict is no tensor, and safetensors holds nothing else.")
-    if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"path={os.fspath(path)!r}: its folder does not exist; make it first.")
-    tensors, shapes = {}, {}
-    for name, value in state.items():
         value = value.detach().cpu().contiguous().clone()
         if name in names:
             shapes[name] = [list(value.shape), str(value.dtype).removeprefix("torch.")]
             value = torch.from_numpy(np.packbits(value.flatten().to(torch.float32).numpy() > 0))
         tensors[name] = value
     described = {"format": FORMAT, "version": VERSION, "binary": json.dumps(shapes), "sha256": _digest(tensors, shapes)}
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=described)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        file.write(serialized(tensors, metadata=described))
     binary = sum(state[name].numel() for name in shapes)
     whole = sum(value.numel() * value.element_size() for value in state.values())
     return Packed(Path(path).stat().st_size, whole, binary, sum(v.numel() for v in state.values()) - binary)
@@ -239,41 +335,66 @@ def load_binary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     safetensors = _safetensors()
     shown = repr(os.fspath(path))
+    own = {_unwrapped(model, name): (name, value) for name, value in model.state_dict().items()}
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
             described = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except FileNotFoundError:
+            if described.get("format") != FORMAT or described.get("version") != VERSION:
+                raise CheckpointError(f"{shown}: it was not written by this version of save_binary; use another file.")
+            shapes = _shapes_of(described, shown)
+            # Compared before anything is read: a small file can claim to be of any size.
+            there = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            _check_shapes(there, shapes, {name: list(value.shape) for name, (_, value) in own.items()}, shown)
+            tensors = {name: file.get_tensor(name) for name in there}
+    except (FileNotFoundError, CheckpointError):
         raise
     except Exception as error:
         raise CheckpointError(f"{shown}: it is damaged, or no safetensors file ({error}); use another file.") from error
-    if described.get("format") != FORMAT or described.get("version") != VERSION:
-        raise CheckpointError(f"{shown}: it was not written by this version of save_binary; use another file.")
-    try:
-        shapes = json.loads(described["binary"])
-        sound = described["sha256"] == _digest(tensors, shapes)
-    except (KeyError, ValueError):
-        sound = False
-    if not sound:
+    if described.get("sha256") != _digest(tensors, json.loads(described["binary"])):
         raise CheckpointError(f"{shown}: its checksum is wrong, so it is damaged; use another file.")
+    if any(tensors[name].dtype != torch.uint8 for name in shapes):
+        raise CheckpointError(f"{shown}: its bits are no bytes, so it is damaged; use another file.")
     state = {name: _unpacked(value, *shapes[name]) if name in shapes else value for name, value in tensors.items()}
-    own = model.state_dict()
-    for name in {*own, *state}:
-        if name not in own or name not in state or own[name].shape != state[name].shape:
-            there = tuple(state[name].shape) if name in state else "missing"
-            here = tuple(own[name].shape) if name in own else "missing"
-            raise CheckpointError(f"{shown}: {name!r} is {there} there and {here} in the model; make the same model.")
-    model.load_state_dict(state)
+    model.load_state_dict({own[name][0]: value for name, value in state.items()})
     return model
 
 
-def _unpacked(bits: Tensor, shape: Sequence[int], dtype: str) -> Tensor:
-    count = int(np.prod(shape))
-    signs = np.unpackbits(bits.numpy(), count=count).astype(np.float32) * 2.0 - 1.0
-    return torch.from_numpy(signs).reshape(list(shape)).to(getattr(torch, dtype))
+def _shapes_of(described: Mapping[str, str], shown: str) -> dict[str, tuple[list[int], torch.dtype]]:
+    """The shape and dtype of every weight that is stored in bits."""
+    try:
+        listed = json.loads(described["binary"])
+        shapes = {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in listed.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        shapes = {"": ([], None)}
+    for shape, dtype in shapes.values():
+        sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not (sizes and isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise CheckpointError(f"{shown}: its list of binary weights is damaged; use another file.")
+    return shapes
 
 
-def _digest(tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> str:
+def _check_shapes(
+    stored: Mapping[str, list[int]], shapes: Mapping[str, Any], own: Mapping[str, list[int]], shown: str
+) -> None:
+    """See that the entries are those of the model, and that those in bits have as many bytes as they need."""
+    there = {name: list(shapes[name][0]) if name in shapes else shape for name, shape in stored.items()}
+    for name in sorted({*own, *there}):
+        if own.get(name) != there.get(name):
+            words = [tuple(shape[name]) if name in shape else "missing" for shape in (there, own)]
+            raise CheckpointError(
+                f"{shown}: {name!r} is {words[0]} there and {words[1]} in the model; make the same model."
+            )
+    for name, (shape, _) in shapes.items():
+        if stored.get(name) != [(math.prod(shape) + 7) // 8]:
+            raise CheckpointError(f"{shown}: {name!r} has not as many bits as weights; use another file.")
+
+
+def _unpacked(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    signs = np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(np.float32) * 2.0 - 1.0
+    return torch.from_numpy(signs).reshape(list(shape)).to(dtype)
+
+
+def _digest(tensors: Mapping[str, Tensor], shapes: Any) -> str:
     """Of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,15 +121,20 @@ def write_family(name: str, folder: Path) -> tuple[str, Path, Path]:
         raise InputError(f"--folder {folder}: there is no such folder; make it first.")
     files = folder / f"{module}.py", folder / f"test_{module}.py"
     for file in files:
-        if file.exists():
+        if os.path.lexists(file):  # a link to nowhere, too
             raise InputError(f"{file} exists, and is not overwritten; choose another name or another --folder.")
     made = "".join(word.capitalize() for word in module.split("_"))
     _check_free(name, module, made)
+    written: list[Path] = []
     for file, template in zip(files, (FAMILY, TESTS), strict=True):
         text = template.replace("NAME", name).replace("MODULE", module).replace("CLASS", made)
         try:
-            file.write_text(text, encoding="utf-8")
+            with file.open("x", encoding="utf-8") as opened:
+                written.append(file)
+                opened.write(text)
         except OSError as error:
+            for half in written:
+                half.unlink(missing_ok=True)
             raise InputError(f"{file}: cannot be written ({error.strerror}); choose another --folder.") from error
     return made, *files
 
@@ -144,6 +151,8 @@ def _check_free(name: str, module: str, made: str) -> None:
 
     if name in families_available():
         raise InputError(f"name {name!r}: a family of this name is registered already; choose another one.")
+    if keyword.iskeyword(made) or keyword.issoftkeyword(module) or hasattr(builtins, made):
+        raise InputError(f"name {name!r}: Python itself has {made!r} or {module!r}; choose another name.")
     if module == "conftest" or made in TAKEN:
         raise InputError(f"name {name!r}: the files it writes use this name for something else; choose another one.")
     if module in sys.stdlib_module_names or find_spec(module) is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from expfam_poco.closures.effects import Record
 from expfam_poco.optim.optimizer import PosteriorCorrected
@@ -243,6 +246,8 @@ def _each_output(
         raise ValueError(f"batched={batched!r}: give True (vmap), False (a loop) or None (what is faster).")
     call = _Call(model, inputs, transform)
     drawn = _drawn(call, optimizer)
+    if samples == 0 or all(group["family"].levels is None for group in optimizer.param_groups):
+        remind_of_recalibration(model, optimizer)  # draws of discrete weights are far from the point, as in training
     if samples > 0 and (batched or (batched is None and _is_small(drawn, call, samples))):
         outputs = _in_one_pass(call, optimizer, drawn, samples, seed, insist=batched is True)
         if outputs is not None:
@@ -251,7 +256,7 @@ def _each_output(
             return
     with left_as_found(call, seed) as restore_buffers:
         for number in range(max(samples, 1)):
-            with optimizer.sampled(None if samples == 0 else seed + number, at_point=samples == 0):
+            with optimizer.sampled(None if samples == 0 else seed + number, at_point=samples == 0), fresh_caches():
                 output = call()
             restore_buffers()  # every draw starts from the same buffers
             take(output)
@@ -295,7 +300,7 @@ def _in_one_pass(
         output: Tensor = torch.func.functional_call(call, weights, ())
         return output
 
-    with left_as_found(call, seed):
+    with left_as_found(call, seed), fresh_caches():
         if not drawn:  # all frozen: every draw is the same
             return torch.stack([call()] * samples)
         try:
@@ -311,6 +316,25 @@ def _in_one_pass(
                 "batched=None or False."
             ) from error
         return outputs
+
+
+@contextmanager
+def fresh_caches() -> Iterator[None]:
+    """Nothing inside is computed from what was cached of other weights outside, nor the other way round.
+
+    An autocast that is in force around us keeps the low-precision copy of every weight until it ends, and
+    `parametrize.cached()` every weight that is computed.
+    """
+    _forget_weights()
+    try:
+        yield
+    finally:
+        _forget_weights()
+
+
+def _forget_weights() -> None:
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 @contextmanager
@@ -343,3 +367,48 @@ def left_as_found(model: nn.Module, seed: int | None = None) -> Iterator[Callabl
             buffers.restore()
             for module, training in modes.items():
                 module.training = training
+
+
+# ---- BatchNorm ---------------------------------------------------------------------------------------------
+
+# Of layers that `recalibrate_batchnorm` has seen, the number of batches that they then had tracked.
+_recalibrated: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_reminded: WeakSet[nn.Module] = WeakSet()
+
+
+def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
+    """The layers with running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def mark_recalibrated(layers: Iterable[_BatchNorm]) -> None:
+    """Their statistics are those of the present weights."""
+    _recalibrated.update({layer: _tracked(layer) for layer in layers})
+
+
+def remind_of_recalibration(model: nn.Module, optimizer: PosteriorCorrected) -> None:
+    """Warn, once for a model, if its running statistics were collected along the way, at weights of other steps.
+
+    A layer that was not recalibrated in this process, as one that was loaded, has tracked a batch in each step of the
+    optimizer if training has moved its statistics, and fewer if those of a few batches were taken in their place.
+    """
+    layers = [layer for layer in batchnorm_layers(model) if layer.weight is None or layer.weight.requires_grad]
+    if not layers or any(layer in _reminded for layer in layers):
+        return
+    new = [layer for layer in layers if layer not in _recalibrated]
+    if new:
+        steps = optimizer.diagnostics()["steps"]
+        mark_recalibrated(layer for layer in new if steps == 0 or _tracked(layer) < steps)
+    if all(_recalibrated.get(layer) == _tracked(layer) for layer in layers):
+        return
+    _reminded.add(layers[0])
+    warnings.warn(
+        "model: its BatchNorm layers have running statistics of weights that were drawn in training; before you "
+        "evaluate, call poco.recalibrate_batchnorm(model, loader), which often predicts much better. (Said once for a "
+        "model.)",
+        stacklevel=4,
+    )
+
+
+def _tracked(layer: _BatchNorm) -> int:
+    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)

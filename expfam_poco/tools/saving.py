@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import errno
 import os
-import re
-import secrets
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from expfam_poco.errors import CheckpointError
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.optimizer import PosteriorCorrected
+from expfam_poco.tools.files import written_aside
 
 FORMAT = 1
 _MARK = "expfam_poco.save"
@@ -39,14 +37,15 @@ def save(path: str | os.PathLike[str], /, **entries: Any) -> None:
     same folder, flushed to the disk and then renamed. One process writes to a path at a time.
 
     Args:
-        path: the file, replaced if it exists. Its folder must exist.
+        path: the file, replaced if it exists; it keeps its mode. Its folder must exist.
         **entries: what to save, by name. Objects with a `state_dict()` (model, optimizer, scheduler, scaler, …) are
             asked for it; everything else must be plain: numbers, strings, tensors, and lists, tuples, sets and
             dictionaries of them, which `torch.load(weights_only=True)` reads.
 
     Raises:
         TypeError: an entry is not plain; the sentence names it. Nothing is written.
-        OSError: the file could not be written. The old file is as it was, and no temporary file is left.
+        OSError: the file could not be written (a full disk), or something else than a file is there (a FIFO, a
+            device). The old file is as it was, and no temporary file is left.
 
     Example:
         >>> import tempfile, torch, expfam_poco as poco
@@ -169,39 +168,13 @@ def _random_states() -> dict[str, Any]:
 
 
 def _write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    target = Path(os.path.realpath(path))  # a link stays, and the file it points to is replaced
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the folder of the checkpoint does not exist; make it first", str(path))
-    _remove_stale(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "x+b") as file:
-            torch.save(dict(content), file)
-            size = file.tell()
-            file.write(_seal(file, size))  # behind the archive's end, where torch.load does not look
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with written_aside(path) as file:
+        torch.save(dict(content), file)
+        size = file.tell()
+        file.write(_seal(file, size))  # behind the archive's end, where torch.load does not look
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove what killed saves of this very file have left."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
-    for entry in os.scandir(target.parent):
-        if pattern.fullmatch(entry.name):
-            Path(entry.path).unlink(missing_ok=True)
-
-
-def _seal(file: BinaryIO, size: int) -> bytes:
+def _seal(file: Any, size: int) -> bytes:
     """The checksum of the first `size` bytes, after which the file stands. `torch.load` compares none itself."""
     file.seek(0)
     checksum, left = 0, size
