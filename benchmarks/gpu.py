@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from gpt import GPT, preset
 
 DEVICE = "cuda"
+VOCABULARY = 50_257  # GPT-2's
 Run = Callable[[], Any]
 COMPILED = ("diagonal_gaussian", "bernoulli", "log_normal")  # families whose large tensors are tried, too
 
@@ -88,7 +89,12 @@ def counts(run: Run) -> str:
     events = found.events()
     device = [event for event in events if str(event.device_type).endswith("CUDA")]
     waits = [e for e in events if e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")]
-    return f"{len(device)} events, {max(0, len(waits) - 1)} waits"
+    times: dict[str, float] = {}
+    for event in device:
+        times[event.name] = times.get(event.name, 0.0) + event.self_device_time_total / 1e3
+    longest = sorted(times.items(), key=lambda pair: -pair[1])[:5]
+    shown = "".join(f"\n      {milliseconds:8.3f} ms {name[:90]}" for name, milliseconds in longest)
+    return f"{len(device)} events, {max(0, len(waits) - 1)} waits{shown}"
 
 
 # ---- the same numbers --------------------------------------------------------------------------------------
@@ -176,7 +182,7 @@ def table(found: dict[str, float], runs: dict[str, Run], base: str, bars: dict[s
 
 def cycle(arguments: argparse.Namespace) -> None:
     """Everything but forward and backward."""
-    shapes = [tuple(p.shape) for p in GPT(preset("125m")).parameters()]
+    shapes = [tuple(p.shape) for p in GPT(preset("125m", vocabulary=VOCABULARY)).parameters()]
     size = sum(torch.Size(shape).numel() for shape in shapes)
     grads = [torch.randn(shape, device=DEVICE) * 1e-3 for shape in shapes]
     one = torch.ones((), device=DEVICE)
@@ -243,8 +249,8 @@ def network(arguments: argparse.Namespace) -> None:
             gc.collect()
             torch.cuda.empty_cache()
             torch.manual_seed(0)
-            model = GPT(preset("125m", context=1024)).to(DEVICE)
-            tokens = torch.randint(0, 50_000, (8, 1024), device=DEVICE)
+            model = GPT(preset("125m", vocabulary=VOCABULARY, context=1024)).to(DEVICE)
+            tokens = torch.randint(0, VOCABULARY, (8, 1024), device=DEVICE)
 
             def closure(model: GPT = model, tokens: Tensor = tokens) -> Tensor:
                 with torch.autocast("cuda", torch.bfloat16):
@@ -311,7 +317,7 @@ def tests(arguments: argparse.Namespace) -> None:
     )
 
 
-PARTS = {"same": same, "cycle": cycle, "network": network, "small": small, "tests": tests}
+PARTS = {"cycle": cycle, "small": small, "same": same, "network": network, "tests": tests}
 
 
 def main() -> None:

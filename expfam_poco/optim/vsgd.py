@@ -18,6 +18,7 @@ from expfam_poco.engine import settings
 from expfam_poco.engine.backend import Backend, plainly, tile_size
 from expfam_poco.engine.block import check_parameter
 from expfam_poco.errors import CheckpointError, NonFiniteError
+from expfam_poco.family.noise import on_device
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import check_groups
 from expfam_poco.rule import gradient_model
@@ -156,11 +157,11 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         for group, p in used:
             state = self._started(p, group)
             state["step"] += 1
-            key = (id(group), state["step"], state["mu"].dtype)
+            key = (id(group), state["step"], state["mu"].dtype, p.device)
             if key not in known:
                 common = (group["lr"], group["weight_decay"], group["eps"])
                 values = [float(value) for value in (*common, *self.numbers(group, state["step"]))]
-                known[key] = torch.tensor(values, dtype=state["mu"].dtype)
+                known[key] = on_device(values, state["mu"].dtype, p.device)
             unsound.append(self._advance(p, state, known[key], streamed))
         self._clock["steps"] += 1
         count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
