@@ -14,6 +14,7 @@ from expfam_poco.checks import suite
 from expfam_poco.families import Bernoulli, DiagonalGaussian, FullGaussian, IsotropicGaussian
 from expfam_poco.noise import NoiseKey, noise
 
+pytestmark = pytest.mark.xdist_group("reports")  # they share the noise kept below
 FLOAT64 = (torch.float64,)
 KEPT = 300 * 2**20
 

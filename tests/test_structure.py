@@ -114,3 +114,9 @@ def test_every_public_name_has_an_example(module: str) -> None:
             if ">>>" not in text and "```" not in text:
                 missing.append(name)
     assert not missing, f"no example in the docstring of {missing}"
+
+
+@pytest.mark.xdist_group("alone")
+def test_tests_of_a_group_stay_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist goes by this ending; without it every worker makes what a group is to share."""
+    assert request.node.nodeid.endswith("@alone") or not hasattr(request.config, "workerinput")
