@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from user_families import Categorical, Exponential, GaussianByHand, LogNormal, Moments, Poisson
 
 import expfam_poco as poco
-from expfam_poco import derive
+from expfam_poco.family import derived as derive
 from expfam_poco.families import Bernoulli, DiagonalGaussian, FullGaussian, IsotropicGaussian
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from expfam_poco.family import hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 
 GROUP = "expfam_poco.families"
@@ -83,8 +84,13 @@ def resolve_family(choice: str | type[ExponentialFamily] | ExponentialFamily) ->
         >>> import expfam_poco as poco
         >>> poco.resolve_family("full_gaussian")
         FullGaussian()
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for what is no family, or has hyperparameters that cannot be told apart (`hyperparameters.check`).
     """
     if isinstance(choice, ExponentialFamily):
+        hyperparameters.check(choice)
         return choice
     cls = get_family(choice) if isinstance(choice, str) else choice
     if not (isinstance(cls, type) and issubclass(cls, ExponentialFamily)):

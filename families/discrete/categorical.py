@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions import constraints
 
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
@@ -65,6 +66,7 @@ class Categorical(ExponentialFamily):
 
     Statistics: ClassVar[type[Any]] = Indicators
     statistic_dims: ClassVar[tuple[int, ...]] = (1,)
+    domain: ClassVar[Any] = {"level": constraints.real}
     noise_kind: ClassVar[str] = "logistic"
     default_estimator: ClassVar[str] = "relaxed"
     estimators: ClassVar[Mapping[str, Estimator]] = {
