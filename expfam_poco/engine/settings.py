@@ -206,7 +206,8 @@ def _check_strength(group: Mapping[str, Any]) -> None:
     family = group["family"]
     if group["hess_init"] is None or family.curved:
         return
-    middle = family.reference_like(torch.zeros((1,) * max(1, family.event_dim), dtype=torch.float64))
+    event = group["params"][0].shape[-family.event_dim :] if family.event_dim else (1,)
+    middle = family.reference_like(torch.zeros(event, dtype=torch.float64))
     state = family.centred_at(middle, group["ess"] * (group["hess_init"] + group["weight_decay"]))
     again = family.from_nat(family.to_nat(state))
     centred = bool(family.levels) or not family.in_domain(state) or torch.allclose(family.point(state), middle)
@@ -354,7 +355,7 @@ def check_prior(block: Block) -> None:
             f"prior={type(prior).__name__}: {type(family).__name__} needs a prior of type "
             f"{family.State.__name__} (or a dictionary of them by parameter name)."
         )
-    own = family.centred_at(torch.zeros(block.shape, dtype=block.dtype, device=block.device))
+    own = family.centred_at(family.reference_like(torch.zeros(block.shape, dtype=block.dtype, device=block.device)))
     for name, value, reference in zip(prior._fields, prior, own, strict=True):
         try:
             fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape

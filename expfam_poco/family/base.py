@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from expfam_poco.family import derived, fields, hyperparameters
+from expfam_poco.family.domains import checkable
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import NoiseKey, noise, reflect
 
@@ -105,6 +106,8 @@ class ExponentialFamily(ABC):
         super().__init_subclass__(**kwargs)
         own = cls.__dict__
         hyperparameters.declare(cls)
+        if isinstance(own.get("domain"), Mapping):
+            cls.domain = checkable(own["domain"])
         if "Statistics" in own:
             for name in ("Nat", "Mean", "State", "Site"):
                 if name not in own:

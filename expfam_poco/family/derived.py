@@ -172,7 +172,7 @@ def retracted(family: ExponentialFamily, state: Any, step: Any) -> Any:
     Only tensor operations, the same for every weight, so that it compiles; eagerly it ends early where all is well.
     """
     nat = family.to_nat(state)
-    chart = step if family._natural_chart else torch.func.jvp(family.from_nat, (nat,), (family.Nat(*step),))[1]
+    chart = step if family._natural_chart else pushed(family.from_nat, nat, family.Nat(*step))
 
     bounds = [family.domain.get(name, constraints.real) for name in state._fields]
 
@@ -203,6 +203,14 @@ def retracted(family: ExponentialFamily, state: Any, step: Any) -> Any:
             factor = torch.where(safe(factor), factor, 0.125 * factor)
         factor = torch.where(safe(factor), factor, 0.0 * factor)
     return moved(factor)
+
+
+@differentiating
+def pushed(function: Callable[[Any], Any], at: Any, along: Any) -> Any:
+    """J v by two derivatives in reverse: of ⟨Jᵀu, v⟩ in u. Forward ones load a scripted library, which warns."""
+    value, pull = torch.func.vjp(function, at)
+    _, push = torch.func.vjp(lambda u: pull(u)[0], fields.map_fields(torch.zeros_like, value))
+    return push(along)[0]
 
 
 def inside(family: ExponentialFamily, state: Any, present: Any, batch: torch.Size) -> Tensor:
