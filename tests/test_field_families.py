@@ -1,4 +1,4 @@
-"""Families as people write them: what a wrong one is told, and that no step, mode or hyperparameter is wrong in silence."""
+"""Families as people write them: a wrong one is told so; no step, mode or hyperparameter is wrong in silence."""
 
 import functools
 import math
@@ -200,7 +200,9 @@ def test_what_cannot_be_tested_is_not_verified_and_never_holds(monkeypatch: pyte
         def reference_like(self, like):
             return torch.zeros_like(like)
 
-    monkeypatch.setattr("expfam_poco.checks.specimens.coordinates", lambda *_: (_ for _ in ()).throw(NotImplementedError))
+    monkeypatch.setattr(
+        "expfam_poco.checks.specimens.coordinates", lambda *_: (_ for _ in ()).throw(NotImplementedError)
+    )
     report = laws(Strange, monkeypatch, "goodness_of_fit", "log_prob")
     assert [law.name for law in report.unverified] == ["goodness_of_fit", "log_prob"] and report.passed
     assert "2 of 3 are not verified" in str(report) and "keeps every law" not in str(report)
@@ -466,7 +468,7 @@ def test_a_broken_plugin_breaks_no_other(plugins: Any) -> None:
     assert poco.get_family("mine").__name__ == "Mine"
     with pytest.raises(ValueError, match=r"'broken': plug_broken:Mine cannot be imported \(ModuleNotFoundError"):
         poco.get_family("broken")
-    with pytest.raises(ValueError, match="name='broken' is taken by plug_broken.Mine"):
+    with pytest.raises(ValueError, match=r"name='broken' is taken by plug_broken\.Mine"):
         poco.register("broken")(Exponential)
 
 

@@ -188,8 +188,8 @@ class Specimen:
         direction = fields.map_fields(lambda v, d: v.abs().max().clamp_min(0.1) * d, nat, self.direction(step))
         for _ in range(40):
             far = fields.add(nat, fields.scale(direction, 2.0 * size))
-            finite = torch.isfinite(self.family.log_partition(far)).all()
-            if bool(finite) and bool(self.family.in_domain(self.family.from_nat(far))):
+            inside = bool(self.family.in_domain(self.family.from_nat(far)))  # elsewhere A may raise
+            if inside and bool(torch.isfinite(self.family.log_partition(far)).all()):
                 return fields.add(nat, fields.scale(direction, size))
             size = 0.5 * size
         return nat

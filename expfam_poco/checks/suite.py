@@ -67,7 +67,7 @@ LAWS: tuple[Law, ...] = (
     Law(
         "as_trained",
         output_laws.as_trained,
-        "the optimizer runs under torch.no_grad: let nothing depend on the surrounding grad mode, nor change its inputs",
+        "the optimizer runs under torch.no_grad: let nothing depend on the surrounding grad mode, nor write to inputs",
     ),
     Law("dtypes", output_laws.dtypes, "make new tensors with the dtype of the inputs, and avoid cancellation"),
     Law("devices", output_laws.devices, "make new tensors on the device of the inputs"),
@@ -142,7 +142,10 @@ class Report:
             verdict = f"breaks no law, but {open_} of {len(self.laws)} are not verified"
         width = max(len(law.name) for law in self.laws)
         wide = max(6, *(len(law.status) for law in self.laws))
-        lines = [f"{self.family} {verdict}", f"  {'law':<{width}}  {'result':<{wide}}     error  tolerance  what was compared"]
+        lines = [
+            f"{self.family} {verdict}",
+            f"  {'law':<{width}}  {'result':<{wide}}     error  tolerance  what was compared",
+        ]
         for law in self.laws:
             row = f"  {law.name:<{width}}  {law.status:<{wide}}  {law.error:8.2g}  {law.tolerance:9.2g}  {law.detail}"
             lines.append(row.rstrip())
@@ -282,7 +285,9 @@ def judge(law: Law, specimens: Sequence[Specimen]) -> LawResult:
             return raised(law, error)
     statement = (law.test.__doc__ or "").splitlines()[0]
     what = worst.what if worst.severity > 0.0 else statement.removesuffix(".")
-    return LawResult(law.name, worst.error, worst.tolerance, worst.severity <= 1.0, "; ".join([what, *remarks]), verified)
+    return LawResult(
+        law.name, worst.error, worst.tolerance, worst.severity <= 1.0, "; ".join([what, *remarks]), verified
+    )
 
 
 def raised(law: Law, error: Exception) -> LawResult:

@@ -208,8 +208,8 @@ def retracted(family: ExponentialFamily, state: Any, step: Any) -> Any:
 @differentiating
 def pushed(function: Callable[[Any], Any], at: Any, along: Any) -> Any:
     """J v by two derivatives in reverse: of ⟨Jᵀu, v⟩ in u. Forward ones load a scripted library, which warns."""
-    value, pull = torch.func.vjp(function, at)
-    _, push = torch.func.vjp(lambda u: pull(u)[0], fields.map_fields(torch.zeros_like, value))
+    value, pull, *_ = torch.func.vjp(function, at)
+    _, push, *_ = torch.func.vjp(lambda u: pull(u)[0], fields.map_fields(torch.zeros_like, value))
     return push(along)[0]
 
 

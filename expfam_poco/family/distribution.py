@@ -111,9 +111,10 @@ def reparameterised(family: ExponentialFamily, state: Any) -> bool:
     """
     if family.levels is not None or family.support.is_discrete:
         return False
-    if family.default_estimator == "score" or getattr(
-        family.estimators.get(family.default_estimator), "needs", ""
-    ) in LOSSES_ALONE:
+    if (
+        family.default_estimator == "score"
+        or getattr(family.estimators.get(family.default_estimator), "needs", "") in LOSSES_ALONE
+    ):
         return False
     with torch.enable_grad():
         moving = type(state)(*(value.detach().requires_grad_() for value in state))

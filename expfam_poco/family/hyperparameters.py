@@ -38,7 +38,7 @@ def check(family: Any) -> None:
     """Refuse hyperparameters that could not be told apart or saved.
 
     Raises:
-        TypeError: for a parameter of `__init__` that is not kept under its name, and for values that are tensors, arrays
+        TypeError: for a parameter of `__init__` not kept under its name, and for values that are tensors, arrays
             or cannot be hashed.
     """
     cls = type(family)

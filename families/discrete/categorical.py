@@ -23,7 +23,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions import constraints
 
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
