@@ -35,8 +35,12 @@ class ProductDistribution(FamilyDistribution):
         """The family's support, which is of the whole vector already."""
         return self.family.support
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Each part's own draw, differentiable where the part's is."""
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether every part has."""
+        return all(part.has_rsample for part in self._parts)
+
+    def _draw(self, sample_shape: Any) -> Tensor:
         drawn = [part.rsample(sample_shape) if part.has_rsample else part.sample(sample_shape) for part in self._parts]
         return torch.cat(drawn, -1)
 

@@ -63,6 +63,7 @@ class VonMises(ExponentialFamily):
 
     Statistics: ClassVar[type[Any]] = Circular
     support: ClassVar[constraints.Constraint] = constraints.interval(-math.pi, math.pi)
+    domain: ClassVar[Any] = {"cos": constraints.real, "sin": constraints.real}
     noise_kind: ClassVar[str] = "uniform"
 
     def statistics(self, theta: Tensor) -> Circular:

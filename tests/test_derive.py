@@ -196,9 +196,19 @@ def test_a_bounded_step_is_the_step_to_first_order(bound: Any, value: Tensor) ->
     torch.testing.assert_close(gap, 0.5 * step**2 / (value - edge), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("bound", [constraints.real, constraints.interval(-1.0, 1.0)])
-def test_a_step_without_one_side_is_plain(bound: Any) -> None:
-    assert derived.bounded_step(torch.tensor(0.5), torch.tensor(0.25), bound, plain=False) == 0.75
+def test_a_step_without_a_bound_is_plain() -> None:
+    assert derived.bounded_step(torch.tensor(0.5), torch.tensor(0.25), constraints.real, plain=False) == 0.75
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-12, -0.25, 3.0, -1e30])
+def test_a_step_in_an_interval_uses_half_of_the_slack_at_most(step: float) -> None:
+    """d s/(s + 2|d|), s the slack ahead; at the bound itself there is none."""
+    bound, value = constraints.interval(-1.0, 1.0), torch.tensor([0.5, 1.0, -1.0], dtype=torch.float64)
+    step = torch.full_like(value, step)
+    moved = derived.bounded_step(value, step, bound, plain=False)
+    slack = torch.where(step < 0.0, value + 1.0, 1.0 - value)
+    assert bool(((moved - value).abs() <= 0.5 * slack + 1e-15).all()) and bool((bound.check(moved)).all())
+    torch.testing.assert_close(moved[0], value[0] + (step * slack / (slack + 2.0 * step.abs()))[0])
 
 
 # ---- pathwise and score-function gradients ------------------------------------------------------------------

@@ -143,16 +143,17 @@ def estimate(s: Specimen, estimator: Estimator, state: Any, epsilon: Tensor, c: 
     def loss_of(points: Tensor) -> Tensor:
         return s.family.inner(c, s.family.statistics(points)).reshape(len(points), -1).sum(-1)
 
-    loss = loss_of(theta)
     gradient, hessian, pairs, variations = None, None, None, None
-    if estimator.needs == "variations":
-        variations = torch.stack(
-            [loss_of(torch.stack(list(estimator.variations(s.family, each)))) for each in theta.detach()]
-        )
-    elif estimator.needs != "loss":
-        (gradient,) = torch.autograd.grad(loss.sum(), theta, create_graph=estimator.needs in ("hvp", "hessian"))
-        hessian, pairs = _curvature(s, estimator, theta, gradient, group)
-        gradient = gradient.detach()
+    with torch.enable_grad():
+        loss = loss_of(theta)
+        if estimator.needs == "variations":
+            variations = torch.stack(
+                [loss_of(torch.stack(list(estimator.variations(s.family, each)))) for each in theta.detach()]
+            )
+        elif estimator.needs != "loss":
+            (gradient,) = torch.autograd.grad(loss.sum(), theta, create_graph=estimator.needs in ("hvp", "hessian"))
+            hessian, pairs = _curvature(s, estimator, theta, gradient, group)
+            gradient = gradient.detach()
     return estimator.natural_gradient(
         s.family, state, Draws(epsilon, theta.detach(), loss.detach(), gradient, hessian, pairs, variations)
     )

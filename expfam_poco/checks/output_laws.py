@@ -138,6 +138,35 @@ def spans(s: Specimen) -> Findings:
         yield s.near(f"{name} of half the weights against half of {name}", part[name], expected, sizes)
 
 
+def as_trained(s: Specimen) -> Findings:
+    """Under torch.no_grad, as the optimizer runs, every method gives finite values, the same as with gradients."""
+    for number in (0, 3, 5):
+        inputs = _inputs(s, number)
+        kept = {name: _copied(value) for name, value in inputs.items()}
+        with torch.enable_grad():
+            free = outputs(s, inputs)
+            response = _response(s, inputs, free, s.eps)
+        with torch.no_grad():
+            values = outputs(s, inputs)
+        for name, value in values.items():
+            parts, others = as_fields(value), as_fields(free[name])
+            pairs = list(zip(parts, others, strict=True))
+            blind = any(bool((torch.isfinite(b) & ~torch.isfinite(a)).any()) for a, b in pairs)
+            yield holds(f"{name} is not finite under no_grad, but is with gradients", not blind)
+            allowed = [SLACK * (s.eps * size_of(b) + r) for b, r in zip(others, response[name], strict=True)]
+            same = [torch.where(torch.isfinite(b), a, b) for a, b in pairs]
+            known = [torch.where(torch.isfinite(b), b, 0.0) for b in others]
+            finite = [torch.where(torch.isfinite(a), a, 0.0) for a in same]
+            yield s.near(f"{name} under no_grad against the same with gradients", tuple(finite), tuple(known), allowed)
+        for name, value in inputs.items():
+            same_as_before = (torch.equal(a, b) for a, b in zip(as_fields(value), as_fields(kept[name]), strict=True))
+            yield holds(f"some method writes to its argument ({name})", all(same_as_before))
+
+
+def _copied(value: Any) -> Any:
+    return fields.map_fields(torch.clone, value) if isinstance(value, tuple) else value.clone()
+
+
 def dtypes(s: Specimen) -> Findings:
     """Every output keeps its inputs' dtype, and float32 agrees with float64 up to rounding."""
     if s.reference is None or s.device == s.reference.device:

@@ -18,7 +18,7 @@ import torch
 
 from expfam_poco.checks import curved_laws, density_laws, learning_laws, output_laws
 from expfam_poco.checks.density_laws import Law
-from expfam_poco.checks.specimens import Finding, Specimen
+from expfam_poco.checks.specimens import Finding, Specimen, Unverified
 from expfam_poco.errors import LawError
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.registry import resolve_family
@@ -31,6 +31,11 @@ LAWS: tuple[Law, ...] = (
     Law("noise", density_laws.noise, "it must follow from shape, draws and key alone (expfam_poco.noise makes such)"),
     Law("round_trips", density_laws.round_trips, "check to_nat and from_nat, site_to_nat and site_from_nat"),
     Law("samples", density_laws.samples, "check sample, and whether support and noise_kind belong to it"),
+    Law(
+        "goodness_of_fit",
+        density_laws.goodness_of_fit,
+        "check sample against h exp(⟨λ, T⟩ − A); a density of another form is not an exponential family",
+    ),
     Law(
         "gradient_of_log_partition",
         density_laws.gradient_of_log_partition,
@@ -60,6 +65,11 @@ LAWS: tuple[Law, ...] = (
         output_laws.spans,
         "large tensors are stepped in parts: let no weight depend on others, or declare joint or event_dim",
     ),
+    Law(
+        "as_trained",
+        output_laws.as_trained,
+        "the optimizer runs under torch.no_grad: let nothing depend on the surrounding grad mode, nor write to inputs",
+    ),
     Law("dtypes", output_laws.dtypes, "make new tensors with the dtype of the inputs, and avoid cancellation"),
     Law("devices", output_laws.devices, "make new tensors on the device of the inputs"),
 )
@@ -73,7 +83,8 @@ class LawResult:
         name: of the law.
         error: the worst error found, relative to what is allowed; infinite for a yes-or-no rule that is broken.
         tolerance: what is allowed for it.
-        passed: whether the law holds.
+        passed: whether nothing was found against the law.
+        verified: whether all of it could be tested; where not, `status` is "not verified".
         detail: what was compared, remarks on what could not be tested, or the exception that was raised.
 
     Example:
@@ -87,6 +98,12 @@ class LawResult:
     tolerance: float
     passed: bool
     detail: str = ""
+    verified: bool = True
+
+    @property
+    def status(self) -> str:
+        """What reports print: "ok", "FAILS" or "not verified"."""
+        return "FAILS" if not self.passed else "ok" if self.verified else "not verified"
 
 
 @dataclass(frozen=True)
@@ -109,18 +126,29 @@ class Report:
         return all(law.passed for law in self.laws)
 
     @property
+    def unverified(self) -> tuple[LawResult, ...]:
+        """The laws of which some part could not be tested, though nothing was found against them."""
+        return tuple(law for law in self.laws if law.status == "not verified")
+
+    @property
     def failures(self) -> tuple[LawResult, ...]:
         """The laws that fail, the most elementary first."""
         return tuple(law for law in self.laws if not law.passed)
 
     def __str__(self) -> str:
         broken = len(self.failures)
+        open_ = len(self.unverified)
         verdict = "keeps every law" if not broken else f"breaks {broken} of {len(self.laws)} laws"
+        if open_ and not broken:
+            verdict = f"breaks no law, but {open_} of {len(self.laws)} are not verified"
         width = max(len(law.name) for law in self.laws)
-        lines = [f"{self.family} {verdict}", f"  {'law':<{width}}  result     error  tolerance  what was compared"]
+        wide = max(6, *(len(law.status) for law in self.laws))
+        lines = [
+            f"{self.family} {verdict}",
+            f"  {'law':<{width}}  {'result':<{wide}}     error  tolerance  what was compared",
+        ]
         for law in self.laws:
-            result = "ok" if law.passed else "FAILS"
-            row = f"  {law.name:<{width}}  {result:<6}  {law.error:8.2g}  {law.tolerance:9.2g}  {law.detail}"
+            row = f"  {law.name:<{width}}  {law.status:<{wide}}  {law.error:8.2g}  {law.tolerance:9.2g}  {law.detail}"
             lines.append(row.rstrip())
         return "\n".join(lines)
 
@@ -244,12 +272,13 @@ def default_shape(family: ExponentialFamily) -> torch.Size:
 
 def judge(law: Any, specimens: Sequence[Any]) -> LawResult:
     """Run one law (of families or of corrections) on everything to be tested, and keep its worst finding."""
-    worst, remarks = Finding("", 0.0, 0.0), dict[str, None]()
+    worst, remarks, verified = Finding("", 0.0, 0.0), dict[str, None](), True
     try:
         for specimen in specimens:
             for finding in law.test(specimen):
                 if isinstance(finding, str):
                     remarks[finding] = None
+                    verified = verified and not isinstance(finding, Unverified)
                 elif finding.severity > worst.severity:
                     worst = finding
     except Exception as error:
@@ -257,7 +286,9 @@ def judge(law: Any, specimens: Sequence[Any]) -> LawResult:
             return raised(law, error)
     statement = (law.test.__doc__ or "").splitlines()[0]
     what = worst.what if worst.severity > 0.0 else statement.removesuffix(".")
-    return LawResult(law.name, worst.error, worst.tolerance, worst.severity <= 1.0, "; ".join([what, *remarks]))
+    return LawResult(
+        law.name, worst.error, worst.tolerance, worst.severity <= 1.0, "; ".join([what, *remarks]), verified
+    )
 
 
 def raised(law: Any, error: Exception) -> LawResult:
@@ -266,10 +297,15 @@ def raised(law: Any, error: Exception) -> LawResult:
     return LawResult(law.name, math.inf, 0.0, False, f"raised {type(error).__name__}: {text}")
 
 
+def remedy_of(name: str, laws: Sequence[Any] | None = None) -> str:
+    """What to look at where this law fails."""
+    return next((law.hint for law in laws or LAWS if law.name == name), "")
+
+
 def sentence(report: Report, laws: Sequence[Any]) -> str:
     """Which law fails, by how much, and what to look at."""
     first, *others = report.failures
-    hint = next(law.hint for law in laws if law.name == first.name)
+    hint = remedy_of(first.name, laws)
     measured = "" if math.isinf(first.error) else f": error {first.error:.3g} where {first.tolerance:.3g} is allowed"
     also = f" (then also fail: {', '.join(law.name for law in others)})" if others else ""
     return f"{report.family} breaks the law {first.name!r}: {first.detail}{measured}; {hint}{also}."

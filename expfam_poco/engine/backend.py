@@ -215,7 +215,14 @@ def _compile(kernel: Callable[..., Any], constants: tuple[Any, ...]) -> Callable
     name = f"{kernel.__name__}{len(_COMPILED)}"
     own = FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
     compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True)
-    return compiled
+
+    def run(*arguments: Any) -> Any:
+        # The floats in reach are hyperparameters of the family, part of the kernel's key: constants, which nested
+        # derivatives can take and symbols ("SymFloat") not. What changes from step to step comes in tensors.
+        with torch._dynamo.config.patch(specialize_float=True):
+            return compiled(*arguments)
+
+    return run
 
 
 class Pair(NamedTuple):

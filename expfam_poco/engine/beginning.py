@@ -82,7 +82,7 @@ def check_prior(block: Block) -> None:
             f"prior={type(prior).__name__}: {type(family).__name__} needs a prior of type "
             f"{family.State.__name__} (or a dictionary of them by parameter name)."
         )
-    own = family.centred_at(torch.zeros(block.shape, dtype=block.dtype, device=block.device))
+    own = family.centred_at(family.reference_like(torch.zeros(block.shape, dtype=block.dtype, device=block.device)))
     for name, value, reference in zip(prior._fields, prior, own, strict=True):
         try:
             fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape

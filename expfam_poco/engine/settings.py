@@ -211,7 +211,8 @@ def _check_strength(group: Mapping[str, Any]) -> None:
     family = group["family"]
     if group["hess_init"] is None or family.curved:
         return
-    middle = family.reference_like(torch.zeros((1,) * max(1, family.event_dim), dtype=torch.float64))
+    event = group["params"][0].shape[-family.event_dim :] if family.event_dim else (1,)
+    middle = family.reference_like(torch.zeros(event, dtype=torch.float64))
     state = family.centred_at(middle, group["ess"] * (group["hess_init"] + group["weight_decay"]))
     again = family.from_nat(family.to_nat(state))
     centred = bool(family.levels) or not family.in_domain(state) or torch.allclose(family.point(state), middle)

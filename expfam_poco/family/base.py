@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from expfam_poco.family import derived, fields
+from expfam_poco.family import derived, fields, hyperparameters
+from expfam_poco.family.domains import checkable
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import NoiseKey, noise, reflect
 
@@ -51,7 +52,8 @@ class ExponentialFamily(ABC):
     * `statistic_dims`: number of trailing axes of one weight in each field of T (default: `event_dim`).
     * `joint`: the family sees the flat vector of all parameters of its group.
     * `levels`: the values of a weight where they are finitely many, else None;
-    * `support`: the constraint on θ; `domain`: constraints on fields of `State` (missing: real).
+    * `support`: the constraint on θ; `domain`: constraints on fields of `State`. A missing field is real, but may be
+      bounded together with others: the derived step asks A. `constraints.real` says that it is free.
     * `noise_kind`: "normal", "logistic" or "uniform", the standardised noise that `sample` transforms.
     * `noise_dims`: further axes of the noise of one entry of θ, for samples that need several numbers each.
     * `delta_method`: natural gradients at the noise's median are those of the delta method; else the family learns its
@@ -97,11 +99,15 @@ class ExponentialFamily(ABC):
     curvature: ClassVar[str] = "none"
     default_estimator: ClassVar[str] = "reparam"
     estimators: ClassVar[Mapping[str, Estimator]] = {}
+    _natural_chart: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a family that names only `Statistics` inherit the other three value types from it."""
         super().__init_subclass__(**kwargs)
         own = cls.__dict__
+        hyperparameters.declare(cls)
+        if isinstance(own.get("domain"), Mapping):
+            cls.domain = checkable(own["domain"])
         if "Statistics" in own:
             for name in ("Nat", "Mean", "State", "Site"):
                 if name not in own:
@@ -110,6 +116,8 @@ class ExponentialFamily(ABC):
             cls.momentum_block = cls.Site._fields
         if not cls.momentum_block:
             cls.momentum_block = cls.Site._fields
+        ways = (cls.to_nat is ExponentialFamily.to_nat, cls.from_nat is ExponentialFamily.from_nat)
+        cls._natural_chart = all(ways)
         if "statistic_dims" not in own and len(cls.statistic_dims) != len(cls.Nat._fields):
             cls.statistic_dims = (cls.event_dim,) * len(cls.Nat._fields)
 
@@ -157,8 +165,7 @@ class ExponentialFamily(ABC):
 
     def to_mean(self, nat: Any) -> Any:
         """μ = ∇A(λ), by automatic differentiation unless overridden."""
-        gradient = torch.func.grad(lambda value: self.log_partition(value).sum())(nat)
-        return self.Mean(*gradient)
+        return derived.gradient_of_log_partition(self, nat)
 
     def to_natural(self, mean: Any) -> Any:
         """λ with ∇A(λ) = μ, by a damped Newton method on the convex dual unless overridden.
@@ -282,17 +289,19 @@ class ExponentialFamily(ABC):
     ) -> Any:
         """λ − rate · direction, kept in the domain by the variant "second_order", the exact rule if "plain".
 
-        A field x bounded on one side keeps its slack s = |x − bound| > 0 through s ← s + d + d²/(2s); fields
-        without a bound move linearly. `clip_radius` limits every entry of the direction.
+        A field x bounded on one side keeps its slack s = |x − bound| > 0 through s ← s + d + d²/(2s), a field without
+        a bound moves linearly; for intervals, matrices, charts and domains that couple fields see `derived.retracted`.
+        `clip_radius` limits every entry of the direction.
         """
         nat = self.to_nat(state)
-        moved = []
-        for name, value, slope, rate in zip(nat._fields, nat, self.site_to_nat(direction, state), rates, strict=True):
+        steps = []
+        for slope, rate in zip(self.site_to_nat(direction, state), rates, strict=True):
             if clip_radius < math.inf:
                 slope = slope.clamp(-clip_radius, clip_radius)
-            bound = self.domain.get(name, constraints.real)
-            moved.append(derived.bounded_step(value, -rate * slope, bound, plain=variant == "plain"))
-        return self.from_nat(self.Nat(*moved))
+            steps.append(-rate * slope)
+        if variant == "plain":
+            return self.from_nat(self.Nat(*(value + step for value, step in zip(nat, steps, strict=True))))
+        return derived.retracted(self, state, self.Nat(*steps))
 
     def extrapolate(self, state: Any, previous: Any, factor: float | Tensor) -> Any:
         """λ + k (λ − λ_previous) on the momentum block, k times the last step beyond `state`; other blocks are kept.
@@ -344,12 +353,7 @@ class ExponentialFamily(ABC):
 
     def fisher_vector_product(self, nat: Any, vector: Any) -> Any:
         """∇²A(λ) v, by differentiating ⟨∇A(λ), v⟩."""
-
-        def slope(value: Any) -> Tensor:
-            mean = torch.func.grad(lambda inner: self.log_partition(inner).sum())(value)
-            return torch.stack([(m * v).sum() for m, v in zip(mean, vector, strict=True)]).sum()
-
-        return self.Nat(*torch.func.grad(slope)(nat))
+        return derived.fisher_vector_product(self, nat, vector)
 
     def fisher_solve(self, nat: Any, vector: Any) -> Any:
         """F(λ)⁻¹ v: a gradient in λ becomes a natural gradient. One k × k solve per weight unless overridden."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +16,29 @@ if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
     from expfam_poco.family.draws import Draws
 
+Call = TypeVar("Call", bound=Callable[..., Any])
+RUNGS = 4  # shorter steps that `retracted` tries, each an eighth of the one before
 
+
+def differentiating(function: Call) -> Call:
+    """Run with gradients enabled, whatever surrounds it; the values carry a graph only where the caller wants one.
+
+    Nested derivatives are not the same under `torch.no_grad`: torch chooses another formula for the derivative of
+    `slogdet` there, and its second derivative is NaN (torch 2.13). The optimizer runs under `no_grad`.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled():
+            return function(*arguments, **named)
+        with torch.enable_grad():
+            value = function(*arguments, **named)
+        return value.detach() if isinstance(value, Tensor) else fields.map_fields(torch.detach, value)
+
+    return run  # type: ignore[return-value]
+
+
+@differentiating
 def fisher(family: ExponentialFamily, nat: Any) -> Tensor:
     """F(λ) = ∇²A(λ) as one k × k block per weight (batch × k × k), k the number of statistics' entries.
 
@@ -30,6 +54,23 @@ def fisher(family: ExponentialFamily, nat: Any) -> Tensor:
     return rows.reshape(*flat.shape, flat.shape[-1])
 
 
+@differentiating
+def gradient_of_log_partition(family: ExponentialFamily, nat: Any) -> Any:
+    """μ = ∇A(λ)."""
+    return family.Mean(*torch.func.grad(lambda value: family.log_partition(value).sum())(nat))
+
+
+@differentiating
+def fisher_vector_product(family: ExponentialFamily, nat: Any, vector: Any) -> Any:
+    """∇²A(λ) v, by differentiating ⟨∇A(λ), v⟩."""
+
+    def slope(value: Any) -> Tensor:
+        mean = torch.func.grad(lambda inner: family.log_partition(inner).sum())(value)
+        return torch.stack([(m * v).sum() for m, v in zip(mean, vector, strict=True)]).sum()
+
+    return family.Nat(*torch.func.grad(slope)(nat))
+
+
 def fisher_solve(family: ExponentialFamily, nat: Any, gradient: Any) -> Any:
     """F(λ)⁻¹ g: a gradient in λ becomes a natural gradient (PC Eq. 5). A division when k = 1."""
     vector, shapes = _flatten(family, gradient)
@@ -41,6 +82,7 @@ def fisher_solve(family: ExponentialFamily, nat: Any, gradient: Any) -> Any:
     return _unflatten(family, solved, shapes)
 
 
+@differentiating
 def pathwise_natural_gradient(family: ExponentialFamily, state: Any, draws: Draws) -> Any:
     """F(λ)⁻¹ (1/K) Σ_k (∂θ_k/∂λ)ᵀ ∇ℓ(θ_k) with θ_k = sample(λ, ε_k), as a site at `state`."""
     nat = family.to_nat(state)
@@ -69,16 +111,137 @@ def score_natural_gradient(family: ExponentialFamily, state: Any, draws: Draws) 
 
 
 def bounded_step(value: Tensor, step: Tensor, bound: constraints.Constraint, *, plain: bool) -> Tensor:
-    """`value + step`, or for a one-sided bound and not `plain` the second-order step that keeps to its side.
+    r"""`value + step`, or where not `plain` the same to first order without leaving the bound.
 
-    With slack s = |value − bound| > 0 and inward displacement d: s + d + d²/(2s) ≥ s/2 > 0 for every d.
+    With the slack s > 0 to a bound and d the displacement:
+
+    * one-sided: s ← s + d + d²/(2s) ≥ s/2 for every d inward or outward;
+    * an interval: d ← d s/(s + 2|d|) with s the slack on the side to which d points, which uses at most s/2;
+    * positive definite matrices: S ← S + D + ½ D S⁻¹ D = ½ S + ½ (S + D) S⁻¹ (S + D) ≥ ½ S. With S = L Lᵀ and
+      L Y = D the last term is ½ Yᵀ Y.
+
+    All leave half of the slack at least, and differ from `value + step` by O(d²). Other constraints are stepped
+    linearly: `retracted` then shortens what leaves them.
     """
+    while isinstance(bound, constraints.independent):
+        bound = bound.base_constraint
+    if plain:
+        return value + step
+    if isinstance(bound, type(constraints.positive_definite)):
+        step = 0.5 * (step + step.mT)
+        root = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(value).L, step, upper=False)
+        return value + step + 0.5 * (root.mT @ root)
     lower = getattr(bound, "lower_bound", None)
     upper = getattr(bound, "upper_bound", None)
-    if plain or (lower is None) == (upper is None):
+    if lower is None and upper is None:
         return value + step
+    if lower is not None and upper is not None:
+        slack = torch.where(step < 0.0, value - lower, upper - value)
+        return value + step * (slack / (slack + 2.0 * step.abs()).clamp_min(torch.finfo(value.dtype).tiny))
     edge: Any = lower if lower is not None else upper
     return value + step + 0.5 * step * step / (value - edge)
+
+
+def separable(family: ExponentialFamily) -> bool:
+    """Whether the domain is known to be a product of intervals: every field of `State` is declared to be in one.
+
+    A field that `domain` leaves out may be bounded together with others, which only A tells.
+    """
+
+    def interval(bound: constraints.Constraint | None) -> bool:
+        while isinstance(bound, constraints.independent):
+            bound = bound.base_constraint
+        known = isinstance(bound, type(constraints.real)) or bound is constraints.real_vector
+        return known or hasattr(bound, "lower_bound") or hasattr(bound, "upper_bound")
+
+    return all(interval(family.domain.get(name)) for name in family.State._fields)
+
+
+def retracted(family: ExponentialFamily, state: Any, step: Any) -> Any:
+    r"""The state after a step δ in λ, to first order, kept in the domain of every weight.
+
+    1. In the coordinates in which `domain` is declared, those of the chart χ = from_nat(λ), the step is
+       (∂χ/∂λ) δ, and every field takes it by `bounded_step`.
+    2. Where fields are not all declared, or have constraints that `bounded_step` does not know, a weight's step is
+       shortened to t δ until *twice* of it ends in the domain: declared constraints hold, and A is finite. As the
+       set of natural parameters is convex, λ + tδ = ½ λ + ½ (λ + 2tδ) then keeps half of every slack, just as the
+       bounded steps do. t = 1 where that is possible; else it starts at ½ min(1, 1/‖δ‖) with the Fisher length
+       ‖δ‖² = δᵀ ∇²A(λ) δ: where A is a self-concordant barrier, as −log det is, the ellipsoid ‖δ‖ < 1 lies in the
+       domain (Nesterov & Nemirovskii 1994). After `RUNGS` more tries a weight stays where it is.
+
+    Only tensor operations, the same for every weight, so that it compiles; eagerly it ends early where all is well.
+    """
+    nat = family.to_nat(state)
+    chart = step if family._natural_chart else pushed(family.from_nat, nat, family.Nat(*step))
+
+    bounds = [family.domain.get(name, constraints.real) for name in state._fields]
+
+    def moved(factor: Tensor | None = None) -> Any:
+        parts = [
+            bounded_step(v, d if factor is None else per_weight(factor, d) * d, bound, plain=False)
+            for v, d, bound in zip(state, chart, bounds, strict=True)
+        ]
+        return family.State(*parts)
+
+    if separable(family):
+        return moved()
+    batch = _flatten(family, nat)[0].shape[:-1]
+    one = nat[0].new_ones(batch)
+
+    def safe(factor: Tensor) -> Tensor:
+        far = moved(2.0 * factor)
+        return inside(family, far, state, batch)
+
+    with torch.no_grad():
+        whole = safe(one)
+        if not torch.compiler.is_compiling() and _known_to_hold(whole):
+            return moved()
+        square = family.inner(step, family.fisher_vector_product(nat, family.Nat(*step)))
+        length = torch.where(square > 0.0, square, 1.0).sqrt()
+        factor = torch.where(whole, one, 0.5 / torch.where(torch.isfinite(length), length.clamp_min(1.0), 1.0))
+        for _ in range(RUNGS):
+            factor = torch.where(safe(factor), factor, 0.125 * factor)
+        factor = torch.where(safe(factor), factor, 0.0 * factor)
+    return moved(factor)
+
+
+@differentiating
+def pushed(function: Callable[[Any], Any], at: Any, along: Any) -> Any:
+    """J v by two derivatives in reverse: of ⟨Jᵀu, v⟩ in u. Forward ones load a scripted library, which warns."""
+    value, pull, *_ = torch.func.vjp(function, at)
+    _, push, *_ = torch.func.vjp(lambda u: pull(u)[0], fields.map_fields(torch.zeros_like, value))
+    return push(along)[0]
+
+
+def inside(family: ExponentialFamily, state: Any, present: Any, batch: torch.Size) -> Tensor:
+    """Per weight: the fields are finite and satisfy their constraints, and A is finite.
+
+    A is only asked about states that satisfy them (`present` takes the places of others), for it may raise elsewhere.
+    """
+    ok = torch.ones(batch, dtype=torch.bool, device=state[0].device)
+    for name, value in zip(state._fields, state, strict=True):
+        ok = ok & _reduced(torch.isfinite(value), len(batch))
+        if name in family.domain:
+            ok = ok & _reduced(family.domain[name].check(value), len(batch))
+    known = family.State(*(torch.where(per_weight(ok, v), v, p) for v, p in zip(state, present, strict=True)))
+    return ok & torch.isfinite(family.log_partition(family.to_nat(known)))
+
+
+def per_weight(factor: Tensor, value: Tensor) -> Tensor:
+    """A number for each weight, shaped to multiply a field; a field with fewer axes is the family's constant."""
+    return factor.reshape(factor.shape + (1,) * max(0, value.ndim - factor.ndim))
+
+
+def _reduced(values: Tensor, dims: int) -> Tensor:
+    return values.flatten(dims).all(-1) if values.ndim > dims else values
+
+
+def _known_to_hold(values: Tensor) -> bool:
+    """Whether all hold, where that can be looked at: not for weights that `torch.func.vmap` stands for."""
+    try:
+        return bool(values.all())
+    except RuntimeError:
+        return False
 
 
 def invert_mean(family: ExponentialFamily, mean: Any, *, iterations: int = 200, tolerance: float | None = None) -> Any:
@@ -129,14 +292,13 @@ def _ascend(family: ExponentialFamily, current: Tensor, step: Tensor, target: Te
 
 
 def _inside(family: ExponentialFamily, nat: Any) -> Tensor:
-    """Per weight: the fields satisfy the declared constraints."""
-    inside: Tensor | None = None
-    for name, value, dims in zip(nat._fields, nat, family.statistic_dims, strict=True):
-        ok = family.domain.get(name, constraints.real).check(value)
-        ok = ok.flatten(-dims).all(-1) if dims and ok.ndim == value.ndim else ok
-        inside = ok if inside is None else inside & ok
-    assert inside is not None
-    return inside
+    """Per weight: the chart's fields satisfy the declared constraints."""
+    batch = _flatten(family, nat)[0].shape[:-1]
+    ok = torch.ones(batch, dtype=torch.bool, device=nat[0].device)
+    state = family.from_nat(nat)
+    for name, constraint in family.domain.items():
+        ok = ok & _reduced(constraint.check(getattr(state, name)), len(batch))
+    return ok
 
 
 def _flatten(family: ExponentialFamily, values: Any) -> tuple[Tensor, list[torch.Size]]:

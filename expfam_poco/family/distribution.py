@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.family.draws import LOSSES_ALONE
 from expfam_poco.family.noise import quantile
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class FamilyDistribution(dist.TorchDistribution):
     """q with the family's own density and samples; the batch and event axes of the tensor are one event.
 
-    Samples are drawn with torch's global generator, and are reparameterised where the family's `sample` is.
+    Samples are drawn with torch's global generator, and are reparameterised where the family's `sample` is: not where
+    weights are levels or integers, and not where its estimator compares losses.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -30,7 +32,6 @@ class FamilyDistribution(dist.TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
 
     def __init__(self, family: ExponentialFamily, state: Any) -> None:
         """Keep the family and the state."""
@@ -38,6 +39,11 @@ class FamilyDistribution(dist.TorchDistribution):
         self.state = state
         self._like = family.point(state) if family.curved else family.middle(family.to_nat(state))
         super().__init__(torch.Size(), self._like.shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether a draw is a differentiable function of the state."""
+        return reparameterised(self.family, self.state)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -52,7 +58,24 @@ class FamilyDistribution(dist.TorchDistribution):
         return ExpandedDistribution(self, torch.Size(batch_shape))
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """θ by transforming noise drawn from torch's global generator, differentiable in the state.
+
+        Raises:
+            NotImplementedError: where a draw has no derivative; `sample` draws without.
+        """
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"{type(self.family).__name__}: a draw has no derivative in the state; use sample() and the score "
+                "log_prob (Pyro's SVI does so where has_rsample is False)."
+            )
+        return self._draw(sample_shape)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """θ by transforming noise drawn from torch's global generator."""
+        with torch.no_grad():
+            return self._draw(sample_shape)
+
+    def _draw(self, sample_shape: Any) -> Tensor:
         shape = (torch.Size(sample_shape).numel(), *self._like.shape, *self.family.noise_dims)
         tiny = torch.finfo(self._like.dtype).tiny
         uniform = torch.rand(shape, dtype=self._like.dtype, device=self._like.device).clamp_min(tiny)
@@ -78,3 +101,23 @@ class FamilyDistribution(dist.TorchDistribution):
     def entropy(self) -> Tensor:
         """The sum of the weights' entropies."""
         return self.family.entropy(self.state).sum()
+
+
+def reparameterised(family: ExponentialFamily, state: Any) -> bool:
+    """Whether the family's draws have derivatives that say how E_q[ℓ] moves with the state.
+
+    Levels and integers have none, even where a formula (rounding, comparing) has zeros to offer; nor has a family
+    whose default estimator measures losses alone, or whose `sample` cuts the graph.
+    """
+    if family.levels is not None or family.support.is_discrete:
+        return False
+    if (
+        family.default_estimator == "score"
+        or getattr(family.estimators.get(family.default_estimator), "needs", "") in LOSSES_ALONE
+    ):
+        return False
+    with torch.enable_grad():
+        moving = type(state)(*(value.detach().requires_grad_() for value in state))
+        like = family.point(moving)
+        draw = family.sample(moving, family.neutral_noise(like.detach()).unsqueeze(0))
+        return bool(draw.requires_grad)

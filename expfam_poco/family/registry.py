@@ -7,10 +7,22 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from expfam_poco.family import hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 
 GROUP = "expfam_poco.families"
 FamilyClass = TypeVar("FamilyClass", bound=type[ExponentialFamily])
+
+
+class FamilyImportError(ValueError, ImportError):
+    """An installed package offers a family that cannot be imported.
+
+    Example:
+        >>> from expfam_poco.family.registry import FamilyImportError
+        >>> issubclass(FamilyImportError, ValueError)
+        True
+    """
+
 
 _registered: dict[str, type[ExponentialFamily]] = {}
 # Those found by an entry point before: reading what all installed packages offer takes milliseconds.
@@ -38,9 +50,9 @@ def register(name: str) -> Callable[[FamilyClass], FamilyClass]:
     def decorate(cls: FamilyClass) -> FamilyClass:
         if not (isinstance(cls, type) and issubclass(cls, ExponentialFamily)):
             raise TypeError(f"register({name!r}) decorates {cls!r}, which is not an ExponentialFamily class.")
-        known = _find(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"name={name!r} is taken by {known.__module__}.{known.__qualname__}; choose another name.")
+        taken = _taken(name, cls)
+        if taken is not None:
+            raise ValueError(f"name={name!r} is taken by {taken}; choose another name.")
         _registered[name] = cls
         return cls
 
@@ -62,7 +74,8 @@ def get_family(name: str) -> type[ExponentialFamily]:
     """The class registered under `name`.
 
     Raises:
-        ValueError: for an unknown name; the sentence lists the known ones.
+        ValueError: for an unknown name; the sentence lists the known ones. As `FamilyImportError` for a plug-in that
+            cannot be imported, which leaves the others alone.
 
     Example:
         >>> import expfam_poco as poco
@@ -83,8 +96,13 @@ def resolve_family(choice: str | type[ExponentialFamily] | ExponentialFamily) ->
         >>> import expfam_poco as poco
         >>> poco.resolve_family("full_gaussian")
         FullGaussian()
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for what is no family, or has hyperparameters that cannot be told apart (`hyperparameters.check`).
     """
     if isinstance(choice, ExponentialFamily):
+        hyperparameters.check(choice)
         return choice
     cls = get_family(choice) if isinstance(choice, str) else choice
     if not (isinstance(cls, type) and issubclass(cls, ExponentialFamily)):
@@ -105,9 +123,40 @@ def _installed_name(cls: type[ExponentialFamily]) -> str:
     module = cls.__module__
     for point in entry_points(group=GROUP):
         # Only the family's own package is imported: another one may be slow, or broken.
-        if point.module.partition(".")[0] == module.partition(".")[0] and point.load() is cls:
-            return point.name
+        if _package(point.module) == _package(module) and point.attr.rpartition(".")[2] == cls.__name__:
+            try:
+                if point.load() is cls:
+                    return point.name
+            except Exception:  # a broken module of the same package, or one that is being imported
+                continue
     return f"{module}:{cls.__qualname__}"
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _taken(name: str, cls: type[ExponentialFamily]) -> str | None:
+    """What else has this name, if anything has.
+
+    An entry point of the class's own package is not loaded: its module is being imported just now, if the class is
+    registered in it.
+    """
+    for known in (_registered.get(name), _installed.get(name)):
+        if known is not None:
+            same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+            return None if same else f"{known.__module__}.{known.__qualname__}"
+    for point in entry_points(group=GROUP):
+        if point.name != name:
+            continue
+        if _package(point.module) == _package(cls.__module__):
+            return None if point.attr == cls.__qualname__ else point.value.replace(":", ".")
+        try:
+            known = _find(name)
+        except Exception:  # it is broken, and has the name all the same
+            return point.value.replace(":", ".")
+        return None if known is None else f"{known.__module__}.{known.__qualname__}"
+    return None
 
 
 def _find(name: str) -> type[ExponentialFamily] | None:
@@ -116,7 +165,14 @@ def _find(name: str) -> type[ExponentialFamily] | None:
             return known[name]
     for point in entry_points(group=GROUP):
         if point.name == name:
-            loaded = point.load()
+            try:
+                loaded = point.load()
+            except Exception as error:
+                where = "" if point.dist is None else f" of the package {point.dist.name}"
+                raise FamilyImportError(
+                    f"family={name!r}: {point.value}{where} cannot be imported ({type(error).__name__}: {error}); mend "
+                    "or uninstall it. Other families are not touched."
+                ) from error
             if not (isinstance(loaded, type) and issubclass(loaded, ExponentialFamily)):
                 raise TypeError(f"entry point {name!r} gives {loaded!r}, which is not an ExponentialFamily.")
             _installed[name] = loaded

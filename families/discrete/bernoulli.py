@@ -47,6 +47,7 @@ class Bernoulli(ExponentialFamily):
     strength: float = 1.0
 
     support: ClassVar[constraints.Constraint] = constraints.real
+    domain: ClassVar[Any] = {"theta": constraints.real}
     levels: ClassVar[tuple[float, ...] | None] = (-1.0, 1.0)
     noise_kind: ClassVar[str] = "logistic"
     default_estimator: ClassVar[str] = "relaxed"
@@ -152,6 +153,7 @@ class StaleBernoulli(Bernoulli):
     """
 
     State: ClassVar[type[Any]] = Stale
+    domain: ClassVar[Any] = {"theta": constraints.real, "previous": constraints.real}
 
     def to_nat(self, state: Any) -> Theta:
         """λ."""

@@ -65,6 +65,7 @@ class Categorical(ExponentialFamily):
 
     Statistics: ClassVar[type[Any]] = Indicators
     statistic_dims: ClassVar[tuple[int, ...]] = (1,)
+    domain: ClassVar[Any] = {"level": constraints.real}
     noise_kind: ClassVar[str] = "logistic"
     default_estimator: ClassVar[str] = "relaxed"
     estimators: ClassVar[Mapping[str, Estimator]] = {

@@ -7,8 +7,9 @@ to H in the Fisher metric does not depend on the size of V: with Π = I − U U�
     (Π ∘ Π) x = diag(Π H̃ Π),        E = H̃ − diag x,        Z = E U − ½ U (Uᵀ E U)
 
 (in the metric's own coordinates S^{-1/2} · S^{-1/2} the low-rank directions are all that touch the span of U; what
-they cannot reach is Π · Π, where S^{-1/2} is the identity). The first is solved by conjugate gradients. Nothing of
-P × P is made: a step takes O(P r²) operations.
+they cannot reach is Π · Π, where S^{-1/2} is the identity). The first is solved by conjugate gradients, with a floor
+under the eigenvalues of Π ∘ Π (`_solve_squares`). For more than 64 weights nothing of P × P is made: a step takes
+O(P r²) operations.
 
 Source of the family: Mishkin et al. 2018, *SLANG*; there the projection keeps the diagonal, here it is Fisher's.
 """
@@ -28,6 +29,8 @@ from expfam_poco.family.noise import NoiseKey, noise
 from .structured import StructuredGaussian
 
 SOLVES = 24  # steps of conjugate gradients; Π ∘ Π is near the identity unless r is near P
+FEW = 64  # weights whose Π ∘ Π is decomposed
+FLOOR = 1e-3  # of the eigenvalues of Π ∘ Π
 SEED_SIZE = 1e-2  # of the first V, against √d
 SEED_STREAM = 200
 
@@ -238,11 +241,27 @@ class LowRankGaussian(StructuredGaussian):
 
 
 def _solve_squares(span: Tensor, target: Tensor) -> Tensor:
-    """x with (Π ∘ Π) x = target, Π = I − U Uᵀ, by conjugate gradients from 0 (the least solution where it is singular).
+    r"""x with (Π ∘ Π) x = target, Π = I − U Uᵀ, with the eigenvalues of Π ∘ Π not below FLOOR.
+
+    Where U comes near an axis e_i (or (e_i ± e_j)/√2, …) the tangent vectors diag x and U Zᵀ + Z Uᵀ become alike:
+    diag e_i is almost U Zᵀ + Z Uᵀ with Z = ½ U, and Π ∘ Π almost singular. For a unit eigenvector v of eigenvalue λ,
+    λ = vᵀ (Π∘Π) v = ‖Π diag(v) Π‖², so the target's part ⟨v, diag(Π H̃ Π)⟩ = ⟨Π diag(v) Π, H̃⟩ is at most √λ ‖H̃‖, and x
+    has a part of ‖H̃‖/√λ, which Z takes back. Their sum is right, but a step of d and of V Vᵀ ≥ 0 by themselves is not:
+    d runs away. 1/max(λ, FLOOR) for 1/λ is exact for λ ≥ FLOOR, and leaves a part of ‖H̃‖/√FLOOR at most, which
+    falls to 0 with λ: there all is in Z, the least of the solutions. The direction Π diag(v) Π is learnt when U has
+    moved on.
+
+    Few weights have their eigenvalues computed, many are solved by conjugate gradients from 0, which leave out the
+    directions where the quotient of Rayleigh is below FLOOR.
 
     In float64: Π ∘ Π squares the small entries of Π.
     """
     dtype, span, target = target.dtype, span.double(), target.double()
+    if span.shape[-2] <= FEW:
+        eye = torch.eye(span.shape[-2], dtype=span.dtype, device=span.device)
+        values, vectors = torch.linalg.eigh((eye - span @ span.mT).square())
+        part = (vectors.mT @ target.unsqueeze(-1)).squeeze(-1) / values.clamp_min(FLOOR)
+        return (vectors @ part.unsqueeze(-1)).squeeze(-1).to(dtype)
     share = 1.0 - 2.0 * span.square().sum(-1)
 
     def product(x: Tensor) -> Tensor:
@@ -256,7 +275,7 @@ def _solve_squares(span: Tensor, target: Tensor) -> Tensor:
     for _ in range(min(SOLVES, target.shape[-1])):
         image = product(direction)
         slope = (direction * image).sum(-1, keepdim=True)
-        going = (size > floor * 1e-16) & (slope > 1e-14 * (direction * direction).sum(-1, keepdim=True))
+        going = (size > floor * 1e-16) & (slope > FLOOR * (direction * direction).sum(-1, keepdim=True))
         length = torch.where(going, size / slope, 0.0)
         x, residual = x + length * direction, residual - length * image
         after = (residual * residual).sum(-1, keepdim=True)

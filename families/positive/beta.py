@@ -20,8 +20,17 @@ from torch.distributions import constraints
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws
 
-from .dirichlet import dirichlet_divergence, dirichlet_entropy, pathwise, shape_slack, shapes_of, solved
-from .gamma_functions import digamma, from_zero, log_gamma, standard_draw
+from .dirichlet import (
+    dirichlet_divergence,
+    dirichlet_entropy,
+    expected_logs,
+    log_normaliser,
+    pathwise,
+    shape_slack,
+    shapes_of,
+    solved,
+)
+from .gamma_functions import from_zero, standard_draw
 
 
 class BetaStatistics(NamedTuple):
@@ -96,13 +105,11 @@ class Beta(ExponentialFamily):
 
     def log_partition(self, nat: Any) -> Tensor:
         """log Γ(a) + log Γ(b) − log Γ(a+b)."""
-        a, b = nat.log.double(), nat.log_rest.double()
-        return (log_gamma(a) + log_gamma(b) - log_gamma(a + b)).to(nat.log.dtype)
+        return log_normaliser(_together(nat)).to(nat.log.dtype)
 
     def to_mean(self, nat: Any) -> BetaStatistics:
         """(ψ(a) − ψ(a+b), ψ(b) − ψ(a+b))."""
-        shapes = _together(nat)
-        return _apart(digamma(shapes) - digamma(shapes.sum(-1, keepdim=True)), nat.log.dtype)
+        return _apart(expected_logs(_together(nat)), nat.log.dtype)
 
     def to_natural(self, mean: Any) -> BetaStatistics:
         """The shapes, by Newton's method.

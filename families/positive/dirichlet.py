@@ -28,10 +28,12 @@ from expfam_poco.family.draws import Draws
 
 from .gamma_functions import (
     digamma,
+    digamma_fall,
     exp_excess,
     following,
     from_zero,
     log_gamma,
+    log_gamma_fall,
     shape_divergence,
     standard_draw,
     standard_entropy,
@@ -100,6 +102,50 @@ def pathwise(shapes: Tensor, noise: Tensor, pull: Tensor) -> Tensor:
     return solved(a, pull.mean(0) + bent, bent.sum(-1))
 
 
+def others_of(shapes: Tensor) -> Tensor:
+    """Σ_{j≠i} a_j for every i of the last axis, by sums alone: Σa − a_i loses small shapes beside a large one.
+
+    Example:
+        >>> import torch
+        >>> from ..dirichlet import others_of
+        >>> others_of(torch.tensor([1e20, 1.0, 2.0]))
+        tensor([3.0000e+00, 1.0000e+20, 1.0000e+20])
+    """
+    none = torch.zeros_like(shapes[..., :1])
+    before = torch.cat((none, shapes[..., :-1].cumsum(-1)), -1)
+    after = torch.cat((shapes[..., 1:].flip(-1).cumsum(-1).flip(-1), none), -1)
+    return before + after
+
+
+def log_normaliser(shapes: Tensor) -> Tensor:
+    """Σ log Γ(a_i) − log Γ(Σa): the largest shape's log Γ is taken together with that of the sum.
+
+    Example:
+        >>> import torch
+        >>> from ..dirichlet import log_normaliser
+        >>> log_normaliser(torch.tensor([1.0, 1.0]))
+        tensor(0.)
+    """
+    places = torch.arange(shapes.shape[-1], device=shapes.device)
+    largest = places == shapes.detach().argmax(-1, keepdim=True)
+    small = torch.where(largest, torch.ones_like(shapes), shapes)  # log Γ(1) = 0
+    rest = torch.where(largest, torch.zeros_like(shapes), shapes).sum(-1)
+    big = torch.where(largest, shapes, torch.zeros_like(shapes)).sum(-1)
+    return log_gamma(small).sum(-1) + log_gamma_fall(big, rest)
+
+
+def expected_logs(shapes: Tensor) -> Tensor:
+    """E[log θ_i] = ψ(a_i) − ψ(Σa).
+
+    Example:
+        >>> import torch
+        >>> from ..dirichlet import expected_logs
+        >>> expected_logs(torch.tensor([1.0, 1.0]))
+        tensor([-1., -1.])
+    """
+    return digamma_fall(shapes, others_of(shapes))
+
+
 def dirichlet_entropy(shapes: Tensor) -> Tensor:
     """Σ H(a_i) − H(Σa) − (d − 1) ψ(Σa) with the entropy H of a standard Gamma variable.
 
@@ -149,7 +195,7 @@ def shapes_of(logs: Tensor) -> Tensor:
     level = logs + digamma((logs.shape[-1] - 1.0) / (2.0 * gap))  # ψ(a), roughly
     a = torch.where(level < -2.22, -1.0 / (level - digamma(torch.ones_like(level))), level.exp() + 0.5)  # Minka
     for _ in range(60):
-        error = logs - digamma(a) + digamma(a.sum(-1, keepdim=True))
+        error = logs - expected_logs(a)
         each = error * (a - shape_slack(a))
         step = solved(a, each, each.sum(-1)) / a
         a = a * step.clamp(-2.0, 2.0).exp()
@@ -207,12 +253,12 @@ class Dirichlet(ExponentialFamily):
     def log_partition(self, nat: Any) -> Tensor:
         """Σ log Γ(a_i) − log Γ(Σa)."""
         a = nat.log.double()
-        return (log_gamma(a).sum(-1) - log_gamma(a.sum(-1))).to(nat.log.dtype)
+        return log_normaliser(a).to(nat.log.dtype)
 
     def to_mean(self, nat: Any) -> LogWeights:
         """ψ(a_i) − ψ(Σa)."""
         a = nat.log.double()
-        return LogWeights((digamma(a) - digamma(a.sum(-1, keepdim=True))).to(nat.log.dtype))
+        return LogWeights(expected_logs(a).to(nat.log.dtype))
 
     def to_natural(self, mean: Any) -> LogWeights:
         """The shapes, by Newton's method.

@@ -200,6 +200,51 @@ def digamma(shape: Tensor) -> Tensor:
     return (a.log() - log_less_digamma(a)).to(shape.dtype)
 
 
+def log_gamma_fall(shape: Tensor, rest: Tensor) -> Tensor:
+    r"""log Γ(a) − log Γ(a + r) without cancellation where r is small beside a; float64 for full accuracy.
+
+    With x = a for large a, else a + 10, and ℓ = log(1 + r/x), by Stirling's series with coefficients c_k
+
+        −(x − ½) ℓ − r log(x + r) + r + Σ_k c_k x^{−(2k+1)} (1 − e^{−(2k+1) ℓ})   [+ Σ_{j<10} log(1 + r/(a + j))]
+
+    Example:
+        >>> import torch
+        >>> from ..gamma_functions import log_gamma_fall
+        >>> log_gamma_fall(torch.tensor(3.0), torch.tensor(2.0))  # log 2!/4!
+        tensor(-2.4849)
+    """
+    large, a, x = _split(shape)
+    ratio = torch.log1p(rest / x)
+    total = rest - (x - 0.5) * ratio - rest * (x + rest).log()
+    for number, coefficient in enumerate(_STIRLING):
+        power = 2 * number + 1
+        total = total - coefficient * x**-power * torch.expm1(-power * ratio)
+    return total + torch.where(large, 0.0, torch.log1p(rest.unsqueeze(-1) / _upwards(a)).sum(-1))
+
+
+def digamma_fall(shape: Tensor, rest: Tensor) -> Tensor:
+    r"""ψ(a) − ψ(a + r) < 0 without cancellation where r is small beside a; float64 for full accuracy.
+
+    With x and ℓ as in `log_gamma_fall`, and the coefficients d_k of ψ(x) = log x − 1/2x − Σ_k d_k x^{−2k},
+
+        −ℓ − (1 − e^{−ℓ})/2x − Σ_k d_k x^{−2k} (1 − e^{−2kℓ})   [− Σ_{j<10} r/((a + j)(a + j + r))]
+
+    Example:
+        >>> import torch
+        >>> from ..gamma_functions import digamma_fall
+        >>> digamma_fall(torch.tensor(1.0), torch.tensor(1.0))
+        tensor(-1.)
+    """
+    large, a, x = _split(shape)
+    ratio = torch.log1p(rest / x)
+    total = 0.5 * torch.expm1(-ratio) / x - ratio
+    for number, coefficient in enumerate(_DIGAMMA):
+        power = 2 * (number + 1)
+        total = total + coefficient * x**-power * torch.expm1(-power * ratio)
+    up, r = _upwards(a), rest.unsqueeze(-1)
+    return total - torch.where(large, 0.0, (r / (up * (up + r))).sum(-1))
+
+
 def trigamma_excess(shape: Tensor) -> Tensor:
     """a ψ′(a) − 1 > 0, about 1/2a; float64 for full accuracy.
 
