@@ -162,8 +162,8 @@ class FlatBlock(Block):
     def is_bound(self) -> bool:
         """Whether the members' records still hold the views that were made for them."""
         for member, known in zip(self._members, self._bound, strict=False):
-            record = member.record
-            if any([record[role] is not view for role, view in zip(ROLES, known, strict=True)]):  # type: ignore[literal-required]
+            record, (posterior, momentum, memory) = member.record, known
+            if not (record["posterior"] is posterior and record["momentum"] is momentum and record["memory"] is memory):
                 return False
         return len(self._bound) > 0
 

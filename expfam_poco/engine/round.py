@@ -103,15 +103,17 @@ class Round:
         first: list[Trial] = []
         second: list[Trial] | None = None
         numbers = [self._numbers(*unit, alpha) for unit, alpha in zip(self.units, alphas, strict=True)]
-        total, products, several = torch.zeros(()), None, len(parts) > 1
+        total: Tensor | None = None
+        products, several = None, len(parts) > 1
         for index, (closure, share) in enumerate(parts):
             first = self._at_present(closure, Part(index, share, None, several), numbers, first)
             if wanted is not None:
                 second = self._at_reference(first, Part(index, share, None, several), refresh, second)
             loss, found = evaluator.evaluate(closure, first, second)
-            total = total.to(loss) + share * loss if several else loss
+            part = share * loss if several else loss
+            total = part if total is None else total + part
             products = evaluator.products.add_products(products, found, share)
-        if not any(any(trial.used) for trial in first):
+        if total is None or not any([any(trial.used) for trial in first]):
             raise unused_error()
         steps: list[Step] = []
         for i, (alpha, trial) in enumerate(zip(alphas, first, strict=True)):

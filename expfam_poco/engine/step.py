@@ -156,6 +156,9 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """The corrected natural gradient of a family with one field, one tensor for each parameter."""
+        if not self.first.in_place:
+            ((*_, found),) = self._sites()
+            return self.block.split(found.site[0])
         out = torch.empty(self.block.shape, dtype=self.block.dtype, device=self.block.device)
         for tile, (*_, found) in zip(self.first.tiles(), self._sites(), strict=True):
             tile.cut(out).copy_(found.site[0])

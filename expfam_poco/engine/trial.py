@@ -140,8 +140,9 @@ class Trial:
         if not self.noises:
             whole, rows = Whole(self.block.shape), list[Tensor]()
             for draw in range(self.count):
-                constants = self.constants(draw)
-                rows.append(constants.noise_of(self.source(whole, constants, draw), self.like(whole)))
+                constants, like = self.constants(draw), self.like(whole)
+                source = like if self.mode == "zero" else self.source(whole, constants, draw)
+                rows.append(constants.noise_of(source, like))
             self.noises.append(stacked(rows))
         return self.noises[0]
 
@@ -227,8 +228,9 @@ class Trial:
 
     def _keep(self, loss: Tensor, grads: list[Tensor | None]) -> None:
         losses_alone = self.estimator.needs in LOSSES_ALONE
-        now = [losses_alone or grad is not None for grad in grads]
-        self.used = [a or b for a, b in zip(self.used, now, strict=True)] if self.used else now
+        if not all(self.used) or not self.used:
+            before = self.used or [losses_alone] * len(grads)
+            self.used = [a or grad is not None for a, grad in zip(before, grads, strict=True)]
         if self.in_place:
             self.grads, self.losses = [grads], [loss]
         else:
