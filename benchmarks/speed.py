@@ -4,10 +4,10 @@
     python benchmarks/speed.py cycle --light   one table in a minute
     python benchmarks/speed.py cycle --device cuda
 
-The parts are "cycle", "memory", "growth", "batched" and "full". A *cycle* is all that an optimizer does around the
-forward and backward pass: perturb, restore, collect, update (the closure here hands over gradients that are there
-already). Methods take turns in one process; times are medians. Tables go to the terminal, numbers to
-`results/speed-<part>.json` and growth also to `results/speed-growth.png`, in the folder of this file or `--out`.
+The parts are "cycle", "memory", "growth", "batched", "full" and "small" (`small_steps.py`). A *cycle* is all that an
+optimizer does around the forward and backward pass: perturb, restore, collect, update (the closure here hands over
+gradients that are there already). Methods take turns in one process; times are medians. Tables go to the terminal,
+numbers to `results/speed-<part>.json` and growth also to `results/speed-growth.png`, in the folder of this file or `--out`.
 Without `--light` and `--out` the tables in `RESULTS.md` are replaced.
 """
 
@@ -455,7 +455,9 @@ def machine(device: str) -> dict[str, str]:
 
 def main() -> None:
     """Run the parts that were named, all by default."""
-    parts = ("cycle", "memory", "growth", "batched", "full")
+    from small_steps import small
+
+    parts = ("cycle", "memory", "growth", "batched", "full", "small")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help=f"any of {', '.join(parts)}")
     parser.add_argument("--light", action="store_true", help="small sizes: a minute or two")
@@ -471,6 +473,7 @@ def main() -> None:
             "growth": lambda: growth(options.light, options.out),
             "batched": lambda: batched(options.light, options.device),
             "full": lambda: full(options.light),
+            "small": lambda: small(options.light),
         }
         result = {"machine": machine(options.device), part: runs[part]()}
         (options.out / f"speed-{part}.json").write_text(json.dumps(result, indent=1) + "\n")

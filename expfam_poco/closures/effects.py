@@ -14,7 +14,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -94,11 +94,11 @@ class Record:
         own = [p for part in self.parts for p in part._parameters.values() if p is not None and not is_lazy(p)]
         return {p.untyped_storage().data_ptr() for p in (*self._params, *own)}
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Make all state what it was."""
-        for value, copy in _changed(self._copies):
-            value.detach().copy_(copy)
+        for value, copy in _changed(self._copies) if self._copies else ():
+            with torch.no_grad():
+                value.detach().copy_(copy)
         for module, name, value in self._buffers:
             # One of another shape is a cache that has grown with the inputs, of which the module keeps count.
             now = module._buffers.get(name)
@@ -143,7 +143,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, Parameter)
 
 
-class Evaluations:
+class Evaluations(AbstractContextManager[None]):
     """The state of modules around one batch's evaluations: the first may move it, all others leave it as that did.
 
     Attributes:
@@ -155,15 +155,17 @@ class Evaluations:
         self.before = Record(modules, params)
         self._after: Record | None = None
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> AbstractContextManager[None]:
         """Run a block with a later evaluation. The state is recorded when the first such block is entered."""
+        return self
+
+    def __enter__(self) -> None:
         if self._after is None:
             self._after = Record(self._modules, self._params)
-        try:
-            yield
-        finally:
-            self._after.restore()
+
+    def __exit__(self, *error: object) -> None:
+        assert self._after is not None
+        self._after.restore()
 
 
 class Buffers:

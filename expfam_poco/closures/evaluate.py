@@ -144,9 +144,9 @@ def _evaluate_scaled(closure: Closure, params: Sequence[Parameter], request: Req
         )
     loss, by_closure = _call(closure, params)
     value = loss.detach()
-    if all(grad is None for grad in by_closure):
+    if by_closure is None:
         by_closure = _differentiate(scaling.scale(loss), params, create_graph=False)
-    grads = scaling.unscale(params, [None if grad is None else _dense(grad) for grad in by_closure])
+    grads = scaling.unscale(params, _plain(by_closure))
     require_finite(grads)
     _require_finite_loss(value)
     return Measured(value, grads, [], {})
@@ -160,7 +160,7 @@ def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request, c
     if not request.gradient:
         return Measured(value, [None] * len(params), [], {})
     again = request.second_order
-    if any(grad is not None for grad in by_closure):
+    if by_closure is not None:
         if again:
             raise TypeError(
                 "closure: this curvature or anchor estimator differentiates the gradient again; return the loss "
@@ -171,7 +171,7 @@ def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request, c
         grads = _differentiate(loss, params, create_graph=again)
     products = [hessian_product(grads, params, vectors) for vectors in request.vectors]
     hessians = {key: hessian_block(grads, params, *asked) for key, asked in request.hessian.items()}
-    measured = Measured(value, [None if grad is None else _plain(grad) for grad in grads], products, hessians)
+    measured = Measured(value, _plain(grads), products, hessians)
     if check:
         require_sound(measured, loss=not value.is_cpu)
     return measured
@@ -184,23 +184,28 @@ def require_sound(measured: Measured, *, loss: bool = True) -> None:
             _require_finite_loss(measured.loss)
         _require_finite_each(measured.grads)
     curvature = [*(part for product in measured.products for part in product), *measured.hessians.values()]
-    if not _adds_up(curvature):
+    if curvature and not _adds_up(curvature):
         _require_finite_curvature(curvature)
 
 
-def _plain(grad: Tensor) -> Tensor:
-    """The gradient as numbers: dense, and without its graph."""
-    return _dense(grad.detach() if grad.requires_grad else grad)
+def _plain(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients as numbers: without graphs, and dense, for rows of an embedding without one move by the prior."""
+    plain: list[Tensor | None] = []
+    for grad in grads:
+        value = grad.detach() if grad is not None and grad.requires_grad else grad
+        plain.append(value if value is None or value.layout is torch.strided else value.to_dense())
+    return plain
 
 
-def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, and the gradients that the closure left; whatever happens, none stay on the parameters."""
+def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[Tensor | None] | None]:
+    """The loss, and the gradients if the closure left any; whatever happens, none stay on the parameters."""
     for p in params:
         p.grad = None
     try:
         with torch.enable_grad():
             loss = _checked_loss(closure())
-        return loss, [p.grad for p in params]
+        left = [p.grad for p in params]
+        return loss, left if any(grad is not None for grad in left) else None
     finally:
         for p in params:
             p.grad = None
@@ -267,11 +272,6 @@ def _require_finite_each(grads: Sequence[Tensor | None]) -> None:
             )
 
 
-def _dense(grad: Tensor) -> Tensor:
-    """Sparse gradients (of embeddings) as what they stand for: rows without one move by the prior."""
-    return grad if grad.layout == torch.strided else grad.to_dense()
-
-
 def by_device(values: Sequence[Tensor]) -> list[list[Tensor]]:
     """The values in groups of one device and dtype."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -325,6 +325,8 @@ def parts_of(
     Raises:
         TypeError: without a closure: the loss must be evaluated at weights chosen by the optimizer.
     """
+    if callable(closure) and weights is None and scaler is None and not fresh_noise:
+        return [(closure, 1.0)]
     if closure is None or not (callable(closure) or isinstance(closure, list | tuple)):
         raise TypeError(
             f"closure={closure!r}: step() evaluates the loss itself; call step(closure) with a function that returns "

@@ -46,13 +46,11 @@ def hessian_block(grads: Sequence[Tensor | None], params: Sequence[Parameter], w
         found = torch.autograd.grad(
             outputs, chosen, vectors, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
-        rows = torch.cat(
-            [
-                like.new_zeros(stop - start, n) if f is None else f.reshape(stop - start, n)
-                for f, n in zip(found, sizes, strict=True)
-            ],
-            dim=1,
-        ).to(like.dtype)
+        parts = [
+            like.new_zeros(stop - start, n) if f is None else f.reshape(stop - start, n)
+            for f, n in zip(found, sizes, strict=True)
+        ]
+        rows = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).to(like.dtype)
         blocks.append(rows if dense else rows.diagonal(start))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 

@@ -180,7 +180,8 @@ def _is_module(thing: Any) -> bool:
 
 def _near(thing: Any) -> list[Any]:
     """What a thing holds, but for plain values."""
-    return [other for other in _all_near(thing) if not _is_plain(type(other))]
+    near = [other for other in _all_near(thing) if type(other) not in _PLAIN_TYPES]
+    return [other for other in near if not _is_plain(type(other))]
 
 
 def _is_plain(kind: type) -> bool:
@@ -206,12 +207,13 @@ def _all_near(thing: Any) -> Iterable[Any]:
     return getattr(thing, "__dict__", {}).values()
 
 
-def _near_function(function: types.FunctionType) -> Iterator[Any]:
-    yield from _cells_of(function)
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    yield from function.__dict__.values()
-    yield from _globals_of(function)
+def _near_function(function: types.FunctionType) -> list[Any]:
+    found = [*_cells_of(function), *(function.__defaults__ or ())]
+    if function.__kwdefaults__:
+        found += function.__kwdefaults__.values()
+    if function.__dict__:
+        found += function.__dict__.values()
+    return found + _globals_of(function)
 
 
 def _modules_among(items: Any) -> Iterator[Any]:
@@ -222,12 +224,14 @@ def _modules_among(items: Any) -> Iterator[Any]:
         yield from (item for item in islice(items, MOST_SCANNED) if type(item) in wanted)
 
 
-def _cells_of(function: types.FunctionType) -> Iterator[Any]:
+def _cells_of(function: types.FunctionType) -> list[Any]:
+    found: list[Any] = []
     for cell in function.__closure__ or ():
         try:
-            yield cell.cell_contents
+            found += (cell.cell_contents,)
         except ValueError:  # empty: of a variable that is not assigned yet
             continue
+    return found
 
 
 @functools.lru_cache(4096)
@@ -241,16 +245,18 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(names)
 
 
-def _globals_of(function: types.FunctionType) -> Iterator[Any]:
+def _globals_of(function: types.FunctionType) -> list[Any]:
     """The values named by a function's code: globals, and members of modules that are globals or imported inside."""
-    names, own = _names_in(function.__code__), function.__globals__
+    names, own, loaded = _names_in(function.__code__), function.__globals__, sys.modules
     home = own.get("__package__")
     if isinstance(home, str) and (home == "torch" or home.startswith("torch.")):
-        return  # torch keeps nobody's modules in its globals
+        return []  # torch keeps nobody's modules in its globals
+    found: list[Any] = []
     for name in names:
-        value = own[name] if name in own else sys.modules.get(name) or sys.modules.get(f"{home}.{name}")
+        value = own[name] if name in own else loaded.get(name) or loaded.get(f"{home}.{name}")
         if isinstance(value, types.ModuleType):
             members = vars(value)
-            yield from (members[member] for member in names if member in members)
+            found += [members[member] for member in names if member in members]
         else:
-            yield value
+            found += (value,)
+    return found

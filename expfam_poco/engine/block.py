@@ -56,10 +56,12 @@ class Block:
         family: the group's family, as it is for a parameter of this shape.
         at_point: whether the model is known to hold the posterior's point.
         drawn: the key of the draw that the model holds, if it is known to hold one.
+        record: what `optimizer.state` holds for it; looked up whenever the optimizer looks for its active blocks.
     """
 
     settings: Settings
     family: ExponentialFamily
+    record: Record
 
     def __init__(
         self, params: Sequence[Parameter], settings: Settings, index: int, name: str, group_number: int
@@ -74,6 +76,7 @@ class Block:
         self._seen: list[tuple[int, int]] | None = None
         self._fitted: ExponentialFamily | None = None
         self.known_prior: tuple[Any, Any] | None = None
+        self.record = new_record(None)
         self.adopt(settings)
 
     def adopt(self, settings: Settings) -> None:
@@ -107,7 +110,7 @@ class Block:
     @property
     def active(self) -> bool:
         """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step."""
-        return self.numel > 0 and all(p.requires_grad for p in self.params)
+        return self.numel > 0 and all([p.requires_grad for p in self.params])
 
     def check_members(self, params: Sequence[Parameter]) -> None:
         """A joint posterior is over the parameters that were trainable when it was made; refuse another set."""
@@ -147,9 +150,11 @@ class Block:
         return value.clone(memory_format=torch.contiguous_format)
 
     def write(self, value: Tensor) -> None:
-        """Put values into the model. Version counters change, so that another optimizer on it notices."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
+        """Put values into the model, where no gradients are recorded.
+
+        Version counters change, so that another optimizer on it notices.
+        """
+        torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
         self.at_point, self.drawn = False, None
         self.note_weights()
 
@@ -169,7 +174,7 @@ class Block:
 
     def note_weights(self) -> None:
         """Remember that the present weights are known here, to notice later changes from outside."""
-        self._seen = self._versions()
+        self._seen = [(p._version, p.data_ptr()) for p in self.params]
 
     def forget_weights(self) -> None:
         """Compare weights and posterior at the next use, as after loading a checkpoint."""
@@ -178,7 +183,7 @@ class Block:
 
     def weights_changed(self) -> bool:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
-        return self._seen != self._versions()
+        return self._seen != [(p._version, p.data_ptr()) for p in self.params]
 
     def reconcile(self, state: Any) -> Any:
         """The posterior with its centre moved to where somebody else has put the weights."""
@@ -199,9 +204,6 @@ class Block:
         """Centre the posterior where another optimizer has just put the weights."""
         record["posterior"] = self.family.recentre(record["posterior"], self.read())
         self.note_weights()
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self.params]
 
 
 def _mixed(touched: Tensor, new: Tensor, old: Tensor) -> Tensor:

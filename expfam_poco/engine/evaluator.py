@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.effects import Buffers, Record, Replay, capture_random, replay_random
 from expfam_poco.closures.evaluate import Closure
-from expfam_poco.engine.measure import measure_batched, measure_draw, measure_variations
+from expfam_poco.engine.measure import measure_batched, measure_draw, measure_variations, params_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
 
@@ -25,18 +25,9 @@ class Evaluator:
         self._buffers = Buffers()
         self._moved: list[Record] = []
 
-    @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
+    def undone_on_error(self) -> AbstractContextManager[None]:
         """If the block raises, the buffers that its evaluations have moved go back."""
-        self._moved = []
-        try:
-            yield
-        except BaseException:
-            for record in reversed(self._moved):
-                record.restore()
-            raise
-        finally:
-            self._moved = []
+        return _UndoneOnError(self._moved)
 
     @contextmanager
     def undone(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> Iterator[None]:
@@ -45,7 +36,7 @@ class Evaluator:
             try:
                 yield
             finally:
-                self._moved = []
+                self._moved.clear()
 
     def evaluate(
         self, closure: Closure, first: Sequence[Trial], second: Sequence[Trial] | None
@@ -55,7 +46,7 @@ class Evaluator:
         Returns:
             the mean loss there, and the anchor's H̄ (m − m_ref) for every trial, where it comes from products.
         """
-        params = [p for trial in first for p in trial.block.params]
+        params = params_of(first)
         if isinstance(closure, Batched):
             return self._evaluate_batched(closure, params, first, second), None
         shift = None
@@ -82,7 +73,7 @@ class Evaluator:
 
     def evaluate_chunk(self, closure: Closure, trials: Sequence[Trial], share: float) -> Tensor:
         """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
-        params = [p for trial in trials for p in trial.block.params]
+        params = params_of(trials)
         with self._buffers.kept(params, closure):
             if isinstance(closure, Batched):
                 loss = measure_batched(closure, trials)
@@ -107,13 +98,25 @@ class Evaluator:
         self, closure: Closure, trials: Sequence[Trial], draw: int, product_with: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """One draw of all trials, added to the totals of those that keep one."""
-        varying = any(trial.estimator.needs == "variations" for trial in trials)
-        params = [p for trial in trials for p in trial.block.params]
-        random = capture_random(params) if varying else None
+        varying = [trial for trial in trials if trial.estimator.needs == "variations"]
+        random = capture_random(params_of(trials)) if varying else None
         measured = measure_draw(closure, trials, draw, product_with)
         if random is not None:
-            with self._buffers.kept(params, closure):
+            with self._buffers.kept(params_of(trials), closure):
                 measure_variations(closure, trials, draw, lambda: replay_random(random))
         for trial in trials:
-            trial.collect(draw)
+            if trial.in_place:
+                trial.collect(draw)
         return measured
+
+
+class _UndoneOnError(AbstractContextManager[None]):
+    """The context of `undone_on_error`."""
+
+    def __init__(self, moved: list[Record]) -> None:
+        self._moved = moved
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for record in reversed(self._moved) if kind is not None else ():
+            record.restore()
+        self._moved.clear()

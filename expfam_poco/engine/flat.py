@@ -36,14 +36,14 @@ class FlatBlock(Block):
     Attributes:
         tiles: the addresses of the tiles of noise (`noise.tiles_of`).
         real: which entries are weights.
+        indices: the members'.
         record: the members' records as one of flat tensors, after `bind`.
     """
-
-    record: Record
 
     def __init__(self, members: Sequence[Block]) -> None:
         first = members[0]
         self._members = list(members)
+        self.indices = {b.index for b in members}
         self._sizes = [b.numel for b in members]
         lengths = [padded(size) for size in self._sizes]
         self._starts = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -54,8 +54,7 @@ class FlatBlock(Block):
         self.real = self.beside([torch.ones(b.shape, dtype=torch.bool, device=b.device) for b in members])
         zero = torch.zeros((), dtype=self.params[0].dtype, device=first.device)
         self._nothing = [zero.expand(size) for size in self._sizes]
-        lacking = [padded(size) - size for size in self._sizes]
-        self._gaps = [zero.expand(number) if number else None for number in lacking]
+        self._gaps = [zero.expand(padded(size) - size) for size in self._sizes]
         self._bound: list[tuple[Any, ...]] = []
         self._scratch: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
@@ -96,14 +95,10 @@ class FlatBlock(Block):
 
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """One tensor per member → flat storage, in the posterior's dtype. None if all are None."""
-        if all(tensor is None for tensor in tensors):
+        if all([tensor is None for tensor in tensors]):
             return None
-        parts: list[Tensor] = []
-        for tensor, nothing, gap in zip(tensors, self._nothing, self._gaps, strict=True):
-            parts.append(nothing if tensor is None else tensor.reshape(-1))
-            if gap is not None:
-                parts.append(gap)
-        flat = torch.cat(parts)
+        rows = zip(tensors, self._nothing, self._gaps, strict=True)
+        flat = torch.cat([x for t, nothing, gap in rows for x in (nothing if t is None else t.reshape(-1), gap)])
         return flat if flat.dtype == self._dtype else flat.to(self._dtype)
 
     def split(self, value: Tensor) -> list[Tensor]:
@@ -111,11 +106,10 @@ class FlatBlock(Block):
         return self.views(value)
 
     def write(self, value: Tensor) -> None:
-        """Put values into the model."""
-        with torch.no_grad():
-            out, parts = self._out(value.dtype)
-            out.copy_(value)
-            torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
+        """Put values into the model; asked for where no gradients are recorded."""
+        out, parts = self._out(value.dtype)
+        out.copy_(value)
+        torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
         self._written()
 
     @contextmanager
@@ -148,16 +142,17 @@ class FlatBlock(Block):
 
     def _written(self) -> None:
         self.at_point, self.drawn = False, None
-        for block in self.members:
+        for block in self._members:
             block.at_point, block.drawn = False, None
             block.note_weights()
 
     # ---- records -------------------------------------------------------------------------------------------
 
-    def bind(self, records: Sequence[Record]) -> bool:
+    def bind(self) -> bool:
         """Lay the members' records side by side, if that has not been done; False where they differ in age."""
+        records = [member.record for member in self._members]
         first = records[0]
-        for record in records:
+        for record in records[1:]:
             if (
                 record["step"] != first["step"]
                 or record["stamp"] != first["stamp"]
@@ -165,34 +160,34 @@ class FlatBlock(Block):
                 or (record["memory"] is None) != (first["memory"] is None)
             ):
                 return False
-        if not self.is_bound(records):
+        if not self.is_bound():
             self.record = new_record(None)
             for role in ROLES:
                 self._lay(role, [record[role] for record in records])  # type: ignore[literal-required]
-            self.give(records)
+            self.give()
         self.record["step"], self.record["stamp"] = first["step"], first["stamp"]
         return True
 
-    def is_bound(self, records: Sequence[Record]) -> bool:
+    def is_bound(self) -> bool:
         """Whether the members' records still hold the views that were made for them."""
-        if len(self._bound) != len(records):
-            return False
-        return all(
-            record["posterior"] is known[0] and record["momentum"] is known[1] and record["memory"] is known[2]
-            for record, known in zip(records, self._bound, strict=True)
-        )
+        for member, known in zip(self._members, self._bound, strict=False):
+            record, (posterior, momentum, memory) = member.record, known
+            if not (record["posterior"] is posterior and record["momentum"] is momentum and record["memory"] is memory):
+                return False
+        return len(self._bound) > 0
 
     def _lay(self, role: str, values: Sequence[Any]) -> None:
         """Copy the members' values of one role into flat tensors."""
         flat = None if values[0] is None else fields.map_leaves(self._flattened, values[0], *values[1:])
         self.record[role] = flat  # type: ignore[literal-required]
 
-    def give(self, records: Sequence[Record]) -> None:
+    def give(self) -> None:
         """Make the members' values views of the flat ones."""
-        for number, record in enumerate(records):
-            for role in ROLES:
-                record[role] = self.cut(self.record[role], number)  # type: ignore[literal-required]
-        self._bound = [tuple(record[name] for name in ROLES) for record in records]  # type: ignore[literal-required]
+        self._bound = []
+        for number, member in enumerate(self._members):
+            views = tuple([self.cut(self.record[role], number) for role in ROLES])  # type: ignore[literal-required]
+            member.record.update(zip(ROLES, views, strict=True))  # type: ignore[call-overload]
+            self._bound.append(views)
 
     def cut(self, flat: Any, number: int) -> Any:
         """One member's part of flat values; constants of the family pass."""
@@ -208,11 +203,11 @@ class FlatBlock(Block):
         torch._foreach_copy_(self.views(flat), list(values))
         return flat
 
-    def settle(self, records: Sequence[Record]) -> None:
+    def settle(self) -> None:
         """Tell the members how old their records are, and what the model holds."""
         own = self.record
-        for record, block in zip(records, self.members, strict=True):
-            record["step"], record["stamp"] = own["step"], own["stamp"]
+        for block in self._members:
+            block.record["step"], block.record["stamp"] = own["step"], own["stamp"]
             block.at_point, block.drawn = self.at_point, self.drawn
 
     def prior(self) -> Any:

@@ -235,8 +235,8 @@ def sound(family: ExponentialFamily, moved: Moved, like: Tensor) -> Tensor | Non
     weights = like.shape[: like.ndim - family.event_dim]
     if not torch.compiler.is_compiling():
         # A NaN or infinity survives summing: a look at sums is cheaper than one at every number.
-        finite = math.isfinite(sum(float(value.sum()) for value in values))
-        if finite and all(bool(constraint.check(value).all()) for value, constraint in constrained):
+        finite = math.isfinite(sum([float(value.sum() if value.ndim else value) for value in values]))
+        if finite and all([bool(constraint.check(value).all()) for value, constraint in constrained]):
             return None
     result = torch.ones(weights, dtype=torch.bool, device=like.device)
     for value in values:

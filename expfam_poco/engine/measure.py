@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
-from expfam_poco.closures.evaluate import Closure, Request, evaluate
+from expfam_poco.closures.evaluate import PLAIN_REQUEST, Closure, Request, evaluate
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.trial import Trial
 from expfam_poco.family.draws import LOSSES_ALONE
@@ -35,16 +34,18 @@ def measure_draw(
     Returns:
         the loss, and one product per trial (empty where none was asked).
     """
+    params, places = list[Parameter](), list[slice]()
     for trial in trials:
         trial.write(draw)
-    params = [p for trial in trials for p in trial.block.params]
-    measured = evaluate(closure, params, _request(trials, draw, product_with))
-    for trial, position in zip(trials, _positions(trials), strict=True):
-        trial.record(draw, measured, position)
+        params += trial.block.params
+        places.append(slice(len(params) - len(trial.block.params), len(params)))
+    measured = evaluate(closure, params, _request(trials, places, draw, product_with))
+    for trial, place in zip(trials, places, strict=True):
+        trial.record(draw, measured, place)
     products: list[Tensor] = []
     if product_with is not None:
         last = measured.products[-1]
-        products = [_present(last[at], trial.block) for trial, at in zip(trials, _positions(trials), strict=True)]
+        products = [_present(last[place], trial.block) for trial, place in zip(trials, places, strict=True)]
     return measured.loss, products
 
 
@@ -55,7 +56,7 @@ def measure_variations(
 
     `replayed` makes a context in which the model sees the random numbers that it saw at the draw.
     """
-    params = [p for trial in trials for p in trial.block.params]
+    params = params_of(trials)
     for trial in trials:
         if trial.estimator.needs != "variations":
             continue
@@ -99,12 +100,23 @@ def dense_hessian(closure: Closure, trials: Sequence[Trial], draw: int) -> Tenso
     """The dense Hessian over all trials' entries at draw number `draw` (small models)."""
     for trial in trials:
         trial.block.write(trial.points()[draw])
-    params = [p for trial in trials for p in trial.block.params]
+    params = params_of(trials)
     measured = evaluate(closure, params, Request(hessian={0: (list(range(len(params))), True)}))
     return measured.hessians[0]
 
 
-def _request(trials: Sequence[Trial], draw: int, product_with: Sequence[Tensor] | None) -> Request:
+def params_of(trials: Sequence[Trial]) -> list[Parameter]:
+    """The parameters of all blocks."""
+    return [p for trial in trials for p in trial.block.params]
+
+
+def _request(
+    trials: Sequence[Trial], places: Sequence[slice], draw: int, product_with: Sequence[Tensor] | None
+) -> Request:
+    """What the trials need, whose parameters stand at these places among all."""
+    needs = {trial.estimator.needs for trial in trials}
+    if needs == {"gradient"} and product_with is None:
+        return PLAIN_REQUEST
     vectors: list[list[Tensor]] = []
     signs = [trial.signs(draw) for trial in trials]
     for number in range(max((len(own) for own in signs if own is not None), default=0)):
@@ -115,17 +127,11 @@ def _request(trials: Sequence[Trial], draw: int, product_with: Sequence[Tensor] 
         vectors.append([p for trial, v in zip(trials, product_with, strict=True) for p in trial.block.split(v)])
     hessian = {
         position.start: (list(range(position.start, position.stop)), trial.block.family.curvature == "dense")
-        for trial, position in zip(trials, _positions(trials), strict=True)
+        for trial, position in zip(trials, places, strict=True)
         if trial.measures_hessian
     }
-    gradient = any(trial.estimator.needs not in LOSSES_ALONE for trial in trials)
+    gradient = bool(needs - set(LOSSES_ALONE))
     return Request(gradient=gradient or bool(vectors), vectors=vectors, hessian=hessian)
-
-
-def _positions(trials: Sequence[Trial]) -> list[slice]:
-    """Where each trial's parameters stand among those of all."""
-    stops = list(itertools.accumulate(len(trial.block.params) for trial in trials))
-    return [slice(stop - len(trial.block.params), stop) for stop, trial in zip(stops, trials, strict=True)]
 
 
 def _sign_parts(trial: Trial, signs: Tensor | None, number: int) -> list[Tensor]:

@@ -75,11 +75,12 @@ class NoisePlan(NamedTuple):
     def at_reference(self, first: Trial, state: Any, step: int, stamp: int, part: Part) -> Trial:
         """The same block at λ_ref; its noise is that of λ unless the mode says otherwise."""
         changed: dict[str, Any] = {"state": state, "memory": None, "is_present": False}
-        keys = {"independent": NoiseKey(self.seed, REFERENCE, step), "fixed": NoiseKey(self.seed, FIXED, stamp)}
-        if self.mode in keys:
-            stream = SIGNS_REFERENCE if self.mode == "independent" else SIGNS_STEP
-            sign_key = NoiseKey(self.seed, stream, step).at(draw=part.number * first.count)
-            changed.update(key=self._of_part(keys[self.mode], part), noises={}, sign_key=sign_key)
+        if self.mode in ("independent", "fixed"):
+            independent = self.mode == "independent"
+            key = NoiseKey(self.seed, REFERENCE, step) if independent else NoiseKey(self.seed, FIXED, stamp)
+            signs = NoiseKey(self.seed, SIGNS_REFERENCE if independent else SIGNS_STEP, step)
+            sign_key = signs.at(draw=part.number * first.count)
+            changed.update(key=self._of_part(key, part), noises=[], sign_key=sign_key)
         return self._carrying(first.again(**changed), part)
 
     def at_mega(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ class Round:
     Args:
         layout: of the optimizer's blocks.
         blocks: that take part.
-        states: `optimizer.state`.
         plan: where noise comes from.
         number: of the step.
         apart: every block by itself.
@@ -44,15 +43,14 @@ class Round:
         self,
         layout: Layout,
         blocks: Sequence[Block],
-        states: Mapping[Any, Any],
         plan: NoisePlan,
         number: int,
         *,
         apart: bool = False,
     ) -> None:
-        self.plan, self.number, self._states = plan, number, states
+        self.plan, self.number = plan, number
         in_place = plan.backend is not None
-        self.units: list[Unit] = layout.units(blocks, states, plan.correction, in_place=in_place, apart=apart)
+        self.units: list[Unit] = layout.units(blocks, plan.correction, in_place=in_place, apart=apart)
 
     # ---- α -----------------------------------------------------------------------------------------------
 
@@ -105,15 +103,17 @@ class Round:
         first: list[Trial] = []
         second: list[Trial] | None = None
         numbers = [self._numbers(*unit, alpha) for unit, alpha in zip(self.units, alphas, strict=True)]
-        total, products, several = torch.zeros(()), None, len(parts) > 1
+        total: Tensor | None = None
+        products, several = None, len(parts) > 1
         for index, (closure, share) in enumerate(parts):
             first = self._at_present(closure, Part(index, share, None, several), numbers, first)
             if wanted is not None:
                 second = self._at_reference(first, Part(index, share, None, several), refresh, second)
             loss, found = evaluator.evaluate(closure, first, second)
-            total = total.to(loss) + share * loss if several else loss
+            part = share * loss if several else loss
+            total = part if total is None else total + part
             products = evaluator.products.add_products(products, found, share)
-        if not any(any(trial.used) for trial in first):
+        if total is None or not any([any(trial.used) for trial in first]):
             raise unused_error()
         steps: list[Step] = []
         for i, (alpha, trial) in enumerate(zip(alphas, first, strict=True)):
@@ -150,20 +150,15 @@ class Round:
     ) -> list[Step]:
         """A unit's step; one for each member that moves, where not all members of a flat block do."""
         block, record = unit
-        records: list[Record] = [self._states[member.params[0]] for member in block.members]
-
-        def moves(number: int) -> bool:
-            if second is None:
-                return _uses(first, number)
-            if always or _uses(first, number):
-                return True
-            return corrected and (_uses(second, number) or bool(records[number]["in_mega"]))
-
-        moving = [moves(number) for number in range(len(records))]
+        moving = _used(first)
+        if second is not None and not all(moving):
+            parts = zip(moving, _used(second), block.members, strict=True)
+            moving = [always or a or (corrected and (b or m.record["in_mega"])) for a, b, m in parts]
         if all(moving):
             return [Step(record, first, second, anchor)]
         if not isinstance(block, FlatBlock) or not any(moving):
             return []
+        records = [member.record for member in block.members]
         firsts = first.apart(records, [own["posterior"] for own in records])
         seconds: Sequence[Trial | None] = [None] * len(firsts)
         if second is not None:
@@ -215,21 +210,16 @@ class Round:
         """Make the memories the blocks'; all of them belong together from now on."""
         for (block, record), memory, trial in zip(self.units, memories, trials, strict=True):
             record["memory"], record["stamp"] = memory, stamp
-            own: list[Record] = [self._states[member.params[0]] for member in block.members]
             if isinstance(block, FlatBlock):
-                block.give(own)
-                block.settle(own)
-            for member_record, used in zip(own, _used(trial), strict=True):
-                member_record["in_mega"] = used
+                block.give()
+                block.settle()
+            for member, used in zip(block.members, _used(trial), strict=True):
+                member.record["in_mega"] = used
 
 
 def _used(trial: Trial) -> list[bool]:
     """For every member of a trial's block, whether an evaluation depended on it."""
     return trial.used if isinstance(trial.block, FlatBlock) else [any(trial.used)]
-
-
-def _uses(trial: Trial, number: int) -> bool:
-    return _used(trial)[number]
 
 
 @plainly

@@ -114,8 +114,10 @@ class Step:
         if not isinstance(self.block, FlatBlock):
             record["posterior"], record["momentum"], record["memory"] = moved
             return
-        old = fields.leaves((record["posterior"], record["momentum"], record["memory"]))
-        new = kernels.unshared(old, fields.leaves((moved.state, moved.momentum, moved.memory)))
+        changed = [(record[role], value) for role, value in zip(ROLES, moved, strict=True)]  # type: ignore[literal-required]
+        old, new = zip(*[pair for pair in changed if pair[0] is not pair[1]], strict=True)
+        old = fields.leaves(old)
+        new = kernels.unshared(old, fields.leaves(new))
         pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
         torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
@@ -154,6 +156,9 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """The corrected natural gradient of a family with one field, one tensor for each parameter."""
+        if not self.first.in_place:
+            ((*_, found),) = self._sites()
+            return self.block.split(found.site[0])
         out = torch.empty(self.block.shape, dtype=self.block.dtype, device=self.block.device)
         for tile, (*_, found) in zip(self.first.tiles(), self._sites(), strict=True):
             tile.cut(out).copy_(found.site[0])
@@ -191,9 +196,16 @@ def age_of(block: Block, record: Record) -> int:
     return record["step"] + 1 if block.settings.momentum > 0.0 else 1
 
 
-@plainly
 def begin(block: Block, record: Record, correction: Correction, *, in_place: bool) -> bool:
     """Give a block what its next step needs: a momentum, a memory, contiguous storage; whether anything was missing."""
+    has_momentum = bool(record["momentum"]) == (block.settings.momentum > 0.0)
+    if has_momentum and record["memory"] is not None and not in_place:
+        return False
+    return _begin(block, record, correction, in_place)
+
+
+@plainly
+def _begin(block: Block, record: Record, correction: Correction, in_place: bool) -> bool:
     before = record["posterior"], record["momentum"], record["memory"]
     posterior, family = record["posterior"], block.family
     if in_place and not all(value.is_contiguous() for value in posterior):

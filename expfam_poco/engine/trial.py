@@ -7,8 +7,8 @@ keeps what all its draws have measured, so that estimators may compare them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Trial:
         is_present: whether the posterior is the present one, not the reference.
         total: the sum of earlier parts (chunks, micro-batches), to which this one is added with `weight`.
         used: which parameters an evaluation has depended on.
+        noises: the noise of all draws of a whole block, once it has been made, for all trials of one key.
     """
 
     block: Block
@@ -67,14 +68,17 @@ class Trial:
     hessians: list[Tensor] = field(default_factory=list)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     variations: list[Tensor] = field(default_factory=list)
-    noises: dict[int, Tensor] = field(default_factory=dict)
+    noises: list[Tensor] = field(default_factory=list)
+    _constants: dict[int, Constants] = field(default_factory=dict)
     _points: Tensor | None = None
     _site: Any = None
 
     def again(self, **changed: Any) -> Trial:
         """The same trial, or one that differs so, with nothing recorded yet."""
-        blank: dict[str, Any] = dict(used=[], grads=[], losses=[], hessians=[], pairs=[], variations=[])
-        return replace(self, **blank, _points=None, _site=None, **changed)
+        made = object.__new__(Trial)
+        made.__dict__.update(self.__dict__, used=[], grads=[], losses=[], hessians=[], pairs=[], variations=[])
+        made.__dict__.update(_points=None, _site=None, **changed)
+        return made
 
     @property
     def count(self) -> int:
@@ -106,18 +110,20 @@ class Trial:
 
     def constants(self, draw: int = 0) -> Constants:
         """The constants of this block's kernels at one draw."""
-        settings, reflected = self.block.settings, self.mode == "antithetic" and draw % 2 == 1
-        return Constants(
-            self.block.family,
-            self.estimator,
-            self.correction,
-            settings.momentum > 0.0,
-            settings.clip_radius,
-            settings.retraction,
-            settings.anchor_weight,
-            "zero" if self.mode == "zero" else "reflected" if reflected else "random",
-            settings.prior_in_momentum,
-        )
+        if draw not in self._constants:
+            settings, reflected = self.block.settings, self.mode == "antithetic" and draw % 2 == 1
+            self._constants[draw] = Constants(
+                self.block.family,
+                self.estimator,
+                self.correction,
+                settings.momentum > 0.0,
+                settings.clip_radius,
+                settings.retraction,
+                settings.anchor_weight,
+                "zero" if self.mode == "zero" else "reflected" if reflected else "random",
+                settings.prior_in_momentum,
+            )
+        return self._constants[draw]
 
     def source(self, tile: Tile | Whole, constants: Constants, draw: int) -> Tensor | Address:
         """One draw's noise on a tile, or its address."""
@@ -131,13 +137,14 @@ class Trial:
 
     def noise(self) -> Tensor:
         """The noise of all draws of a whole block, K × P."""
-        for draw in range(self.count):
-            if draw not in self.noises:
-                constants, whole = self.constants(draw), Whole(self.block.shape)
-                self.noises[draw] = constants.noise_of(self.source(whole, constants, draw), self.like(whole))
-        if self.count == 1:
-            return self.noises[0].unsqueeze(0)
-        return torch.stack([self.noises[draw] for draw in range(self.count)])
+        if not self.noises:
+            whole, rows = Whole(self.block.shape), list[Tensor]()
+            for draw in range(self.count):
+                constants, like = self.constants(draw), self.like(whole)
+                source = like if self.mode == "zero" else self.source(whole, constants, draw)
+                rows.append(constants.noise_of(source, like))
+            self.noises.append(stacked(rows))
+        return self.noises[0]
 
     @property
     def where(self) -> Any:
@@ -147,7 +154,8 @@ class Trial:
     def points(self) -> Tensor:
         """Where the loss is to be evaluated, K × P."""
         if self._points is None:
-            where, rows = self.where, self.noise().split(1)
+            where, noise = self.where, self.noise()
+            rows = [noise] if self.count == 1 else noise.split(1)
             points = [self.estimator.points(self.block.family, where, row) for row in rows]
             self._points = points[0] if len(points) == 1 else torch.cat(points)
         return self._points
@@ -179,9 +187,9 @@ class Trial:
 
     def _holds(self, points: Tensor) -> bool:
         """Whether the model is known to hold these points, since they are the posterior's own."""
-        if self.mode != "zero" or not all(member.at_point for member in self.block.members):
+        if self.mode != "zero" or not self.is_present or not all([m.at_point for m in self.block.members]):
             return False
-        return self.is_present and torch.equal(points, self.block.family.point(self.state))
+        return torch.equal(points, self.block.family.point(self.state))
 
     def _take_first_draw(self) -> bool:
         """Whether the last step has left this draw in the model; it counts once, for λ_ref may have the same key."""
@@ -199,14 +207,16 @@ class Trial:
         self._keep(measured.loss, grads)
         if self.in_place:
             return
-        family, signs = self.block.family, self.signs(draw)
+        curvature, signs = self.block.family.curvature, self.signs(draw)
         if signs is not None:
             gathered = (self.block.gather(product[position]) for product in measured.products)
             products = [product for product in gathered if product is not None]
             self.pairs.extend(zip(products, signs, strict=False))  # the anchor's own product comes last
+        elif curvature == "none":
+            return
         elif self.measures_hessian:
             hessian = measured.hessians[position.start].to(self.block.dtype)
-            self.hessians.append(hessian if family.curvature == "dense" else hessian.reshape(self.block.shape))
+            self.hessians.append(hessian if curvature == "dense" else hessian.reshape(self.block.shape))
         else:
             self._keep_pair()
 
@@ -218,8 +228,9 @@ class Trial:
 
     def _keep(self, loss: Tensor, grads: list[Tensor | None]) -> None:
         losses_alone = self.estimator.needs in LOSSES_ALONE
-        now = [losses_alone or grad is not None for grad in grads]
-        self.used = [a or b for a, b in zip(self.used, now, strict=True)] if self.used else now
+        if not all(self.used) or not self.used:
+            before = self.used or [losses_alone] * len(grads)
+            self.used = [a or grad is not None for a, grad in zip(before, grads, strict=True)]
         if self.in_place:
             self.grads, self.losses = [grads], [loss]
         else:
@@ -275,16 +286,15 @@ class Trial:
 
     def natural_gradient(self) -> Any:
         """The estimator's site from all recorded evaluations."""
-        theta, several = self.points(), self.count > 1
-        hessian = torch.stack(self.hessians) if self.hessians else None
+        theta = self.points()
+        hessian = stacked(self.hessians) if self.hessians else None
         first, second = zip(*self.pairs, strict=True) if self.pairs else ((), ())
-        pairs = (torch.stack(first), torch.stack(second)) if self.pairs else None
+        pairs = (stacked(first), stacked(second)) if self.pairs else None
         grad = None
         if self.estimator.needs not in LOSSES_ALONE:
-            rows = [self.gradient(draw) for draw in range(len(self.grads))]
-            grad = torch.stack(rows) if several else rows[0].unsqueeze(0)
-        loss = torch.stack(self.losses).to(theta.dtype)
-        variations = torch.stack(self.variations).to(theta.dtype) if self.variations else None
+            grad = stacked([self.gradient(draw) for draw in range(len(self.grads))])
+        loss = stacked(self.losses).to(theta.dtype)
+        variations = stacked(self.variations).to(theta.dtype) if self.variations else None
         draws = Draws(self.noise(), theta, loss, grad, hessian, pairs, variations)
         return self.estimator.natural_gradient(self.block.family, self.where, draws)
 
@@ -314,14 +324,20 @@ class Trial:
         for number, (block, record, state) in enumerate(zip(flat.members, records, states, strict=True)):
             total = None if self.total is None else flat.cut(self.total, number)
             memory = None if self.memory is None else record["memory"]
-            trial = self.again(block=block, state=state, memory=memory, total=total, noises={})
+            noises = [torch.stack([flat.views(row)[number] for row in noise]) for noise in self.noises]
+            own: dict[str, Any] = dict(block=block, state=state, memory=memory, total=total, noises=noises)
+            trial = self.again(**own, _constants={})
             trial.grads = [[row[number]] for row in self.grads]
             trial.losses, trial.used = list(self.losses), [self.used[number]]
-            trial.noises = {row: flat.views(noise)[number] for row, noise in self.noises.items()}
             if not self.in_place:
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
             made.append(trial)
         return made
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """The rows as one tensor; of a single one a view."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(list(rows))
 
 
 @plainly

@@ -50,6 +50,11 @@ class Draws(NamedTuple):
         return self.grad
 
 
+def mean_of(draws: Tensor) -> Tensor:
+    """The mean over the first axis; of a single draw a copy, which is its mean for a fraction of the time."""
+    return draws[0].clone() if draws.shape[0] == 1 else draws.mean(0)
+
+
 @dataclass(frozen=True)
 class Estimator(ABC):
     """The base of all estimators; a plug-in overrides what differs.

@@ -17,27 +17,27 @@ Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 def map_fields(function: Callable[..., Any], first: Fields, *rest: tuple[Any, ...]) -> Fields:
     """Apply `function` field by field; the result has the type of `first`."""
-    return type(first)(*(function(*values) for values in zip(first, *rest, strict=True)))
+    return type(first)(*[function(*values) for values in zip(first, *rest, strict=True)])
 
 
 def add(first: Fields, second: tuple[Any, ...]) -> Fields:
     """`first + second`, field by field."""
-    return map_fields(lambda a, b: a + b, first, second)
+    return type(first)(*[a + b for a, b in zip(first, second, strict=True)])
 
 
 def subtract(first: Fields, second: tuple[Any, ...]) -> Fields:
     """`first − second`, field by field."""
-    return map_fields(lambda a, b: a - b, first, second)
+    return type(first)(*[a - b for a, b in zip(first, second, strict=True)])
 
 
 def scale(values: Fields, factor: float | Tensor) -> Fields:
     """Every field times one factor."""
-    return map_fields(lambda a: a * factor, values)
+    return type(values)(*[a * factor for a in values])
 
 
 def weigh(values: Fields, factors: tuple[Any, ...]) -> Fields:
     """Every field times its own factor."""
-    return map_fields(lambda a, f: a * f, values, factors)
+    return type(values)(*[a * f for a, f in zip(values, factors, strict=True)])
 
 
 def mix(old: Fields, new: tuple[Any, ...], keep: tuple[Any, ...]) -> Fields:
@@ -64,9 +64,13 @@ def leaves(values: Any) -> list[Tensor]:
     """The tensors of nested tuples, in order; None has none."""
     if isinstance(values, Tensor):
         return [values]
-    if values is None:
-        return []
-    return [leaf for value in values for leaf in leaves(value)]
+    found: list[Tensor] = []
+    for value in values or ():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif value:
+            found += leaves(value)
+    return found
 
 
 def map_leaves(function: Callable[..., Any], first: Any, *rest: Any) -> Any:

@@ -37,7 +37,7 @@ to rounding. In float16 and bfloat16, normal and logistic noise is the float32 n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -112,22 +112,21 @@ class NoiseKey:
     draw: int = 0
 
     def __post_init__(self) -> None:
-        for name, limits in _LIMITS.items():
-            _check(name, getattr(self, name), *limits)
+        _check(self.__dict__)
 
     def at(self, **counters: int) -> NoiseKey:
         """This key with the named counters replaced: `key.at(step=3, parameter=1)`."""
-        for name, value in counters.items():
-            _check(name, value, *_LIMITS[name])
+        _check(counters)
         made = object.__new__(NoiseKey)  # the other counters have been checked
-        made.__dict__.update(self.__dict__)
-        made.__dict__.update(counters)
+        made.__dict__.update(self.__dict__, **counters)
         return made
 
 
-def _check(name: str, value: Any, limit: int, shown_limit: str, remedy: str) -> None:
-    if not isinstance(value, int) or not 0 <= value < limit:
-        raise ValueError(f"{name} must be an int from 0 to {shown_limit} - 1, got {value!r}: {remedy}.")
+def _check(counters: Mapping[str, Any]) -> None:
+    for name, value in counters.items():
+        limit, shown_limit, remedy = _LIMITS[name]
+        if not (type(value) is int or isinstance(value, int)) or not 0 <= value < limit:
+            raise ValueError(f"{name} must be an int from 0 to {shown_limit} - 1, got {value!r}: {remedy}.")
 
 
 # ---- words ------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ family, how tensors are laid and stepped in `engine`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.block import Block, Record, make_blocks, new_record
 from expfam_poco.engine.evaluator import Evaluator
-from expfam_poco.engine.layout import Layout, write_point
+from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
@@ -228,19 +229,20 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         active = []
         for block in self._blocks:
             block.check_members(self.param_groups[block.group_number]["params"])
+            block.record = self.state.get(block.params[0]) or new_record(None)
             if block.active:
                 active.append(block)
             elif block.drawn is not None:
                 self._write_point(block)
         for block in active:
-            state = self.state[block.params[0]]
-            if "posterior" not in state:
-                state.update(new_record(beginning.initial_posterior(block)))
+            if block.record["posterior"] is None:
+                block.record["posterior"] = beginning.initial_posterior(block)
+                self.state[block.params[0]] = block.record
                 block.note_weights()
                 continue
-            beginning.check_device(block, state["posterior"])
+            beginning.check_device(block, block.record["posterior"])
             if block.weights_changed():
-                self._reconcile(block, state)
+                self._reconcile(block, block.record)
         return active
 
     def _reconcile(self, block: Block, record: Record) -> None:
@@ -254,7 +256,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _follow(self, blocks: Sequence[Block]) -> None:
         """Take the weights for the centres of the posteriors, where another optimizer has stepped them."""
-        for block, record in self._layout.units(blocks, self.state, self.correction, in_place=False):
+        for block, record in self._layout.units(blocks, self.correction, in_place=False):
             block.follow(record)
 
     def _trainable(self) -> list[Block]:
@@ -268,19 +270,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         record: Record = self.state[block.params[0]]
         return record
 
-    @contextmanager
-    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> Iterator[None]:
-        """Whatever happens inside, the model leaves with the points of its posteriors (and no gradients)."""
-        done = False
-        try:
-            yield
-            done = True
-        finally:
-            self._layout.restore(blocks, self.state, drawn_too=not done)
-            if clear_grad:
-                for block in blocks:
-                    for p in block.params:
-                        p.grad = None
+    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
+        return Restored(self._layout, blocks, clear_grad=clear_grad)
 
     # ---- one inner step ----------------------------------------------------------------------------------
 
@@ -344,8 +335,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
         """Whether the memories are of one refresh of just these blocks; else (frozen, added) steps are plain."""
         latest = self._clock["memory"]
-        stamped = {b.index for b in self._blocks if self.state.get(b.params[0], {}).get("stamp") == latest}
-        return latest > 0 and stamped == {block.index for block in blocks}
+        return latest > 0 and [b for b in self._blocks if b.record["stamp"] == latest] == list(blocks)
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
@@ -360,7 +350,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             step.meter(self._meter, number)
         for step in steps:
             step.commit()
-        self._layout.settle(steps, self.state)
+        for step in steps:
+            if isinstance(step.block, FlatBlock):
+                step.block.settle()
         if self.correction.follows_steps and self.correction.compares:
             self._stamp(steps)
         error = unsound_error(steps)
@@ -444,7 +436,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _round(self, blocks: Sequence[Block], number: int) -> Round:
         apart = self._products.kind != "curvature"
-        return Round(self._layout, blocks, self.state, self._plan(blocks), number, apart=apart)
+        return Round(self._layout, blocks, self._plan(blocks), number, apart=apart)
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         """Where noise comes from in a step or refresh of these blocks, and whether they are stepped in place."""

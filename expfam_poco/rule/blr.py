@@ -165,17 +165,15 @@ def update(
         kl = fields.scale(kl, 0.0)
     if isinstance(momentum, Tensor) or momentum > 0.0:
         begun = blr_state.momentum or tuple(torch.zeros_like(getattr(site, name)) for name in family.momentum_block)
-        memory = tuple(
-            momentum * old + (1.0 - momentum) * getattr(site, name)
-            for name, old in zip(family.momentum_block, begun, strict=True)
-        )
+        pairs = zip(family.momentum_block, begun, strict=True)
+        memory = tuple([momentum * old + (1.0 - momentum) * getattr(site, name) for name, old in pairs])
         if unbias is None:
             unbias = unbias_of(float(momentum), step, debias)
         averages = {name: value / unbias for name, value in zip(family.momentum_block, memory, strict=True)}
         site = site._replace(**averages)
     if anchor is not None:
         site = fields.add(site, anchor)
-    direction = fields.map_fields(lambda pull, g: pull + ess * g, kl, site)
+    direction = type(kl)(*[pull + ess * g for pull, g in zip(kl, site, strict=True)])
     posterior = family.retract(blr_state.posterior, direction, rates, variant=retraction, clip_radius=clip_radius)
     return BLRState(posterior, memory)
 

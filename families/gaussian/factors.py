@@ -8,12 +8,14 @@ rank.
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.utils.weak import WeakTensorKeyDictionary
 
-_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_KNOWN: dict[int, tuple[Any, int, Tensor]] = {}  # by id: a weak link to the matrix, its version, the factor
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -29,14 +31,19 @@ def cholesky(matrix: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or matrix.requires_grad or matrix.is_inference():
         return _factorise(matrix)
-    version = matrix._version
-    known = _KNOWN.get(matrix)
-    if known is not None and known[0] == version:
-        factor: Tensor = known[1]
-        return factor
+    key, version = id(matrix), matrix._version
+    known = _KNOWN.get(key)
+    if known is not None and known[0]() is matrix and known[1] == version:
+        return known[2]
     factor = _factorise(matrix)
-    _KNOWN[matrix] = (version, factor)
+    _KNOWN[key] = weakref.ref(matrix, lambda who: _forget(key, who)), version, factor
     return factor
+
+
+def _forget(key: int, who: Any) -> None:
+    """A matrix is no more; another one may have got its id since."""
+    if key in _KNOWN and _KNOWN[key][0] is who:
+        del _KNOWN[key]
 
 
 class _PositiveDefinite(type(constraints.positive_definite)):  # type: ignore[misc]

@@ -27,7 +27,7 @@ from torch.distributions import constraints
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily, Theta
 from expfam_poco.family.derived import leave_one_out
-from expfam_poco.family.draws import Draws
+from expfam_poco.family.draws import Draws, mean_of
 
 from .factors import cholesky, positive_definite
 
@@ -154,14 +154,15 @@ class _CurvedGaussian(ExponentialFamily):
 
     def sample(self, state: Any, noise: Tensor) -> Tensor:
         """θ = m + L⁻ᵀ ε, S = L Lᵀ."""
-        return torch.as_tensor(state.mean + self._colour(state.precision, noise))
+        theta: Tensor = state.mean + self._colour(state.precision, noise)
+        return theta
 
     def natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
         """The averages of ∇ℓ and of the measured curvature, or of ∇ℓ (S(θ−m))ᵀ where none was measured."""
         grad, curvature = draws.require_grad(), draws.hessian
         if curvature is None:
             curvature = self._outer(*(draws.pairs or (grad, self._whiten(state.precision, draws.noise))))
-        return GaussianSite(grad.mean(0), curvature.mean(0))
+        return GaussianSite(mean_of(grad), mean_of(curvature))
 
     def score_natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
         """The averages of a w and a w wᵀ, w = S(θ−m), a = ℓ minus the other draws' mean: the Fisher's inverse in
@@ -228,7 +229,8 @@ class _CurvedGaussian(ExponentialFamily):
 
     def point(self, state: Any) -> Tensor:
         """The mean."""
-        return torch.as_tensor(state.mean)
+        mean: Tensor = state.mean
+        return mean
 
     def recentre(self, state: Any, theta: Tensor) -> GaussianState:
         """A new mean, the precision kept."""
@@ -441,11 +443,12 @@ class IsotropicGaussian(ExponentialFamily):
 
     def sample(self, state: Any, noise: Tensor) -> Tensor:
         """θ = m + ε/√s."""
-        return torch.as_tensor(state.mean + noise / math.sqrt(self.precision))
+        theta: Tensor = state.mean + noise / math.sqrt(self.precision)
+        return theta
 
     def natural_gradient(self, state: Any, draws: Draws) -> Theta:
         """∇_μ E_q[ℓ] = ∇_m E_q[ℓ] = E_q[∇ℓ] (Bonnet's theorem, PC Thm 1)."""
-        return Theta(draws.require_grad().mean(0))
+        return Theta(mean_of(draws.require_grad()))
 
     def kl_gradient(self, state: Any, prior: Any) -> Theta:
         """s₀ (m − m₀), for a prior of any precision s₀."""
@@ -491,7 +494,8 @@ class IsotropicGaussian(ExponentialFamily):
 
     def point(self, state: Any) -> Tensor:
         """The mean."""
-        return torch.as_tensor(state.mean)
+        mean: Tensor = state.mean
+        return mean
 
     def recentre(self, state: Any, theta: Tensor) -> GaussianState:
         """A new mean."""
