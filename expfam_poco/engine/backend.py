@@ -318,9 +318,11 @@ def _square(
     first: Any,
     second: Any,
     numbers: Numbers | Tensor,
+    real: Tensor | None,
 ) -> Tensor:
     found = kernels.corrected(constants, weights, first, second, numbers, like)
-    values = [getattr(found.site, name) for name in constants.family.momentum_block]
+    site = kernels.without_gaps(found.site, real)
+    values = [getattr(site, name) for name in constants.family.momentum_block]
     return torch.stack([(value * value).sum(dtype=torch.float64) for value in values]).sum()
 
 

@@ -253,6 +253,11 @@ def kept(sound: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(sound.reshape(sound.shape + (1,) * (new.ndim - sound.ndim)), new, old)
 
 
+def without_gaps(site: Any, real: Tensor | None) -> Any:
+    """A Site that is zero where a flat block has no weights; `real` is None for any other block."""
+    return site if real is None else fields.map_fields(lambda value: torch.where(real, value, 0.0), site)
+
+
 def unshared(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
     """The new values of places, a copy of each that is another place's old value (a λ remembered).
 

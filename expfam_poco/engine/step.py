@@ -56,7 +56,7 @@ class Step:
         """‖corrected gradient‖² of the momentum block."""
         values = []
         for tile, weights, first, second in self._measured():
-            arguments = (weights, first, second, self.numbers)
+            arguments = (weights, first, second, self.numbers, self._real(tile))
             values.append(self.first.runner.square(self.constants, self.first.like(tile), *arguments).cpu())
         return torch.stack(values).sum()
 
@@ -115,9 +115,9 @@ class Step:
             record["posterior"], record["momentum"], record["memory"] = moved
             return
         changed = [(record[role], value) for role, value in zip(ROLES, moved, strict=True)]  # type: ignore[literal-required]
-        old, new = zip(*[pair for pair in changed if pair[0] is not pair[1]], strict=True)
-        old = fields.leaves(old)
-        new = kernels.unshared(old, fields.leaves(new))
+        changed = [pair for pair in changed if pair[0] is not pair[1]]
+        old = fields.leaves([before for before, _ in changed])
+        new = kernels.unshared(old, fields.leaves([after for _, after in changed]))
         pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
         torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
@@ -145,14 +145,24 @@ class Step:
         if self.first.in_place:
             only = next(tiles(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
         ((like, weights, *pair, found),) = self._sites(only)
-        if pair[1] is not None:
-            correction, memory, state = self.constants.correction, weights.memory, weights.state
-            outer = snapshot.Outer(correction.reference(memory), correction.mean(memory))
-            terms = snapshot.variance_terms(pair[0], *snapshot.carried(family, pair[1], outer, state))
+        real, correction, memory = self._real(only), self.constants.correction, weights.memory
+        mean = None if pair[1] is None else correction.mean(memory)
+        if mean is not None:
+            outer = snapshot.Outer(correction.reference(memory), mean)
+            there, outer = snapshot.carried(family, pair[1], outer, weights.state)
+            own, there, mean = (kernels.without_gaps(site, real) for site in (pair[0], there, outer.site))
+            terms = snapshot.variance_terms(own, there, outer._replace(site=mean))
             meter.add(self.block.name, terms, self.numbers.alpha, keep)
         if meter.samples(number):
-            square = blr.square_of([getattr(found.site, name) for name in family.momentum_block])
+            site = kernels.without_gaps(found.site, real)
+            square = blr.square_of([getattr(site, name) for name in family.momentum_block])
             meter.add_square(number, self.block.name, float(square) * self.block.shape.numel() / like.numel())
+
+    def _real(self, tile: Any) -> Tensor | None:
+        """Which entries of a flat block's tile are weights."""
+        if not isinstance(self.block, FlatBlock):
+            return None
+        return self.block.real if tile is None else tile.cut(self.block.real)
 
     def gradients(self) -> list[Tensor]:
         """The corrected natural gradient of a family with one field, one tensor for each parameter."""

@@ -161,7 +161,7 @@ class AlphaSVRG(torch.optim.Optimizer):
             CheckpointError: if it belongs to another model or base optimizer, or is damaged; nothing is changed.
         """
         before = self._engine.state_dict()
-        self._engine.load_state_dict(state_dict.get("alpha_svrg") or {})
+        self._engine.load_state_dict(self._upgraded(state_dict.get("alpha_svrg") or {}))
         try:
             self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
         except (ValueError, KeyError) as error:
@@ -169,6 +169,32 @@ class AlphaSVRG(torch.optim.Optimizer):
             raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
         self.param_groups = self.base.param_groups
         self.state = self.base.state
+
+    def _upgraded(self, own: Any) -> Any:
+        """What older versions saved of the snapshot, in the present form; anything else passes."""
+        if not isinstance(own, Mapping) or "outer" not in own or "clock" not in own:
+            return own
+        params = [p for group in self.param_groups for p in group["params"]]
+        try:
+            steps, refreshes = own["clock"]["steps"], own["clock"]["refreshes"]
+            plain = self._engine.state_dict()
+            for number, (snapshot, mean) in own["outer"].items():
+                precision = torch.ones((), dtype=mean.dtype)
+                memory = {
+                    "posterior": {"mean": snapshot.to(mean.dtype), "precision": precision},
+                    "site": {"theta": mean},
+                }
+                plain["state"][number] = {
+                    "step": 0, "stamp": refreshes, "in_mega": True, "drawn": None, "momentum": [], "memory": memory,
+                    "posterior": {"mean": params[number].detach().to(mean.dtype), "precision": precision},
+                }  # fmt: skip
+            clock = {"step": steps, "refresh": refreshes, "memory": refreshes, "refreshed": own["clock"]["refreshed"]}
+            plain["poco"]["clock"].update(clock, skipped=own["clock"]["skipped"])
+            for group in plain["param_groups"]:
+                group["alpha"] = own["alpha"]
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"state_dict['alpha_svrg']: damaged ({error!r}); use another file.") from None
+        return plain
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's."""

@@ -108,7 +108,7 @@ def decode_state(block: Block, plain: Mapping[str, Any], correction: Correction)
         _check_like(f"the momentum of {block.name!r}", family.momentum_block, record["momentum"], average)
     if record["memory"] is not None:
         found, own = fields.leaves(record["memory"]), fields.leaves(like)
-        _check_like(f"the memory of {block.name!r}", [str(i) for i in range(len(found))], found, own)
+        _check_like(f"the memory of {block.name!r}", _names(like), found, own)
     return record
 
 
@@ -242,6 +242,8 @@ def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str,
 
 def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state_dict of format 2, whose memories were always those of `Snapshot`, in the present format."""
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(f"state_dict={type(state_dict).__name__}: give what state_dict() returned.")
     header = state_dict.get("poco")
     if not isinstance(header, Mapping) or header.get("format") != 2:
         return state_dict
@@ -294,6 +296,14 @@ def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"in_mega is {value!r}")
     return value
+
+
+def _names(like: Any, above: str = "") -> list[str]:
+    """The names of the tensors of nested NamedTuples."""
+    if isinstance(like, Tensor):
+        return [above]
+    pairs = zip(like._fields, like, strict=True)
+    return [name for field, value in pairs for name in _names(value, f"{above}.{field}" if above else field)]
 
 
 def _nested(like: Any, plain: Any, block: Block) -> Any:
