@@ -1,8 +1,8 @@
 """Every optimizer, family and option computes what it did before the engine was rebuilt.
 
-`data/trajectories.json` was recorded with the engine that stepped small and large tensors by two codes. Where bits differ, it
-is by rounding: vector units round some functions otherwise at the end of a tensor than inside a longer one, and small
-tensors are now laid side by side; the curvature κ ∇ℓ ∇ℓᵀ is now a pair (κ ∇ℓ, ∇ℓ).
+`data/trajectories.json` was recorded with the engine that stepped small and large tensors by two codes. Where bits
+differ it is by rounding: vector units round some functions otherwise at the end of a tensor than inside a longer one,
+and small tensors are now laid side by side; the curvature κ ∇ℓ ∇ℓᵀ is now made of the pair (κ ∇ℓ, ∇ℓ).
 """
 
 from pathlib import Path
