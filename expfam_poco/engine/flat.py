@@ -176,9 +176,9 @@ class FlatBlock(Block):
         """Make the members' values views of the flat ones."""
         self._bound = []
         for number, member in enumerate(self._members):
-            views = tuple([self.cut(self.record[role], number) for role in ROLES])  # type: ignore[literal-required]
-            member.record.update(zip(ROLES, views, strict=True))  # type: ignore[call-overload]
-            self._bound.append(views)
+            for role in ROLES:
+                member.record[role] = self.cut(self.record[role], number)  # type: ignore[literal-required]
+            self._bound.append(tuple(member.record[role] for role in ROLES))  # type: ignore[literal-required]
 
     def cut(self, flat: Any, number: int) -> Any:
         """One member's part of flat values; constants of the family pass."""

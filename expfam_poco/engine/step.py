@@ -114,10 +114,10 @@ class Step:
         if not isinstance(self.block, FlatBlock):
             record["posterior"], record["momentum"], record["memory"] = moved
             return
-        changed = [(record[role], value) for role, value in zip(ROLES, moved, strict=True)]  # type: ignore[literal-required]
-        old, new = zip(*[pair for pair in changed if pair[0] is not pair[1]], strict=True)
-        old = fields.leaves(old)
-        new = kernels.unshared(old, fields.leaves(new))
+        known = record["posterior"], record["momentum"], record["memory"]
+        changed = [pair for pair in zip(known, moved, strict=True) if pair[0] is not pair[1]]
+        old = fields.leaves([before for before, _ in changed])
+        new = kernels.unshared(old, fields.leaves([after for _, after in changed]))
         pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
         torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
