@@ -7,7 +7,8 @@
 The parts are "cycle", "memory", "growth", "batched", "full" and "small" (`small_steps.py`). A *cycle* is all that an
 optimizer does around the forward and backward pass: perturb, restore, collect, update (the closure here hands over
 gradients that are there already). Methods take turns in one process; times are medians. Tables go to the terminal,
-numbers to `results/speed-<part>.json` and growth also to `results/speed-growth.png`, in this file's folder or `--out`.
+numbers to `results/speed-<part>.json` and growth also to `results/speed-growth.png`, in the folder of this file or
+`--out`.
 Without `--light` and `--out` the tables in `RESULTS.md` are replaced.
 """
 

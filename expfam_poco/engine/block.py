@@ -72,7 +72,8 @@ class Block:
         self.group_number = group_number
         self.at_point = False
         self.drawn: NoiseKey | None = None
-        self.numel = sum(p.numel() for p in self.params)
+        self._sizes = [p.numel() for p in self.params]
+        self.numel = sum(self._sizes)
         self._seen: list[tuple[int, int]] | None = None
         self._fitted: ExponentialFamily | None = None
         self.known_prior: tuple[Any, Any] | None = None
@@ -125,13 +126,14 @@ class Block:
 
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """One tensor per parameter → the family's tensor, in the posterior's dtype. None if all are None."""
-        if all(tensor is None for tensor in tensors):
+        if all([tensor is None for tensor in tensors]):
             return None
+        dtype = self.dtype
         if not self.family.joint:
             (tensor,) = tensors
-            return None if tensor is None else tensor.to(self.dtype)
+            return None if tensor is None else tensor.to(dtype)
         parts = [
-            p.new_zeros(p.numel(), dtype=self.dtype) if t is None else t.reshape(-1).to(self.dtype)
+            p.new_zeros(p.numel(), dtype=dtype) if t is None else t.reshape(-1).to(dtype)
             for t, p in zip(tensors, self.params, strict=True)
         ]
         return torch.cat(parts)
@@ -140,7 +142,7 @@ class Block:
         """The family's tensor → one tensor per parameter (in the shape and dtype of each)."""
         if not self.family.joint:
             return [value.to(self.params[0].dtype)]
-        parts = value.split([p.numel() for p in self.params])
+        parts = value.split_with_sizes(self._sizes)
         return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
 
     def read(self) -> Tensor:

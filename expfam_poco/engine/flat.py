@@ -185,10 +185,9 @@ class FlatBlock(Block):
         """Make the members' values views of the flat ones."""
         self._bound = []
         for number, member in enumerate(self._members):
-            own = member.record
             for role in ROLES:
-                own[role] = self.cut(self.record[role], number)  # type: ignore[literal-required]
-            self._bound.append(tuple([own[role] for role in ROLES]))  # type: ignore[literal-required]
+                member.record[role] = self.cut(self.record[role], number)  # type: ignore[literal-required]
+            self._bound.append(tuple(member.record[role] for role in ROLES))  # type: ignore[literal-required]
 
     def cut(self, flat: Any, number: int) -> Any:
         """One member's part of flat values; constants of the family pass."""

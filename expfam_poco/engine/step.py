@@ -114,8 +114,8 @@ class Step:
         if not isinstance(self.block, FlatBlock):
             record["posterior"], record["momentum"], record["memory"] = moved
             return
-        changed = [(record[role], value) for role, value in zip(ROLES, moved, strict=True)]  # type: ignore[literal-required]
-        changed = [pair for pair in changed if pair[0] is not pair[1]]
+        known = record["posterior"], record["momentum"], record["memory"]
+        changed = [pair for pair in zip(known, moved, strict=True) if pair[0] is not pair[1]]
         old = fields.leaves([before for before, _ in changed])
         new = kernels.unshared(old, fields.leaves([after for _, after in changed]))
         pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
@@ -135,13 +135,15 @@ class Step:
         self.unsound_tiles = unsound[0]
         self.unsound = int(torch.stack(unsound).sum())
 
-    @plainly
     def meter(self, meter: VarianceMeter, number: int) -> None:
         """Show the meter the weights, of large blocks some; an adaptive α looks at every pair."""
-        family, adaptive, only = self.block.family, self.block.settings.adaptive, None
-        keep = None if adaptive is None else adaptive.keep
-        if not meter.samples(number, keep is not None):
-            return
+        adaptive = self.block.settings.adaptive
+        if meter.samples(number, adaptive is not None):
+            self._meter(meter, number, None if adaptive is None else adaptive.keep)
+
+    @plainly
+    def _meter(self, meter: VarianceMeter, number: int, keep: float | None) -> None:
+        family, only = self.block.family, None
         if self.first.in_place:
             only = next(tiles(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
         ((like, weights, *pair, found),) = self._sites(only)

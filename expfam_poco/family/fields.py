@@ -57,7 +57,8 @@ def from_plain(kind: type[Fields], values: Mapping[str, Tensor]) -> Fields:
 
 def all_finite(values: tuple[Tensor, ...]) -> Tensor:
     """A boolean tensor without dimensions: no field holds a NaN or an infinity."""
-    return torch.stack([torch.isfinite(value).all() for value in values]).all()
+    first, *others = [torch.isfinite(value).all() for value in values]
+    return torch.stack([first, *others]).all() if others else first
 
 
 def leaves(values: Any) -> list[Tensor]:

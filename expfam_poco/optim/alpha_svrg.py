@@ -120,7 +120,7 @@ class AlphaSVRG(torch.optim.Optimizer):
                         step.meter(engine._meter, number)
                 for step in steps:
                     for p, grad in zip(step.block.params, step.gradients(), strict=True):
-                        p.grad = grad.to(p.dtype)
+                        p.grad = grad if grad.dtype is p.dtype else grad.to(p.dtype)
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
                 self.base.step()
