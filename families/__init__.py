@@ -5,7 +5,8 @@ from .discrete.binary_estimators import Arm, Relaxed, SingleFlip, StraightThroug
 from .discrete.categorical import Categorical
 from .discrete.categorical_estimators import RelaxedLevels, StraightThroughLevels
 from .gaussian.block_diagonal import BlockDiagonalGaussian
-from .gaussian.gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState, IsotropicGaussian
+from .gaussian.gaussian import DiagonalGaussian, FullGaussian, GaussianSite, GaussianState
+from .gaussian.isotropic import IsotropicGaussian
 from .gaussian.kronecker import KroneckerGaussian, KroneckerSite, KroneckerState
 from .gaussian.low_rank import LowRankGaussian, LowRankSite, LowRankState
 from .positive.beta import Beta

@@ -42,7 +42,7 @@ def same_words(monkeypatch, word):
     """Every word becomes `word`."""
     monkeypatch.setattr(
         module,
-        "_tiles",
+        "words_of_tiles",
         lambda first, stop, draws, key, device: (torch.full((2, draws, module.TILE * (stop - first)), word),) * 2,
     )
 

@@ -9,7 +9,8 @@ import random
 import pytest
 import torch
 
-from expfam_poco.family.noise import Ahead, NoiseKey, noise, tiled, tiles_of
+from expfam_poco.family.ahead import Ahead
+from expfam_poco.family.noise import NoiseKey, noise, tiled, tiles_of
 
 KINDS = ("normal", "logistic", "uniform", "rademacher")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -25,8 +25,9 @@ from torch import Tensor
 from expfam_poco.engine import kernels
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
 from expfam_poco.family import fields
+from expfam_poco.family.ahead import Ahead
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.noise import TILE, Address, Ahead, NoiseKey, address_of, on_device, traced
+from expfam_poco.family.noise import TILE, Address, NoiseKey, address_of, on_device, traced
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 BACKENDS = ("auto", "eager", "mixed", "compiled")

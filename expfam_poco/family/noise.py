@@ -41,13 +41,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from expfam_poco.family.philox import MASK, MULTIPLIERS, ROUNDS, WORD, philox, rounds, schedule_of
+
 __all__ = [
     "Address",
-    "Ahead",
     "NoiseKey",
     "address_of",
     "noise",
@@ -60,28 +60,22 @@ __all__ = [
     "words",
 ]
 
-_WORD = 2**32
-_MASK = _WORD - 1
-_ROUNDS = 10
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key advances by from round to round
 _DRAWS = 2**24
-_ELEMENTS = 4 * _WORD
+_ELEMENTS = 4 * WORD
 TILE = 64  # blocks
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements made at a time. On a CPU the temporaries of one pass should fit the cache, and be so small that the
 # allocator need not map fresh pages for each; an accelerator wants few large launches, in bounded memory.
 _SPAN = {"cpu": 2**18}
 _SPAN_ELSEWHERE = 2**22
-_FEW = 2**15  # words of two lanes up to which NumPy is ahead of torch, which takes several threads above
 
 
 # The counters of a key: their limits, as shown, and what to do about larger ones.
 _LIMITS = {
     "seed": (2**64, "2**64", "reduce it modulo 2**64"),
     "stream": (2**8, "2**8", "number the streams from 0"),
-    "step": (_WORD, "2**32", "count steps from 0 and change the seed after 2**32"),
-    "parameter": (_WORD, "2**32", "number the parameters from 0"),
+    "step": (WORD, "2**32", "count steps from 0 and change the seed after 2**32"),
+    "parameter": (WORD, "2**32", "number the parameters from 0"),
     "offset": (_ELEMENTS, "2**34", "split the tensor into several parameters"),
     "draw": (_DRAWS, "2**24", "number the draws from 0 within a step"),
 }
@@ -132,75 +126,7 @@ def _check(counters: Mapping[str, Any]) -> None:
 # ---- words ------------------------------------------------------------------------------------------------
 
 
-def philox(counter: Tensor | Sequence[Tensor], key: tuple[int, int]) -> Tensor:
-    """Philox-4x32-10 (Salmon et al. 2011): four counter words to four random words.
-
-    One round, with hi and lo the upper and lower 32 bits of a 64-bit product, is
-
-        (c0, c1, c2, c3) ← (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0))
-
-    Args:
-        counter: c0 … c3, 4 × any shape (or four tensors of that shape), int64 in [0, 2**32).
-        key: k0 and k1, two ints in [0, 2**32).
-
-    Returns:
-        The four words, 4 × the same shape, int64 in [0, 2**32).
-
-    >>> zeros = torch.zeros(4, 1, dtype=torch.int64)
-    >>> [f"{int(word):08x}" for word in philox(zeros, (0, 0))]
-    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
-    """
-    return torch.stack(_lanes(counter, key))
-
-
-def _lanes(counter: Tensor | Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """`philox` before its lanes are stacked."""
-    c0, c1, c2, c3 = counter
-    even, odd = _rounds(torch.stack((c0, c2)), torch.stack((c1, c3)), key)
-    return even[0], odd[0], even[1], odd[1]
-
-
-def _rounds(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """`philox` on lanes (0, 2), which get multiplied, and lanes (1, 3): two stacked tensors, 2 × any shape.
-
-    Stacked, it takes half the operations. int64 products wrap modulo 2**64, so (product >> 32) & mask is the upper
-    half even of a product that shows as negative. Lanes that are only xored may carry more than 32 bits until the
-    mask. `odd` is used up.
-    """
-    pair = (2,) + (1,) * (even.dim() - 1)
-    if even.is_cpu and even.numel() <= _FEW and not torch.compiler.is_compiling():
-        return _few_rounds(even.numpy().view(np.uint64), odd.numpy().view(np.uint64), key, pair)
-    schedule = torch.tensor(_schedule(key), device=even.device).view(_ROUNDS, *pair)
-    even, product = even.clone(), torch.empty_like(even)
-    for round_key in schedule.unbind():  # in place: fresh memory would cost more than the arithmetic
-        torch.mul(even[0], _MULTIPLIERS[0], out=product[1])
-        torch.mul(even[1], _MULTIPLIERS[1], out=product[0])
-        torch.bitwise_right_shift(product, 32, out=even)
-        even.bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(_MASK)
-        odd, product = product, odd
-    return even, odd.bitwise_and_(_MASK)
-
-
-def _few_rounds(even: Any, odd: Any, key: tuple[int, int], pair: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """`_rounds` by NumPy, whose operations on a few numbers take a third of the time of torch's."""
-    mask, half = np.uint64(_MASK), np.uint64(32)
-    multipliers = np.array(_MULTIPLIERS[::-1], np.uint64).reshape(pair)
-    for round_key in np.array(_schedule(key), np.uint64).reshape(_ROUNDS, *pair):
-        product = even[::-1] * multipliers
-        even = product >> half
-        even ^= odd
-        even ^= round_key
-        even &= mask
-        odd = product
-    return torch.from_numpy(even.view(np.int64)), torch.from_numpy((odd & mask).view(np.int64))
-
-
-def _schedule(key: tuple[int, int]) -> list[list[int]]:
-    """The two key words of every round."""
-    return [[(k + i * weyl) & _MASK for k, weyl in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
-
-
-def _tiles(
+def words_of_tiles(
     first: int, stop: int, draws: int, key: NoiseKey, device: torch.device, steps: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The words of tiles `first` … `stop - 1`: lanes (0, 2) and (1, 3), each 2 × steps draws × 64 (stop - first)."""
@@ -215,10 +141,10 @@ def _words_of(block: Tensor, parameter: Tensor, draws: int, key: NoiseKey, steps
     draw = torch.arange(key.draw, key.draw + draws, device=block.device).add_(key.stream * _DRAWS).repeat(steps)
     even = torch.stack((block, step.unsqueeze(-1).expand_as(block)))
     odd = torch.stack((parameter.expand_as(block), draw.unsqueeze(-1).expand_as(block)))
-    return _rounds(even, odd, (key.seed & _MASK, key.seed >> 32))
+    return rounds(even, odd, (key.seed & MASK, key.seed >> 32))
 
 
-def _in_order(even: Tensor, odd: Tensor) -> Tensor:
+def in_order(even: Tensor, odd: Tensor) -> Tensor:
     """Lanes (0, 2) and (1, 3), each 2 × draws × 64 tiles, as draws × elements."""
     lanes = torch.stack((even, odd), 1)
     return lanes.reshape(4, even.shape[1], -1, TILE).permute(1, 2, 0, 3).flatten(1)
@@ -260,7 +186,7 @@ def _map_words(
 
     def made(begin: int, end: int) -> Tensor:
         first = begin // (4 * TILE)
-        aligned = _in_order(*from_words(*_tiles(first, -(-end // (4 * TILE)), draws, key, device)))
+        aligned = in_order(*from_words(*words_of_tiles(first, -(-end // (4 * TILE)), draws, key, device)))
         return aligned[:, begin - 4 * TILE * first : end - 4 * TILE * first]
 
     span = max(4 * TILE, _SPAN.get(device.type, _SPAN_ELSEWHERE) // draws)
@@ -283,8 +209,8 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _normal(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Box–Muller: √(−2 log u) (cos 2πv, sin 2πv)."""
     wide = _at_least_float32(dtype)
-    radius = torch.sqrt(torch.log((first.to(wide) + 0.5) * (1 / _WORD)) * -2.0)
-    angle = (second.to(wide) + 0.5) * (2 * math.pi / _WORD)
+    radius = torch.sqrt(torch.log((first.to(wide) + 0.5) * (1 / WORD)) * -2.0)
+    angle = (second.to(wide) + 0.5) * (2 * math.pi / WORD)
     return torch.cos(angle) * radius, torch.sin(angle) * radius
 
 
@@ -297,7 +223,7 @@ def _each(
 
 def _logistic(word: Tensor, dtype: torch.dtype) -> Tensor:
     """½ log(u / (1 − u)), with 1 − u formed from integers: accurate in both tails in float32 as well."""
-    u, complement = word.to(_at_least_float32(dtype)) + 0.5, (word ^ _MASK).to(_at_least_float32(dtype)) + 0.5
+    u, complement = word.to(_at_least_float32(dtype)) + 0.5, (word ^ MASK).to(_at_least_float32(dtype)) + 0.5
     return torch.log(u / complement) * 0.5
 
 
@@ -328,7 +254,7 @@ _KINDS = {
 }
 
 
-def _kind(name: str) -> _Kind:
+def kind_of(name: str) -> _Kind:
     if name not in _KINDS:
         raise ValueError(f"kind {name!r} is not a known noise: choose one of {', '.join(_KINDS)}.")
     return _KINDS[name]
@@ -362,7 +288,7 @@ def noise(
     >>> torch.equal(noise("normal", (6,), 1, key.at(offset=2)), noise("normal", (8,), 1, key)[:, 2:])
     True
     """
-    from_words = _kind(kind).from_words
+    from_words = kind_of(kind).from_words
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype} cannot hold noise: choose one of {', '.join(map(str, _DTYPES))}.")
     return _map_words(lambda even, odd: from_words(even, odd, dtype), shape, draws, key, dtype, torch.device(device))
@@ -374,7 +300,7 @@ def reflect(kind: str, noise: Tensor) -> Tensor:
     >>> reflect("uniform", torch.tensor([0.25]))
     tensor([0.7500])
     """
-    return _kind(kind).reflect(noise)
+    return kind_of(kind).reflect(noise)
 
 
 def quantile(kind: str, u: Tensor) -> Tensor:
@@ -383,7 +309,7 @@ def quantile(kind: str, u: Tensor) -> Tensor:
     >>> quantile("logistic", torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     tensor([-0.5493,  0.0000,  0.5493], dtype=torch.float64)
     """
-    return _kind(kind).quantile(u)
+    return kind_of(kind).quantile(u)
 
 
 class Address(NamedTuple):
@@ -409,8 +335,8 @@ def address_of(key: NoiseKey, device: torch.device | str = "cpu", tiles: Tensor 
     if key.offset % (4 * TILE):
         raise ValueError(f"offset={key.offset}: compiled noise begins with a tile; give a multiple of {4 * TILE}.")
     counters = [key.offset // 4, key.parameter, key.step, key.stream * _DRAWS + key.draw]
-    schedule = [word for pair in _schedule((key.seed & _MASK, key.seed >> 32)) for word in pair]
-    words = [*counters, *schedule, *_MULTIPLIERS, _MASK]
+    schedule = [word for pair in schedule_of((key.seed & MASK, key.seed >> 32)) for word in pair]
+    words = [*counters, *schedule, *MULTIPLIERS, MASK]
     return Address(on_device(words, torch.int64, torch.device(device)), tiles)
 
 
@@ -441,14 +367,14 @@ def tiled(kind: str, tiles: Tensor, key: NoiseKey, dtype: torch.dtype) -> Tensor
     >>> torch.equal(beside[512:522], noise("normal", (10,), 1, key.at(parameter=5))[0])
     True
     """
-    return _tiled(kind, tiles, key, dtype, 1)[0]
+    return tiled_steps(kind, tiles, key, dtype, 1)[0]
 
 
-def _tiled(kind: str, tiles: Tensor, key: NoiseKey, dtype: torch.dtype, steps: int) -> Tensor:
+def tiled_steps(kind: str, tiles: Tensor, key: NoiseKey, dtype: torch.dtype, steps: int) -> Tensor:
     """`tiled` for several steps from the key's on, steps × elements."""
-    from_words = _kind(kind).from_words
+    from_words = kind_of(kind).from_words
     block, parameter = (part.expand(-1, TILE).reshape(1, -1).expand(steps, -1) for part in _blocks_of(tiles))
-    return _in_order(*from_words(*_words_of(block, parameter, 1, key, steps), dtype)).to(dtype)
+    return in_order(*from_words(*_words_of(block, parameter, 1, key, steps), dtype)).to(dtype)
 
 
 def _blocks_of(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -469,7 +395,7 @@ def traced(kind: str, size: int, address: Address, dtype: torch.dtype) -> Tensor
     >>> torch.allclose(traced("normal", 300, address_of(key), torch.float32), noise("normal", (300,), 1, key)[0])
     True
     """
-    from_words = _kind(kind).from_words
+    from_words = kind_of(kind).from_words
     words, tiles = address
     if tiles is None:
         c0 = torch.arange((size + 4 * TILE - 1) // (4 * TILE) * TILE, device=words.device).view(-1, TILE) + words[0]
@@ -478,7 +404,7 @@ def traced(kind: str, size: int, address: Address, dtype: torch.dtype) -> Tensor
         c0, c1 = _blocks_of(tiles)
     c2, c3 = words[2], words[3]
     first, second, mask = words[-3:].unbind()
-    for i in range(_ROUNDS):
+    for i in range(ROUNDS):
         product0, product2 = c0 * first, c2 * second
         c0 = ((product2 >> 32) ^ c1 ^ words[4 + 2 * i]) & mask
         c2 = ((product0 >> 32) ^ c3 ^ words[5 + 2 * i]) & mask
@@ -488,110 +414,3 @@ def traced(kind: str, size: int, address: Address, dtype: torch.dtype) -> Tensor
 
 
 # ---- look-ahead -------------------------------------------------------------------------------------------
-
-
-class _Kept(NamedTuple):
-    """Noise of `len(rows)` steps from `first` on."""
-
-    first: int
-    rows: Tensor
-
-
-class Ahead:
-    """`noise` and `tiled` for small tensors at step after step: the same numbers, made for many steps in one pass.
-
-    A few hundred numbers take as long to make as ten thousand do, for the operations are many and small. So once a
-    step follows the one before, the noise of the next `steps` is made along with it, and kept. Any other order of
-    steps gets the same numbers without that gain.
-
-    Args:
-        steps: how many are made at a time.
-        most: how many numbers are kept, at most. Larger noise is made when asked for.
-
-    >>> ahead, key = Ahead(), NoiseKey(seed=7)
-    >>> all(
-    ...     torch.equal(ahead.noise("normal", (3,), 2, key.at(step=step)), noise("normal", (3,), 2, key.at(step=step)))
-    ...     for step in (0, 1, 2, 9, 40, 5)
-    ... )
-    True
-    """
-
-    def __init__(self, steps: int = 64, most: int = 2**16) -> None:
-        self.steps, self.most = steps, most
-        self._kept: dict[Any, _Kept] = {}
-        self._size = 0
-        self._tiles: dict[int, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing of what is kept, which can be made again."""
-        return {"steps": self.steps, "most": self.most}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def noise(
-        self,
-        kind: str,
-        shape: Sequence[int],
-        draws: int,
-        key: NoiseKey,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """As the function `noise`."""
-        size = math.prod(shape)
-        if not 0 < size * draws * 2 <= self.most:
-            return noise(kind, shape, draws, key, dtype=dtype, device=device)
-
-        def made(at: NoiseKey, steps: int) -> Tensor:
-            if steps == 1:
-                return noise(kind, shape, draws, at, dtype=dtype, device=device).unsqueeze(0)
-            first, stop = at.offset // (4 * TILE), -(-(at.offset + size) // (4 * TILE))
-            lanes = _tiles(first, stop, draws, at, torch.device(device), steps)
-            aligned = _in_order(*_kind(kind).from_words(*lanes, dtype)).to(dtype)
-            begin = at.offset - 4 * TILE * first
-            return aligned[:, begin : begin + size].reshape(steps, draws, *shape)
-
-        where = (kind, tuple(shape), draws, key.seed, key.stream, key.parameter, key.offset, key.draw, dtype, device)
-        return self._row(where, key, size * draws, made)
-
-    def tiled(self, kind: str, tiles: Tensor, key: NoiseKey, dtype: torch.dtype) -> Tensor:
-        """As the function `tiled`; `tiles` must not change afterwards."""
-        size = 4 * TILE * tiles.shape[1]
-        if size * 2 > self.most:
-            return tiled(kind, tiles, key, dtype)
-        if self._tiles.get(id(tiles)) is not tiles:
-            if len(self._tiles) >= 64:
-                self._forget()
-            self._tiles[id(tiles)] = tiles  # kept, so that no other tensor gets its id
-
-        def made(at: NoiseKey, steps: int) -> Tensor:
-            return _tiled(kind, tiles, at, dtype, steps)
-
-        where = (kind, id(tiles), key.seed, key.stream, key.draw, dtype)
-        return self._row(where, key, size, made)
-
-    def _row(self, where: Any, key: NoiseKey, size: int, made: Callable[[NoiseKey, int], Tensor]) -> Tensor:
-        """The noise of one step, from what is kept, or from now on kept; a copy, as callers may write into it."""
-        kept, step = self._kept.get(where), key.step
-        if kept is None or not kept.first <= step < kept.first + len(kept.rows):
-            follows = kept is not None and step == kept.first + len(kept.rows)
-            steps = max(1, min(self.steps, self.most // (2 * size), _WORD - step)) if follows else 1
-            kept = _Kept(step, made(key, steps))
-            self._keep(where, kept)
-        return kept.rows[step - kept.first].clone()
-
-    def _keep(self, where: Any, kept: _Kept) -> None:
-        """Keep this; when there is too much, forget the rest."""
-        old = self._kept.pop(where, None)
-        self._size += kept.rows.numel() - (0 if old is None else old.rows.numel())
-        while self._size > self.most:
-            oldest = next(iter(self._kept))
-            self._size -= self._kept.pop(oldest).rows.numel()
-        self._kept[where] = kept
-
-    def _forget(self) -> None:
-        self._kept.clear()
-        self._tiles.clear()
-        self._size = 0
