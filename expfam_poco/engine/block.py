@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.settings import Settings
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
@@ -151,11 +152,9 @@ class Block:
         assert value is not None
         return value.clone(memory_format=torch.contiguous_format)
 
+    @plainly
     def write(self, value: Tensor) -> None:
-        """Put values into the model, where no gradients are recorded.
-
-        Version counters change, so that another optimizer on it notices.
-        """
+        """Put values into the model. Version counters change, so that another optimizer on it notices."""
         torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
         self.at_point, self.drawn = False, None
         self.note_weights()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, new_record
 from expfam_poco.engine.settings import Settings
@@ -105,8 +106,9 @@ class FlatBlock(Block):
         """Flat storage → one tensor per member."""
         return self.views(value)
 
+    @plainly
     def write(self, value: Tensor) -> None:
-        """Put values into the model; asked for where no gradients are recorded."""
+        """Put values into the model."""
         out, parts = self._out(value.dtype)
         out.copy_(value)
         torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
