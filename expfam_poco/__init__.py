@@ -9,7 +9,7 @@ Example:
 """
 
 from expfam_poco import blr, checks, correction, estimators, family, gradient_model, noise
-from expfam_poco.checks import check_family
+from expfam_poco.checks import check_correction, check_family
 from expfam_poco.closures.batched import BatchedDraws, PerExample
 from expfam_poco.correction.alpha import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha
 from expfam_poco.errors import CheckpointError, LawError, NonFiniteError
@@ -54,6 +54,7 @@ __all__ = [
     "get_family",
     "resolve_family",
     "check_family",
+    "check_correction",
     # estimators
     "Estimator",
     "Draws",

@@ -200,10 +200,8 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         size = tile_size(self.backend.mode, theta.device)
         if self.backend.mode != "compiled" and theta.device.type == "cpu":
             size = min(size, EAGER_SPAN)
-        if theta.numel() <= size:
-            return self.backend.run(kernel, (families,), *flat, numbers)
         pieces = zip(*(value.split(size) for value in flat), strict=True)
-        return torch.stack([self.backend.run(kernel, (families,), *piece, numbers) for piece in pieces]).sum()
+        return torch.stack([self.backend.run(kernel, (families,), *piece, numbers).sum() for piece in pieces]).sum()
 
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers worth logging: steps, skipped steps, the seconds spent on compiling."""
