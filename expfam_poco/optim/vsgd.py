@@ -299,6 +299,8 @@ def _keep_sound(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
         return torch.zeros((), device=finite.device)
     for place, value in zip(old, new, strict=True):
         place.copy_(torch.where(finite, value.to(place.dtype), place))
+    if not finite.is_cpu:  # a device would make one slow reduction of all that stands above
+        return ~finite
     # In float32, which counts the entries of a tile (at most 2^24) exactly and keeps the kernel's vectors of one width.
     return torch.where(finite, 0.0, 1.0).sum()
 
