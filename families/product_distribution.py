@@ -1,4 +1,4 @@
-"""A product of families as a Pyro distribution, the parts' own side by side. Apart, because Pyro takes long to import."""
+"""A product of families for Pyro: the parts' own distributions, side by side. Apart, because Pyro is large."""
 
 from __future__ import annotations
 
