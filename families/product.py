@@ -310,7 +310,7 @@ class ProductFamily(ExponentialFamily):
         """The parts' distributions, side by side."""
         from .product_distribution import ProductDistribution
 
-        return ProductDistribution(self, state)
+        return ProductDistribution(self, state, self.distributions(state))
 
 
 def _part(pattern: str, value: Any) -> Part:

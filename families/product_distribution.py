@@ -1,17 +1,16 @@
-"""A product of families as a Pyro distribution: the parts' own distributions, side by side in one vector."""
+"""A product of families for Pyro: the parts' own distributions, side by side. Apart, because Pyro is large."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.distribution import FamilyDistribution
-
-if TYPE_CHECKING:
-    from .product import ProductFamily
 
 
 class ProductDistribution(FamilyDistribution):
@@ -25,10 +24,10 @@ class ProductDistribution(FamilyDistribution):
         tensor([1., 1., 1.])
     """
 
-    def __init__(self, family: ProductFamily, state: Any) -> None:
+    def __init__(self, family: ExponentialFamily, state: Any, parts: Sequence[Any]) -> None:
         """Keep the family, the state, and the parts' distributions."""
         super().__init__(family, state)
-        self._parts = family.distributions(state)
+        self._parts = parts
 
     @property
     def support(self) -> constraints.Constraint:

@@ -156,4 +156,28 @@ class Categorical(poco.ExponentialFamily):
         return self.State(torch.log(theta / (1.0 - theta.sum(-1, keepdim=True))))
 
 
+class UnitGaussian(poco.ExponentialFamily):
+    """N(λ, 1)."""
+
+    noise_kind = "uniform"
+
+    def statistics(self, theta):
+        return self.Mean(theta)
+
+    def log_base_measure(self, theta):
+        return -0.5 * (theta**2 + math.log(2.0 * math.pi))
+
+    def expected_log_base_measure(self, state):
+        return -0.5 * (state.theta**2 + 1.0 + math.log(2.0 * math.pi))
+
+    def log_partition(self, nat):
+        return 0.5 * nat.theta**2
+
+    def sample(self, state, noise):
+        return state.theta + torch.special.ndtri(noise)
+
+    def centred_at(self, theta, precision=None):
+        return self.State(theta * 1.0)
+
+
 USER_FAMILIES = (Exponential, LogNormal, GaussianByHand, Poisson, Categorical)

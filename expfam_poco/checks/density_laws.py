@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from expfam_poco.checks.references import Reference, unseen
 from expfam_poco.checks.specimens import (
     DRAWS,
     MORE_SAMPLES,
@@ -21,12 +22,10 @@ from expfam_poco.checks.specimens import (
     SIGMAS,
     SLACK,
     Finding,
-    Reference,
     Specimen,
     Unverified,
     holds,
     size_of,
-    unseen,
 )
 from expfam_poco.family.derived import _flatten, fisher
 from expfam_poco.rule.estimators import available

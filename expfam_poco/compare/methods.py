@@ -28,6 +28,8 @@ from torch.nn import Parameter
 
 from expfam_poco.compare.tasks import Task
 from expfam_poco.errors import InputError
+from expfam_poco.optim.alpha_svrg import AlphaSVRG
+from expfam_poco.optim.named import IVON, SVRG, VON, IVONPoCo, VONPoCo, VSGDPoCo
 
 Settings = dict[str, Any]
 Build = Callable[[Parameter, Settings, int], torch.optim.Optimizer]
@@ -87,30 +89,23 @@ class Method:
         return settings.get("curvature") in ("exact", "hutchinson")
 
 
-def _poco() -> Any:
-    """The package, imported on use: building a `Method` table needs no optimizer."""
-    import expfam_poco
-
-    return expfam_poco
-
-
 def _sgd(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
     return torch.optim.SGD([weight], lr=s["lr"], weight_decay=s["delta"])
 
 
 def _svrg(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = _poco().SVRG([weight], lr=s["lr"], weight_decay=s["delta"], alpha=s["alpha"])
+    made: torch.optim.Optimizer = SVRG([weight], lr=s["lr"], weight_decay=s["delta"], alpha=s["alpha"])
     return made
 
 
 def _alpha_svrg(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
     base = torch.optim.SGD([weight], lr=s["lr"], weight_decay=s["delta"])
-    made: torch.optim.Optimizer = _poco().AlphaSVRG(base, alpha=s["alpha"])
+    made: torch.optim.Optimizer = AlphaSVRG(base, alpha=s["alpha"])
     return made
 
 
 def _vsgd(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = _poco().VSGDPoCo(
+    made: torch.optim.Optimizer = VSGDPoCo(
         [weight],
         lr=s["lr"],
         weight_decay=s["delta"],
@@ -129,12 +124,12 @@ def _ivon_arguments(s: Settings, seed: int) -> Settings:
 
 
 def _ivon(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = _poco().IVON([weight], noise=s["noise"], **_ivon_arguments(s, seed))
+    made: torch.optim.Optimizer = IVON([weight], noise=s["noise"], **_ivon_arguments(s, seed))
     return made
 
 
 def _ivon_poco(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = _poco().IVONPoCo(
+    made: torch.optim.Optimizer = IVONPoCo(
         [weight],
         alpha=s["alpha"],
         noise=s["noise"],
@@ -150,12 +145,12 @@ def _von_arguments(s: Settings, seed: int) -> Settings:
 
 
 def _von(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = _poco().VON([weight], **_von_arguments(s, seed))
+    made: torch.optim.Optimizer = VON([weight], **_von_arguments(s, seed))
     return made
 
 
 def _von_poco(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = _poco().VONPoCo(
+    made: torch.optim.Optimizer = VONPoCo(
         [weight], alpha=s["alpha"], anchor_weight=s["anchor_weight"], **_von_arguments(s, seed)
     )
     return made

@@ -83,7 +83,7 @@ TESTS = '''"""The laws of the NAME family, one test for each, and a search for m
 
 from MODULE import CLASS
 
-from expfam_poco.checks.suite import FamilyLaws
+from expfam_poco.checks import FamilyLaws
 
 
 class TestCLASS(FamilyLaws):

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco.family.base import ExponentialFamily, Theta
+from expfam_poco.family.base import Theta
 from expfam_poco.family.draws import Estimator
 
 from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
+from .weights import SignWeights
 
 
 @dataclass(frozen=True)
-class Bernoulli(ExponentialFamily):
+class Bernoulli(SignWeights):
     """Binary weights in {−1, +1}, every entry of a tensor with its own λ = artanh E[θ].
 
     Args:

@@ -29,6 +29,8 @@ from torch import Tensor
 from expfam_poco.family.base import ExponentialFamily, Theta
 from expfam_poco.family.draws import Draws, Estimator
 
+from .weights import SignWeights
+
 
 def log_sech_squared(value: Tensor) -> Tensor:
     """log sech² x = 2 (log 2 − |x| − log(1 + e^{−2|x|})), without overflow or cancellation for any x."""
@@ -197,9 +199,7 @@ def _divisor(state: Any) -> Tensor:
 
 
 def _require_bernoulli(name: str, family: ExponentialFamily) -> None:
-    from .bernoulli import Bernoulli
-
-    if not isinstance(family, Bernoulli):
+    if not isinstance(family, SignWeights):
         raise ValueError(
             f"curvature={name!r} is for weights in {{−1, +1}}, not for {type(family).__name__}; "
             "use it with the Bernoulli family."

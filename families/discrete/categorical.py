@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.inversion import increasing_root
 
 from .categorical_estimators import RelaxedLevels, StraightThroughLevels
+from .weights import LevelWeights
 
 
 class Indicators(NamedTuple):
@@ -38,7 +38,7 @@ class Indicators(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Categorical(ExponentialFamily):
+class Categorical(LevelWeights):
     """Weights that take one of a few values, every entry of a tensor with its own probabilities.
 
     Args:

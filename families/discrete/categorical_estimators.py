@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ from torch import Tensor
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
 
-if TYPE_CHECKING:
-    from .categorical import Categorical
+from .weights import LevelWeights
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,8 @@ def _log_slope(z: Tensor) -> Tensor:
     return F.logsigmoid(z) + F.logsigmoid(-z)
 
 
-def _levelled(name: str, family: ExponentialFamily) -> Categorical:
-    from .categorical import Categorical
-
-    if not isinstance(family, Categorical):
+def _levelled(name: str, family: ExponentialFamily) -> LevelWeights:
+    if not isinstance(family, LevelWeights):
         raise ValueError(
             f"curvature={name!r} of Categorical is for weights from levels, not for {type(family).__name__}; "
             "use it with the Categorical family."
