@@ -61,7 +61,7 @@ class Enumerated:
             if estimator.needs == "variations":
                 flips = torch.stack(list(estimator.variations(FAMILY, theta)))
                 variations = torch.func.vmap(NETWORK.loss)(flips)[None]
-            draws = Draws(20.0 * theta[None], theta[None], loss[None], grad[None], None, variations)
+            draws = Draws(20.0 * theta[None], theta[None], loss[None], grad[None], variations=variations)
             found.append(estimator.natural_gradient(FAMILY, FAMILY.State(self.lam), draws).theta)
         return torch.stack(found)
 

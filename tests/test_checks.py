@@ -117,7 +117,7 @@ def test_an_unexpected_exception_fails_the_law_that_met_it_and_is_quoted() -> No
     assert not report.passed
     failed = {law.name: law.detail for law in report.failures}
     assert failed["entropy"] == "raised KeyError: 'no entropy\\ntoday'"
-    assert set(failed) == {"entropy", "spans", "dtypes"}  # the latter two look at every method
+    assert set(failed) == {"entropy", "spans", "as_trained", "dtypes"}  # the latter three look at every method
 
 
 def test_what_fails_first_is_reported_before_what_is_raised_after_it() -> None:
