@@ -112,7 +112,7 @@ def estimates(estimator: Estimator, lam: Tensor, network: TinyNetwork, draws: in
             varied = torch.stack(list(estimator.variations(family, points[0])))
             variations = torch.func.vmap(network.loss)(varied)[None]
         found: Tensor = estimator.natural_gradient(
-            family, state, Draws(eps, points, loss, grad, None, variations)
+            family, state, Draws(eps, points, loss, grad, variations=variations)
         ).theta
         return found
 

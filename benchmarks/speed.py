@@ -391,10 +391,10 @@ class Known(poco.estimators.SquaredGradient):
     def __init__(self, hessian: Tensor) -> None:
         object.__setattr__(self, "hessian", hessian)
 
-    def curvature_of_gradient(self, grad: Tensor, ess: float, dense: bool) -> Tensor:
-        """The Hessian."""
+    def natural_gradient(self, family: Any, state: Any, draws: Any) -> Any:
+        """With the Hessian."""
         hessian: Tensor = self.hessian  # type: ignore[attr-defined]
-        return hessian
+        return family.natural_gradient(state, draws._replace(hessian=hessian.unsqueeze(0), pairs=None))
 
 
 def markdown(part: str, content: dict[str, Any]) -> str:

@@ -124,7 +124,8 @@ def test_a_small_model_is_never_compiled() -> None:
 def test_a_family_that_cannot_be_compiled_is_stepped_without(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = numbers(*trained(CASES["Exponential"], 6, backend="eager")[:2])
     monkeypatch.setattr(backend, "LARGE", 1)
-    model, opt, _ = trained(UNCOMPILABLE, 6)
+    with pytest.warns(RuntimeWarning, match="backend='auto': compiling failed .*; steps go on without it"):
+        model, opt, _ = trained(UNCOMPILABLE, 6)
     assert opt.backend.fallback in ("mixed", "eager") and opt.backend.mode == opt.backend.fallback
     assert distance(numbers(model, opt), expected) < 1e-9
 
@@ -155,7 +156,8 @@ def test_a_failure_of_the_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> N
             trained(CASES["IVON"], 1, FLAT, backend=name)
     expected = numbers(*trained(CASES["IVON"], 6, FLAT, backend="eager")[:2])
     monkeypatch.setattr(backend, "LARGE", 1)
-    model, opt, _ = trained(CASES["IVON"], 6, FLAT)
+    with pytest.warns(RuntimeWarning, match=r"compiling failed \(OSError: no compiler here\)"):
+        model, opt, _ = trained(CASES["IVON"], 6, FLAT)
     assert opt.backend.fallback == "eager" and same(numbers(model, opt), expected)
 
 

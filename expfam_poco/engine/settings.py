@@ -305,6 +305,7 @@ class Settings:
         family: the group's exponential family.
         estimator: of natural gradients ("curvature" in the group).
         lr: η of the momentum block, with `lr_scale`.
+        lr_given: the same as the group has it, for sentences.
         precision_lr: η of the other fields.
         ess: N.
         weight_decay: δ.
@@ -324,6 +325,7 @@ class Settings:
     family: ExponentialFamily
     estimator: Estimator
     lr: float
+    lr_given: Any
     precision_lr: float
     ess: float
     weight_decay: float
@@ -376,6 +378,7 @@ def read(group: Mapping[str, Any]) -> Settings:
         family=family,
         estimator=estimator,
         lr=lr,
+        lr_given=group["lr"],
         precision_lr=lr if other is None else float(other),
         ess=float(group["ess"]),
         weight_decay=float(group["weight_decay"]),
