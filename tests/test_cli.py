@@ -158,6 +158,7 @@ def test_a_signal_stops_all_processes(name: str, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" ignores it
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -182,6 +183,7 @@ def test_a_signal_stops_all_processes(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_unwind_unless_they_are_ignored(name: str) -> None:
     number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore it
     with pytest.raises(cli._StoppedError), cli._signals_raise():
         os.kill(os.getpid(), number)
         time.sleep(5.0)
@@ -192,7 +194,7 @@ def test_signals_unwind_unless_they_are_ignored(name: str) -> None:
             os.kill(os.getpid(), number)
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, before)
 
 
 def test_families_lists_the_registered_ones() -> None:

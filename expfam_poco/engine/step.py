@@ -260,8 +260,8 @@ def domain_error(block: Block, state: Any) -> Exception:
     finite = fields.all_finite(tuple(bounded)) if bounded else fields.all_finite(state)
     if not bool(finite) or bool(block.family.in_domain(state)):
         return NonFiniteError(
-            f"lr={block.settings.lr_given}: the step would make {where} infinite or NaN; lower lr or precision_lr, or clip "
-            "(clip_radius, max_grad_norm). Nothing was changed."
+            f"lr={block.settings.lr_given}: the step would make {where} infinite or NaN; lower lr or precision_lr, or "
+            "clip (clip_radius, max_grad_norm). Nothing was changed."
         )
     if block.settings.retraction == "plain":
         return ValueError(
@@ -282,8 +282,9 @@ def unsound_error(steps: Sequence[Step]) -> NonFiniteError | None:
             if isinstance(block, FlatBlock):
                 block, count = block.worst(step.unsound_tiles)
             error = NonFiniteError(
-                f"lr={block.settings.lr_given}: the step would have made {count} of {block.numel} weights of {block.name!r} "
-                "infinite or NaN; these kept their values, all others were stepped. Lower lr or precision_lr, or clip "
+                f"lr={block.settings.lr_given}: the step would have made {count} of {block.numel} weights of "
+                f"{block.name!r} infinite or NaN; these kept their values, all others were stepped. Lower lr or "
+                "precision_lr, or clip "
                 "(clip_radius, max_grad_norm)."
             )
             error.stepped = True

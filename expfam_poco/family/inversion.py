@@ -37,7 +37,7 @@ def increasing_root(
 
     Example:
         >>> import torch
-        >>> from expfam_poco.inversion import increasing_root
+        >>> from expfam_poco.family.inversion import increasing_root
         >>> two = torch.tensor(2.0, dtype=torch.float64)
         >>> increasing_root(lambda x: (x * x - 2.0, 2.0 * x), two, 0.0 * two, two, iterations=8)
         tensor(1.4142, dtype=torch.float64)
@@ -62,7 +62,7 @@ def implicit(theta: Tensor, distribution: Tensor, density: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from expfam_poco.inversion import implicit
+        >>> from expfam_poco.family.inversion import implicit
         >>> rate = torch.tensor(2.0, requires_grad=True)  # F = 1 − exp(−rate θ), so θ = −log(1−u)/rate
         >>> theta = implicit(torch.tensor(0.5), -torch.expm1(-rate * 0.5), rate * torch.exp(-rate * 0.5))
         >>> torch.autograd.grad(theta, rate)[0]  # −θ/rate
@@ -79,7 +79,7 @@ def opaque(name: str) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Callable
 
     Example:
         >>> import torch
-        >>> from expfam_poco.inversion import opaque
+        >>> from expfam_poco.family.inversion import opaque
         >>> @opaque("doubled")
         ... def doubled(a, u): return 2.0 * a * u
         >>> doubled(torch.ones(2), torch.ones(3, 1)).shape

@@ -107,7 +107,7 @@ def others_of(shapes: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import others_of
+        >>> from expfam_poco.families.positive.dirichlet import others_of
         >>> others_of(torch.tensor([1e20, 1.0, 2.0]))
         tensor([3.0000e+00, 1.0000e+20, 1.0000e+20])
     """
@@ -122,7 +122,7 @@ def log_normaliser(shapes: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import log_normaliser
+        >>> from expfam_poco.families.positive.dirichlet import log_normaliser
         >>> log_normaliser(torch.tensor([1.0, 1.0]))
         tensor(0.)
     """
@@ -139,7 +139,7 @@ def expected_logs(shapes: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..dirichlet import expected_logs
+        >>> from expfam_poco.families.positive.dirichlet import expected_logs
         >>> expected_logs(torch.tensor([1.0, 1.0]))
         tensor([-1., -1.])
     """

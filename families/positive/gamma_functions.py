@@ -209,7 +209,7 @@ def log_gamma_fall(shape: Tensor, rest: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import log_gamma_fall
+        >>> from expfam_poco.families.positive.gamma_functions import log_gamma_fall
         >>> log_gamma_fall(torch.tensor(3.0), torch.tensor(2.0))  # log 2!/4!
         tensor(-2.4849)
     """
@@ -231,7 +231,7 @@ def digamma_fall(shape: Tensor, rest: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from ..gamma_functions import digamma_fall
+        >>> from expfam_poco.families.positive.gamma_functions import digamma_fall
         >>> digamma_fall(torch.tensor(1.0), torch.tensor(1.0))
         tensor(-1.)
     """
