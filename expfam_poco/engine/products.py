@@ -73,7 +73,7 @@ class Products:
                 f"anchor={self.kind!r}: it needs closures, not {type(closure).__name__}; use anchor='curvature'."
             )
         if self.kind == "products":
-            self._pending.append((closure, [trial.again() for trial in trials], share))
+            self._pending.append((closure, [trial.again(is_present=False) for trial in trials], share))
             return
         size = sum(trial.block.numel for trial in trials)
         if size > LARGEST_STORED:
