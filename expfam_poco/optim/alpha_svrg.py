@@ -12,7 +12,7 @@ from torch import Tensor
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.snapshot import Alpha
-from expfam_poco.engine.settings import check_max_grad_norm
+from expfam_poco.engine.settings import check_max_grad_norm, checked_alpha
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim.base import without_hooks
@@ -79,6 +79,12 @@ class AlphaSVRG(torch.optim.Optimizer):
     def alpha(self) -> Any:
         """α, as it was given."""
         return self._engine.param_groups[0]["alpha"]
+
+    @alpha.setter
+    def alpha(self, alpha: Any) -> None:
+        value = checked_alpha(alpha)
+        for group in self._engine.param_groups:
+            group["alpha"] = value
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
