@@ -25,7 +25,7 @@ from expfam_poco.families import (
     StraightThrough,
 )
 from expfam_poco.families.discrete.binary_estimators import log_sech_squared
-from expfam_poco.families.discrete.sign_bernoulli import SignBernoulli
+from expfam_poco.families.discrete.level_categorical import SignBernoulli
 from expfam_poco.noise import NoiseKey
 
 

@@ -141,7 +141,7 @@ def expected_logs(shapes: Tensor) -> Tensor:
         >>> import torch
         >>> from expfam_poco.families.positive.dirichlet import expected_logs
         >>> expected_logs(torch.tensor([1.0, 1.0]))
-        tensor([-1., -1.])
+        tensor([-1.0000, -1.0000])
     """
     return digamma_fall(shapes, others_of(shapes))
 
