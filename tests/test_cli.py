@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence for wrong input, no traceback, a quick --help."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -160,23 +161,27 @@ def test_a_signal_stops_all_processes(name: str, tmp_path: Path) -> None:
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" ignores it
     )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("comparing"):
-            break
-    time.sleep(1.0)
-    number = getattr(signal, name)
-    os.killpg(process.pid, number) if name == "SIGINT" else os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == (-number if name == "SIGKILL" else 128 + number)
-    stopped = "Ctrl-C" if name == "SIGINT" else name
-    assert name == "SIGKILL" or f"stopped by {stopped}; nothing was written." in err
-    assert "Traceback" not in err + out
-    assert not list(tmp_path.iterdir())
-    deadline = time.monotonic() + 30.0
-    while (left := alive_in_group(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("comparing"):
+                break
+        time.sleep(1.0)
+        number = getattr(signal, name)
+        os.killpg(process.pid, number) if name == "SIGINT" else os.kill(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == (-number if name == "SIGKILL" else 128 + number)
+        stopped = "Ctrl-C" if name == "SIGINT" else name
+        assert name == "SIGKILL" or f"stopped by {stopped}; nothing was written." in err
+        assert "Traceback" not in err + out
+        assert not list(tmp_path.iterdir())
+        deadline = time.monotonic() + 30.0
+        while (left := alive_in_group(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+    finally:  # whatever is left would run for days
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
