@@ -12,6 +12,7 @@ from torch import Tensor
 from expfam_poco.correction import CORRECTIONS
 from expfam_poco.correction.alpha import alpha_from, describe_alpha
 from expfam_poco.correction.base import Averaging, Correction
+from expfam_poco.correction.memory import tensors
 from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
 from expfam_poco.engine.block import Block, Record
@@ -107,8 +108,8 @@ def decode_state(block: Block, plain: Mapping[str, Any], correction: Correction)
     if record["momentum"]:
         _check_like(f"the momentum of {block.name!r}", family.momentum_block, record["momentum"], average)
     if record["memory"] is not None:
-        found, own = fields.leaves(record["memory"]), fields.leaves(like)
-        _check_like(f"the memory of {block.name!r}", _names(like), found, own)
+        own = dict(tensors(like))
+        _check_like(f"the memory of {block.name!r}", list(own), fields.leaves(record["memory"]), list(own.values()))
     return record
 
 
@@ -296,14 +297,6 @@ def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"in_mega is {value!r}")
     return value
-
-
-def _names(like: Any, above: str = "") -> list[str]:
-    """The names of the tensors of nested NamedTuples."""
-    if isinstance(like, Tensor):
-        return [above]
-    pairs = zip(like._fields, like, strict=True)
-    return [name for field, value in pairs for name in _names(value, f"{above}.{field}" if above else field)]
 
 
 def _nested(like: Any, plain: Any, block: Block) -> Any:
