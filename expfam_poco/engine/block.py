@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.engine.backend import plainly
+from expfam_poco.engine.fused import Places, Programs
 from expfam_poco.engine.settings import Settings
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
@@ -78,6 +79,7 @@ class Block:
         self._seen: list[tuple[int, int]] | None = None
         self._fitted: ExponentialFamily | None = None
         self.known_prior: tuple[Any, Any] | None = None
+        self._programs: Programs | None = None
         self.record = new_record(None)
         self.adopt(settings)
 
@@ -156,8 +158,7 @@ class Block:
     def write(self, value: Tensor) -> None:
         """Put values into the model. Version counters change, so that another optimizer on it notices."""
         torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
-        self.at_point, self.drawn = False, None
-        self.note_weights()
+        self._written()
 
     @contextmanager
     def rewritten(self) -> Iterator[Tensor]:
@@ -172,6 +173,34 @@ class Block:
                 p.data.copy_(out)
             torch.autograd.graph.increment_version(p)
             self.note_weights()
+
+    @property
+    def programs(self) -> Programs:
+        """How a kernel deals out the weights of a leafwise block."""
+        if self._programs is None or self._programs.device != self.device:
+            self._programs = Programs(*self._members_laid(), self.device)
+        return self._programs
+
+    def _members_laid(self) -> tuple[list[int], list[int], list[int]]:
+        """Where the members begin, their numbers of weights, and of their parameters."""
+        return [0], [self.numel], [self.index]
+
+    @contextmanager
+    def rewritten_apart(self) -> Iterator[Places]:
+        """The parameters of a leafwise block themselves, to write the weights into."""
+        dense = [p.is_contiguous() for p in self.params]
+        pairs = zip(self.params, dense, strict=True)
+        out = [p if is_dense else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p, is_dense in pairs]
+        yield Places(out, self.params[0].dtype)
+        for p, value, is_dense in zip(self.params, out, dense, strict=True):
+            if not is_dense:
+                p.data.copy_(value)
+        torch.autograd.graph.increment_version(self.params)
+        self._written()
+
+    def _written(self) -> None:
+        self.at_point, self.drawn = False, None
+        self.note_weights()
 
     def note_weights(self) -> None:
         """Remember that the present weights are known here, to notice later changes from outside."""

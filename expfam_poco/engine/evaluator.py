@@ -39,14 +39,14 @@ class Evaluator:
                 self._moved.clear()
 
     def evaluate(
-        self, closure: Closure, first: Sequence[Trial], second: Sequence[Trial] | None
+        self, closure: Closure, first: Sequence[Trial], second: Sequence[Trial] | None, *, check: bool = True
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Call the closure for every draw, the one at λ first, both with the same random numbers.
 
         Returns:
             the mean loss there, and the anchor's H̄ (m − m_ref) for every trial, where it comes from products.
         """
-        params = params_of(first)
+        params, check = params_of(first), check or not all(trial.watched for trial in first)
         if isinstance(closure, Batched):
             return self._evaluate_batched(closure, params, first, second), None
         shift = None
@@ -59,13 +59,13 @@ class Evaluator:
         for draw in range(first[0].count):
             random = None if second is None else Replay(params)
             if draw == 0:
-                losses.append(self._measure(closure, first, draw)[0])
+                losses.append(self._measure(closure, first, draw, check=check)[0])
             else:
                 with evaluations.kept():
-                    losses.append(self._measure(closure, first, draw)[0])
+                    losses.append(self._measure(closure, first, draw, check=check)[0])
             if second is not None and random is not None:
                 with random.again(), evaluations.kept():
-                    products = self._measure(closure, second, draw, shift)[1]
+                    products = self._measure(closure, second, draw, shift, check=check)[1]
                 if shift is not None:
                     terms.append(self.products.difference(products))
         mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
@@ -95,12 +95,18 @@ class Evaluator:
         return loss
 
     def _measure(
-        self, closure: Closure, trials: Sequence[Trial], draw: int, product_with: Sequence[Tensor] | None = None
+        self,
+        closure: Closure,
+        trials: Sequence[Trial],
+        draw: int,
+        product_with: Sequence[Tensor] | None = None,
+        *,
+        check: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         """One draw of all trials, added to the totals of those that keep one."""
         varying = [trial for trial in trials if trial.estimator.needs == "variations"]
         random = capture_random(params_of(trials)) if varying else None
-        measured = measure_draw(closure, trials, draw, product_with)
+        measured = measure_draw(closure, trials, draw, product_with, check=check)
         if random is not None:
             with self._buffers.kept(params_of(trials), closure):
                 measure_variations(closure, trials, draw, lambda: replay_random(random))

@@ -22,6 +22,8 @@ def measure_draw(
     trials: Sequence[Trial],
     draw: int,
     product_with: Sequence[Tensor] | None = None,
+    *,
+    check: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
     """Evaluate the closure at draw number `draw` of every trial and record it.
 
@@ -30,6 +32,7 @@ def measure_draw(
         trials: all blocks that take part.
         draw: which of the K draws.
         product_with: one vector per trial; their product with the whole Hessian is returned.
+        check: look for NaN and infinity at once.
 
     Returns:
         the loss, and one product per trial (empty where none was asked).
@@ -39,7 +42,7 @@ def measure_draw(
         trial.write(draw)
         params += trial.block.params
         places.append(slice(len(params) - len(trial.block.params), len(params)))
-    measured = evaluate(closure, params, _request(trials, places, draw, product_with))
+    measured = evaluate(closure, params, _request(trials, places, draw, product_with), check=check)
     for trial, place in zip(trials, places, strict=True):
         trial.record(draw, measured, place)
     products: list[Tensor] = []

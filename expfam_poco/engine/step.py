@@ -6,7 +6,7 @@ in place; that cannot be undone, so weights whose step would not be finite keep 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,16 @@ from torch import Tensor
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.correction.variance import VarianceMeter
-from expfam_poco.engine import kernels
+from expfam_poco.engine import kernels, passes
 from expfam_poco.engine.backend import plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flat import ROLES, FlatBlock
+from expfam_poco.engine.fused import WEIGHTS
 from expfam_poco.engine.kernels import Weights
-from expfam_poco.engine.tiles import spread, tiles
+from expfam_poco.engine.tiles import TILE, spread, tiles
 from expfam_poco.engine.trial import Trial, empty_site
+from expfam_poco.engine.watch import Unsound
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
@@ -42,8 +44,7 @@ class Step:
         anchor: the anchor term, where it comes from Hessian-vector products.
     """
 
-    unsound = 0
-    unsound_tiles: Tensor
+    unsound: Unsound | None = None  # after a step in place
 
     def __init__(self, record: Record, first: Trial, second: Trial | None, anchor: Any = None) -> None:
         self.block, self.record, self.first, self.second, self.anchor = first.block, record, first, second, anchor
@@ -54,14 +55,19 @@ class Step:
     @plainly
     def gradient_square(self) -> Tensor:
         """‖corrected gradient‖² of the momentum block."""
+        if self.first.fused:
+            squares = self.first.run_fused(passes.squared, [], *self._measured_apart(), self.numbers)
+            if squares is not None:
+                total: Tensor = squares.sum()
+                return total
         values = []
         for tile, weights, first, second in self._measured():
             arguments = (weights, first, second, self.numbers, self._real(tile))
-            values.append(self.first.runner.square(self.constants, self.first.like(tile), *arguments).cpu())
+            values.append(self.first.runner.square(self.constants, self.first.like(tile), *arguments))
         return torch.stack(values).sum()
 
     @plainly
-    def prepare(self, factor: float, following: NoiseKey | None = None) -> None:
+    def prepare(self, factor: float | Tensor, following: NoiseKey | None = None) -> None:
         """Compute the new posterior of a block that is one tile, with the gradient times `factor`.
 
         Args:
@@ -121,7 +127,20 @@ class Step:
         pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
         torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
+    def _advance_fused(self) -> bool:
+        """Step the block by one kernel, if there is one."""
+        record, block = self.record, self.block
+        with block.rewritten_apart() as places:
+            targets: list[Any] = [places, *fields.leaves((record["posterior"], record["momentum"], record["memory"]))]
+            arguments = *self._measured_apart(), self.numbers, self.following
+            counts = self.first.run_fused(passes.advanced, targets, *arguments)
+        if counts is not None:
+            self.unsound = Unsound(block, counts, WEIGHTS, block.settings.lr_given)
+        return counts is not None
+
     def _advance_in_place(self) -> None:
+        if self.first.fused and self._advance_fused():
+            return
         block = self.block
         real = block.real if isinstance(block, FlatBlock) else None
         following = None if self.following is None else replace(self.first, key=self.following)
@@ -130,10 +149,9 @@ class Step:
             for tile, weights, first, second in self._measured():
                 after = None if following is None else following.source(tile, self.constants, 0)
                 arguments = (weights, first, second, self.numbers, real, after)
-                count = self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments)
-                unsound.append(count.cpu())
-        self.unsound_tiles = unsound[0]
-        self.unsound = int(torch.stack(unsound).sum())
+                unsound.append(self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments))
+        counts = unsound[0] if len(unsound) == 1 else torch.stack(unsound).sum()
+        self.unsound = Unsound(block, counts, TILE, block.settings.lr_given)
 
     def meter(self, meter: VarianceMeter, number: int) -> None:
         """Show the meter the weights, of large blocks some; an adaptive α looks at every pair."""
@@ -158,7 +176,7 @@ class Step:
         if meter.samples(number):
             site = kernels.without_gaps(found.site, real)
             square = blr.square_of([getattr(site, name) for name in family.momentum_block])
-            meter.add_square(number, self.block.name, float(square) * self.block.shape.numel() / like.numel())
+            meter.add_square(number, self.block.name, square, self.block.shape.numel() / like.numel())
 
     def _real(self, tile: Any) -> Tensor | None:
         """Which entries of a flat block's tile are weights."""
@@ -195,6 +213,15 @@ class Step:
             weights = Weights(cut(record["posterior"]), cut(record["momentum"]), cut(record["memory"]), cut(prior))
             second = None if self.second is None else self.second.evidence(tile, self.constants, beside=self.first)
             yield tile, weights, self.first.evidence(tile, self.constants), second
+
+    def _measured_apart(self) -> tuple[Weights, Any, Any]:
+        """`_measured` of the whole block, as `passes` want it."""
+        record, first, second = self.record, self.first, self.second
+        found = first.evidence_apart(0) if first.total is None else first.total
+        other = None if second is None else second.total
+        if second is not None and other is None:
+            other = second.evidence_apart(0, beside=first)
+        return Weights(record["posterior"], record["momentum"], record["memory"], self._prior()), found, other
 
     def _prior(self) -> Any:
         if isinstance(self.block, FlatBlock):
@@ -272,21 +299,3 @@ def domain_error(block: Block, state: Any) -> Exception:
         f"precision_lr: the step would take {where} out of its domain by rounding in {block.dtype}; lower lr or "
         "precision_lr, or use float64 parameters. Nothing was changed."
     )
-
-
-def unsound_error(steps: Sequence[Step]) -> NonFiniteError | None:
-    """The error after a step in which some weights had to keep their values."""
-    for step in steps:
-        if step.unsound:
-            block, count = step.block, step.unsound
-            if isinstance(block, FlatBlock):
-                block, count = block.worst(step.unsound_tiles)
-            error = NonFiniteError(
-                f"lr={block.settings.lr_given}: the step would have made {count} of {block.numel} weights of "
-                f"{block.name!r} infinite or NaN; these kept their values, all others were stepped. Lower lr or "
-                "precision_lr, or clip "
-                "(clip_radius, max_grad_norm)."
-            )
-            error.stepped = True
-            return error
-    return None

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from expfam_poco.closures.evaluate import Measured
 from expfam_poco.correction.base import Correction
-from expfam_poco.engine.backend import EAGER, Backend, plainly, tile_size
+from expfam_poco.engine import passes
+from expfam_poco.engine.backend import EAGER, SHORTEST, Backend, plainly, tile_size
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flat import FlatBlock
-from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
+from expfam_poco.engine.fused import Places
+from expfam_poco.engine.kernels import Constants, Evidence, Numbers, is_flat, numbers_of
 from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
 from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
 from expfam_poco.family.noise import Address, NoiseKey, noise
+from expfam_poco.family.transfer import is_ahead, on_device
 
 
 @dataclass
@@ -91,6 +94,23 @@ class Trial:
         return self.backend is not None
 
     @property
+    def watched(self) -> bool:
+        """Whether the host does not wait to see that what was measured is finite: the kernels of its steps notice."""
+        return self.in_place and is_ahead(self.block.device)
+
+    @property
+    def fused(self) -> bool:
+        """Whether passes over the whole block are kernels of their own (`passes`), without tiles."""
+        if self.backend is None or self.block.shape.numel() < SHORTEST:
+            return False
+        return self.backend.fuses(self.constants(), self.block.device)
+
+    def run_fused(self, function: Any, targets: Sequence[Tensor | Places], *arguments: Any, draw: int = 0) -> Any:
+        """Run one of `passes` over the whole block: its sums, or None where it turns out that it cannot."""
+        where = self.constants(draw), self.block.programs, self.block.dtype
+        return self.runner.fused(function, *where, targets, *arguments)
+
+    @property
     def runner(self) -> Backend:
         """What runs the kernels."""
         return self.backend or EAGER
@@ -122,6 +142,7 @@ class Trial:
                 settings.anchor_weight,
                 "zero" if self.mode == "zero" else "reflected" if reflected else "random",
                 settings.prior_in_momentum,
+                self.watched,
             )
         return self._constants[draw]
 
@@ -129,11 +150,15 @@ class Trial:
         """One draw's noise on a tile, or its address."""
         if constants.noise == "zero":
             return torch.empty(0, dtype=self.block.dtype, device=self.block.device)
-        number = draw // 2 if self.mode == "antithetic" else draw
         start = tile.start * tile.event.numel() * numbers_of(self.block.family)
-        key = self.key.at(parameter=self.block.index, draw=self.key.draw + number, offset=start)
+        key = self.key_of(draw).at(parameter=self.block.index, offset=start)
         addresses = self.block.addresses(tile) if isinstance(self.block, FlatBlock) else None
-        return self.runner.noise(constants, key, self.like(tile), addresses)
+        whole = self.in_place and is_flat(self.block.family) and tile.shape.numel() == self.block.shape.numel()
+        return self.runner.noise(constants, key, self.like(tile), addresses, self.block.programs if whole else None)
+
+    def key_of(self, draw: int) -> NoiseKey:
+        """The key of one draw's noise."""
+        return self.key.at(draw=self.key.draw + (draw // 2 if self.mode == "antithetic" else draw))
 
     def noise(self) -> Tensor:
         """The noise of all draws of a whole block, K × P."""
@@ -179,6 +204,11 @@ class Trial:
             return
         if draw == 0 and self._take_first_draw():
             return
+        if self.fused:
+            with self.block.rewritten_apart() as places:
+                arguments = self.state, self.memory, self.numbers, self.key_of(draw)
+                if self.run_fused(passes.drawn, [places], *arguments, draw=draw) is not None:
+                    return
         constants = self.constants(draw)
         with self.block.rewritten() as out:
             for tile in self.tiles():
@@ -232,6 +262,8 @@ class Trial:
             before = self.used or [losses_alone] * len(grads)
             self.used = [a or grad is not None for a, grad in zip(before, grads, strict=True)]
         if self.in_place:
+            if loss.is_cpu and self.block.device.type != "cpu":  # a closure may return a plain number
+                loss = on_device([float(loss)], loss.dtype, self.block.device)[0]
             self.grads, self.losses = [grads], [loss]
         else:
             self.grads.append(grads)
@@ -259,20 +291,33 @@ class Trial:
         """In place: add the natural gradient of the draw just recorded to the total, if there is one."""
         if self.total is None or not self.in_place:
             return
-        grad, constants = self._raw_gradient(), self.constants(draw)
-        for tile in self.tiles() if grad is not None else ():
+        if self.fused:
+            evidence = self.evidence_apart(draw)
+            own = self.state, self.memory, self.numbers, evidence, self.total, self.weight
+            if self.run_fused(passes.collected, fields.leaves(self.total), *own, draw=draw) is not None:
+                self.grads, self.losses = [], []
+                return
+        constants = self.constants(draw)
+        for tile in self.tiles():
+            grad = self._raw_gradient(tile)
+            if grad is None:
+                break
             where = constants.where(tile.cut(self.state), tile.cut(self.memory), self.numbers.share)
-            evidence = Evidence(self.source(tile, constants, draw), tile.cut(grad), self.losses[0])
+            evidence = Evidence(self.source(tile, constants, draw), grad, self.losses[0])
             arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
             self.runner.collect(*arguments, self.block.settings.ess, self.like(tile))
         self.grads, self.losses = [], []
 
-    def _raw_gradient(self) -> Tensor | None:
-        """In place: the last gradient in its own dtype, or None."""
+    def _raw_gradient(self, tile: Tile | Whole) -> Tensor | None:
+        """In place: the last gradient on a tile, in its own dtype, or None."""
         grads = self.grads[0] if self.grads else [None]
-        if isinstance(self.block, FlatBlock):
-            return self.block.beside(grads) if any(grad is not None for grad in grads) else None
-        return grads[0]
+        if all(grad is None for grad in grads):
+            return None
+        if not isinstance(self.block, FlatBlock):
+            cut: Tensor = tile.cut(grads[0])
+            return cut
+        stop = tile.start + tile.shape.numel()
+        return self.block.beside(grads, stop)[tile.start : stop]
 
     def settled(self) -> Any:
         """The total with this part."""
@@ -306,10 +351,18 @@ class Trial:
         if not self.in_place or self.total is not None:
             return tile.cut(self.settled())
         source = None if beside is not None and self.key == beside.key else self.source(tile, constants, 0)
-        grad = self._raw_gradient()
+        grad = self._raw_gradient(tile)
         if grad is None:
             return Evidence(source, torch.zeros_like(self.like(tile)), torch.zeros((), device=self.block.device))
-        return Evidence(source, tile.cut(grad), self.losses[0])
+        return Evidence(source, grad, self.losses[0])
+
+    def evidence_apart(self, draw: int, *, beside: Trial | None = None) -> Evidence:
+        """`evidence` of one draw for `passes`, on the whole block: noise by its key, gradients where they are."""
+        grads = self.grads[0] if self.grads else [None] * len(self.block.params)
+        loss = self.losses[0] if self.losses else torch.zeros((), device=self.block.device)
+        places: Any = Places(grads, self.block.params[0].dtype)
+        key: Any = None if beside is not None and self.key == beside.key else self.key_of(draw)
+        return Evidence(key, places, loss)
 
     def apart(self, records: list[Record], states: list[Any]) -> list[Trial]:
         """The trials of a flat block's members, with what was measured for each.

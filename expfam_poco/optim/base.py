@@ -66,7 +66,16 @@ class Shell:
     def _write_point(self, block: Block) -> None:
         raise NotImplementedError("the optimizer restores the weights")
 
+    def _settle(self, *, raising: bool) -> None:
+        raise NotImplementedError("the optimizer watches its steps")
+
     def _measured(
-        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
+        self,
+        parts: Sequence[tuple[Closure, float]],
+        blocks: Sequence[Block],
+        number: int,
+        *,
+        always: bool = False,
+        check: bool = True,
     ) -> tuple[Tensor, list[Any]]:
         raise NotImplementedError("the optimizer evaluates its steps")

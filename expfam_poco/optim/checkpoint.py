@@ -313,6 +313,7 @@ class Resuming(Shell):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run continues from, bit for bit, in plain types (`torch.load(weights_only=True)`)."""
+        self._settle(raising=False)
         for block in self._blocks:
             if block.params[0] in self.state:
                 self._state(block)["drawn"] = block.drawn

@@ -160,6 +160,7 @@ class Inspection(Shell):
         every eleventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
         has one.
         """
+        self._settle(raising=False)
         numbers: dict[str, float] = {
             "steps": self._clock["step"],
             "refreshes": self._clock["refresh"],

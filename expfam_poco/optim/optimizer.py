@@ -29,12 +29,14 @@ from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
-from expfam_poco.engine.step import Step, remember, unsound_error
+from expfam_poco.engine.step import Step, remember
+from expfam_poco.engine.watch import Watch
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
+from expfam_poco.family.transfer import is_ahead
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import CLOCK, Resuming, posteriors_of
 from expfam_poco.optim.inspection import Inspection
@@ -79,7 +81,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
-        nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
+        nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite; on a GPU
+            one step later, never more (docs/speed.md).
         backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
         one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
             weights of models that are stepped in place; evaluate inside `with optimizer.sampled(at_point=True)`.
@@ -154,6 +157,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._blocks: list[Block] = []
         self._readings: list[settings.Reading] = []
         self._layout = Layout()
+        self._watch = Watch()
         defaults = {
             "family": family,
             "lr": lr,
@@ -307,7 +311,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
             with self._weights_restored(blocks), self._evaluator.undone_on_error():
-                loss, steps = self._measured(parts, blocks, number)
+                loss, steps = self._measured(parts, blocks, number, check=False)
                 self._advance(steps, number)
         except NonFiniteError as error:
             if error.stepped:  # all weights but some have moved
@@ -319,9 +323,23 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         return loss
 
     def _measured(
-        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
+        self,
+        parts: Sequence[tuple[Closure, float]],
+        blocks: Sequence[Block],
+        number: int,
+        *,
+        always: bool = False,
+        check: bool = True,
     ) -> tuple[Tensor, list[Step]]:
-        """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
+        """Evaluate both draws of every pair of every part, and make steps of them.
+
+        Args:
+            parts: closures, and their shares of the batch.
+            blocks: that take part.
+            number: of the step.
+            always: measure pairs even where α is 0.
+            check: look for NaN and infinity even where the steps themselves will notice.
+        """
         now = self._round(blocks, number)
         alphas, wanted = now.alphas(self._meter, always=always)
         self._alphas = now.alphas_by_name(alphas)
@@ -329,7 +347,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._stale.check(asked and self.correction.compares, number - self._clock["refreshed"])
         comparing = asked and self.correction.compares and self._memory_is_of(blocks)
         return now.evaluate(
-            parts, self._evaluator, alphas, wanted if comparing else None, self._clock["refresh"], always
+            parts, self._evaluator, alphas, wanted if comparing else None, self._clock["refresh"], always, check
         )
 
     def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
@@ -339,9 +357,10 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
-        factor = 1.0
+        factor: float | Tensor = 1.0
         if self.max_grad_norm is not None and steps:
-            factor = float(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
+            clipped = blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm)
+            factor = clipped if is_ahead(clipped.device) else float(clipped)
         ahead = self.one_pass and not self.correction.moves
         following = self._plan(None).step_key(number + 1) if ahead else None
         for step in steps:
@@ -355,9 +374,19 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
                 step.block.settle()
         if self.correction.follows_steps and self.correction.compares:
             self._stamp(steps)
-        error = unsound_error(steps)
-        if error is not None:
+        self._watch.note(number, [step.unsound for step in steps if step.unsound is not None])
+        for error in self._watch.errors(number):
             raise error
+
+    def _settle(self, *, raising: bool) -> None:
+        """Look at what all steps have left to be noticed: count it, raise it, or keep the error for the next step."""
+        errors = self._watch.errors(self._clock["step"] + 1)
+        if self.nonfinite == "skip":
+            self._clock["skipped"] += len(errors)
+        elif raising and errors:
+            raise errors[0]
+        else:
+            self._watch.keep(errors)
 
     def _stamp(self, steps: Sequence[Step]) -> None:
         """Memories that follow steps belong together after a step of all blocks."""
@@ -388,6 +417,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
         On any other error, also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
+        self._settle(raising=True)
         try:
             return self._refresh(closures, weights, scaler)
         except ScaledOverflow:
