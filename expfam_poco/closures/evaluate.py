@@ -79,8 +79,7 @@ def evaluate(
         closure: returns the loss, or is `Accumulated`.
         params: what to differentiate by.
         request: what to measure; gradients alone unless told.
-        check: look for NaN and infinity at once; otherwise it is the caller's part (see `require_sound`), who may do
-            so on the device and without waiting for it.
+        check: look for NaN and infinity at once; otherwise it is the caller's part (see `require_sound`).
 
     Raises:
         TypeError: if the closure does not return a scalar loss, or has none to differentiate.
@@ -177,9 +176,16 @@ def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request, c
     return measured
 
 
-def require_sound(measured: Measured, *, loss: bool = True) -> None:
-    """Raise a `NonFiniteError` where an evaluation has a NaN or infinity; `loss`: in its loss, too."""
-    if not _adds_up([measured.loss, *measured.grads] if loss else measured.grads):
+def require_sound(measured: Measured, *, loss: bool = True, gathered: Sequence[Tensor | None] | None = None) -> None:
+    """Raise a `NonFiniteError` where an evaluation has a NaN or infinity.
+
+    Args:
+        measured: the evaluation.
+        loss: look at its loss, too.
+        gathered: the gradients in fewer tensors, which are looked at first.
+    """
+    grads = measured.grads if gathered is None else gathered
+    if not _adds_up([measured.loss, *grads] if loss else grads):
         if loss:
             _require_finite_loss(measured.loss)
         _require_finite_each(measured.grads)
@@ -253,7 +259,9 @@ def _adds_up(values: Sequence[Tensor | None]) -> bool:
     total, elsewhere = 0.0, list[Tensor]()
     for value in values:
         if value is not None:
-            part = value.sum() if value.dtype.itemsize >= 4 else value.sum(dtype=torch.float32)
+            part = value
+            if value.ndim:
+                part = value.sum() if value.dtype.itemsize >= 4 else value.sum(dtype=torch.float32)
             if part.is_cpu:
                 total += part.item()
             else:

@@ -59,6 +59,7 @@ class Block:
         at_point: whether the model is known to hold the posterior's point.
         drawn: the key of the draw that the model holds, if it is known to hold one.
         record: what `optimizer.state` holds for it; looked up whenever the optimizer looks for its active blocks.
+        constants: those of its kernels by the kind of noise, under the present settings.
     """
 
     settings: Settings
@@ -81,11 +82,13 @@ class Block:
         self.known_prior: tuple[Any, Any] | None = None
         self._programs: Programs | None = None
         self.record = new_record(None)
+        self.constants: dict[str, Any] = {}
         self.adopt(settings)
 
     def adopt(self, settings: Settings) -> None:
         """Go by the group's new settings."""
         self.settings = settings
+        self.constants.clear()
         if self._fitted is not settings.family:
             self._fitted = settings.family
             joint = settings.family.joint

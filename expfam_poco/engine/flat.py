@@ -52,9 +52,10 @@ class FlatBlock(Block):
         super().__init__([b.params[0] for b in members], first.settings, first.index, first.name, first.group_number)
         self.shape = self.batch = torch.Size([sum(lengths)])
         self.tiles = tiles_of([b.index for b in members], self._sizes).to(first.device)
-        zero = torch.zeros((), dtype=self.params[0].dtype, device=first.device)
-        self._nothing = [zero.expand(size) for size in self._sizes]
-        self._gaps = [zero.expand(padded(size) - size) for size in self._sizes]
+        gaps = [padded(size) - size for size in self._sizes]
+        zeros = torch.zeros(max(gaps), dtype=self.params[0].dtype, device=first.device)  # `cat` likes them contiguous
+        self._gaps = [zeros[:gap] for gap in gaps]
+        self._nothing = [zeros.new_zeros(()).expand(size) for size in self._sizes]
         self._bound: list[tuple[Any, ...]] = []
         self._scratch: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
@@ -66,6 +67,7 @@ class FlatBlock(Block):
     def adopt(self, settings: Settings) -> None:
         """Go by the group's new settings; the family is the members'."""
         self.settings, self.family = settings, self.members[0].family
+        self.constants.clear()
 
     @property
     def dtype(self) -> torch.dtype:

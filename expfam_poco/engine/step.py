@@ -268,6 +268,8 @@ def remember(trial: Trial, record: Record) -> Any:
     family, correction, old, mean = trial.block.family, trial.correction, record["memory"], trial.settled()
     how = trial.block.settings.averaging(family)
     posterior = fields.map_fields(torch.clone, record["posterior"])
+    if not trial.in_place:
+        mean = fields.map_fields(torch.clone, mean)  # it may be the gradient itself, which is the closure's
     if not trial.in_place or old is None:
         return correction.after_refresh(family, old, posterior, mean, how)
     old = fields.map_leaves(Tensor.contiguous, old)

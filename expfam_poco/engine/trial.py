@@ -48,6 +48,8 @@ class Trial:
         is_present: whether the posterior is the present one, not the reference.
         total: the sum of earlier parts (chunks, micro-batches), to which this one is added with `weight`.
         used: which parameters an evaluation has depended on.
+        grads: of a whole block, its gradients at all draws; None where nothing depended on it.
+        raw: in place, the gradient of the last draw as each parameter has it.
         noises: the noise of all draws of a whole block, once it has been made, for all trials of one key.
     """
 
@@ -66,13 +68,13 @@ class Trial:
     total: Any = None
     weight: float = 1.0
     used: list[bool] = field(default_factory=list)
-    grads: list[list[Tensor | None]] = field(default_factory=list)
+    grads: list[Tensor | None] = field(default_factory=list)
+    raw: Sequence[Tensor | None] = ()
     losses: list[Tensor] = field(default_factory=list)
     hessians: list[Tensor] = field(default_factory=list)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     variations: list[Tensor] = field(default_factory=list)
     noises: list[Tensor] = field(default_factory=list)
-    _constants: dict[int, Constants] = field(default_factory=dict)
     _points: Tensor | None = None
     _site: Any = None
 
@@ -80,7 +82,7 @@ class Trial:
         """The same trial, or one that differs so, with nothing recorded yet."""
         made = object.__new__(Trial)
         made.__dict__.update(self.__dict__, used=[], grads=[], losses=[], hessians=[], pairs=[], variations=[])
-        made.__dict__.update(_points=None, _site=None, **changed)
+        made.__dict__.update(raw=(), _points=None, _site=None, **changed)
         return made
 
     @property
@@ -130,9 +132,13 @@ class Trial:
 
     def constants(self, draw: int = 0) -> Constants:
         """The constants of this block's kernels at one draw."""
-        if draw not in self._constants:
-            settings, reflected = self.block.settings, self.mode == "antithetic" and draw % 2 == 1
-            self._constants[draw] = Constants(
+        reflected = self.mode == "antithetic" and draw % 2 == 1
+        noise = "zero" if self.mode == "zero" else "reflected" if reflected else "random"
+        known = self.block.constants.get(noise)
+        fits = known is not None and known.estimator is self.estimator and known.correction is self.correction
+        if known is None or not fits or known.watched is not self.watched:
+            settings = self.block.settings
+            known = self.block.constants[noise] = Constants(
                 self.block.family,
                 self.estimator,
                 self.correction,
@@ -140,11 +146,11 @@ class Trial:
                 settings.clip_radius,
                 settings.retraction,
                 settings.anchor_weight,
-                "zero" if self.mode == "zero" else "reflected" if reflected else "random",
+                noise,
                 settings.prior_in_momentum,
                 self.watched,
             )
-        return self._constants[draw]
+        return known
 
     def source(self, tile: Tile | Whole, constants: Constants, draw: int) -> Tensor | Address:
         """One draw's noise on a tile, or its address."""
@@ -165,9 +171,10 @@ class Trial:
         if not self.noises:
             whole, rows = Whole(self.block.shape), list[Tensor]()
             for draw in range(self.count):
-                constants, like = self.constants(draw), self.like(whole)
-                source = like if self.mode == "zero" else self.source(whole, constants, draw)
-                rows.append(constants.noise_of(source, like))
+                constants = self.constants(draw)
+                source = self.like(whole) if self.mode == "zero" else self.source(whole, constants, draw)
+                assert isinstance(source, Tensor)  # addresses are for compiled kernels
+                rows.append(constants.noise_of(source, source))
             self.noises.append(stacked(rows))
         return self.noises[0]
 
@@ -231,12 +238,19 @@ class Trial:
 
     # ---- what was measured -------------------------------------------------------------------------------
 
-    def record(self, draw: int, measured: Measured, position: slice) -> None:
-        """Keep what an evaluation measured of this block's parameters, which stand at `position` among all."""
-        grads = measured.grads[position]
-        self._keep(measured.loss, grads)
+    def record(self, draw: int, measured: Measured, position: slice) -> Sequence[Tensor | None]:
+        """Keep what an evaluation measured of this block's parameters, which stand at `position` among all.
+
+        Returns:
+            the gradients as they were kept.
+        """
+        self._keep(measured.loss, measured.grads[position])
         if self.in_place:
-            return
+            return self.raw
+        self._keep_curvature(draw, measured, position)
+        return self.grads[-1:]
+
+    def _keep_curvature(self, draw: int, measured: Measured, position: slice) -> None:
         curvature, signs = self.block.family.curvature, self.signs(draw)
         if signs is not None:
             gathered = (self.block.gather(product[position]) for product in measured.products)
@@ -264,9 +278,9 @@ class Trial:
         if self.in_place:
             if loss.is_cpu and self.block.device.type != "cpu":  # a closure may return a plain number
                 loss = on_device([float(loss)], loss.dtype, self.block.device)[0]
-            self.grads, self.losses = [grads], [loss]
+            self.raw, self.losses = grads, [loss]
         else:
-            self.grads.append(grads)
+            self.grads.append(None if losses_alone else self.block.gather(grads))
             self.losses.append(loss)
 
     def _keep_pair(self) -> None:
@@ -278,7 +292,7 @@ class Trial:
 
     def gradient(self, draw: int) -> Tensor:
         """The block's gradient at a draw, zero where nothing depended on it."""
-        grad = self.block.gather(self.grads[draw])
+        grad = self.grads[draw]
         return torch.zeros_like(self.like(Whole(self.block.shape))) if grad is None else grad
 
     @property
@@ -295,7 +309,7 @@ class Trial:
             evidence = self.evidence_apart(draw)
             own = self.state, self.memory, self.numbers, evidence, self.total, self.weight
             if self.run_fused(passes.collected, fields.leaves(self.total), *own, draw=draw) is not None:
-                self.grads, self.losses = [], []
+                self.raw, self.losses = (), []
                 return
         constants = self.constants(draw)
         for tile in self.tiles():
@@ -306,18 +320,17 @@ class Trial:
             evidence = Evidence(self.source(tile, constants, draw), grad, self.losses[0])
             arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
             self.runner.collect(*arguments, self.block.settings.ess, self.like(tile))
-        self.grads, self.losses = [], []
+        self.raw, self.losses = (), []
 
     def _raw_gradient(self, tile: Tile | Whole) -> Tensor | None:
         """In place: the last gradient on a tile, in its own dtype, or None."""
-        grads = self.grads[0] if self.grads else [None]
-        if all(grad is None for grad in grads):
+        if all(grad is None for grad in self.raw):
             return None
         if not isinstance(self.block, FlatBlock):
-            cut: Tensor = tile.cut(grads[0])
+            cut: Tensor = tile.cut(self.raw[0])
             return cut
         stop = tile.start + tile.shape.numel()
-        return self.block.beside(grads, stop)[tile.start : stop]
+        return self.block.beside(self.raw, stop)[tile.start : stop]
 
     def settled(self) -> Any:
         """The total with this part."""
@@ -358,7 +371,7 @@ class Trial:
 
     def evidence_apart(self, draw: int, *, beside: Trial | None = None) -> Evidence:
         """`evidence` of one draw for `passes`, on the whole block: noise by its key, gradients where they are."""
-        grads = self.grads[0] if self.grads else [None] * len(self.block.params)
+        grads = self.raw or [None] * len(self.block.params)
         loss = self.losses[0] if self.losses else torch.zeros((), device=self.block.device)
         places: Any = Places(grads, self.block.params[0].dtype)
         key: Any = None if beside is not None and self.key == beside.key else self.key_of(draw)
@@ -379,8 +392,9 @@ class Trial:
             memory = None if self.memory is None else record["memory"]
             noises = [torch.stack([flat.views(row)[number] for row in noise]) for noise in self.noises]
             own: dict[str, Any] = dict(block=block, state=state, memory=memory, total=total, noises=noises)
-            trial = self.again(**own, _constants={})
-            trial.grads = [[row[number]] for row in self.grads]
+            trial = self.again(**own)
+            trial.raw = self.raw[number : number + 1]
+            trial.grads = [None if row is None else flat.views(row)[number] for row in self.grads]
             trial.losses, trial.used = list(self.losses), [self.used[number]]
             if not self.in_place:
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
