@@ -147,6 +147,7 @@ class Trial:
             for draw in range(self.count):
                 constants = self.constants(draw)
                 source = self.like(whole) if self.mode == "zero" else self.source(whole, constants, draw)
+                assert isinstance(source, Tensor)  # addresses are for compiled kernels
                 rows.append(constants.noise_of(source, source))
             self.noises.append(stacked(rows))
         return self.noises[0]
@@ -190,6 +191,24 @@ class Trial:
                 source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
                 self.runner.draw(constants, tile.cut(out), self.block.dtype, *own, self.numbers, source)
 
+    @plainly
+    def is_there(self, draw: int) -> bool:
+        """Whether the model still holds draw number `draw`, which has been written into it."""
+        if self.backend is None:
+            parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
+            return all([torch.equal(part.to(p.dtype), p) for part, p in parts])
+        constants, params = self.constants(draw), self.block.params
+        present = self.block.beside(params) if isinstance(self.block, FlatBlock) else params[0].detach()
+        for tile in self.tiles():
+            source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
+            drawn = torch.zeros(tile.shape, dtype=present.dtype, device=present.device)
+            self.runner.draw(constants, drawn, self.block.dtype, *own, self.numbers, source)
+            if isinstance(self.block, FlatBlock):
+                drawn = torch.where(tile.cut(self.block.real), drawn, 0.0)
+            if not torch.equal(drawn, tile.cut(present)):
+                return False
+        return True
+
     def _holds(self, points: Tensor) -> bool:
         """Whether the model is known to hold these points, since they are the posterior's own."""
         if self.mode != "zero" or not self.is_present or not all([m.at_point for m in self.block.members]):
@@ -206,6 +225,7 @@ class Trial:
 
     # ---- what was measured -------------------------------------------------------------------------------
 
+    @plainly
     def record(self, draw: int, measured: Measured, position: slice) -> Sequence[Tensor | None]:
         """Keep what an evaluation measured of this block's parameters, which stand at `position` among all.
 
@@ -285,6 +305,7 @@ class Trial:
             return self.block.beside(self.raw) if any(grad is not None for grad in self.raw) else None
         return self.raw[0] if self.raw else None
 
+    @plainly
     def settled(self) -> Any:
         """The total with this part."""
         if self.in_place:
