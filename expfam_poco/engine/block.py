@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.engine.backend import plainly
-from expfam_poco.engine.fused import Places, Programs
+from expfam_poco.engine.fused import Programs
 from expfam_poco.engine.settings import Settings
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
 
+LOOKED_AT = 4096  # weights of a tensor that are compared with the posterior's point
+LOOKS, LOOK_AGAIN = 16, 128  # on an accelerator: at so many first uses, and every so many afterwards
 _DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -78,6 +80,7 @@ class Block:
         self._sizes = [p.numel() for p in self.params]
         self.numel = sum(self._sizes)
         self._seen: list[tuple[int, int]] | None = None
+        self._looks = 0
         self._fitted: ExponentialFamily | None = None
         self.known_prior: tuple[Any, Any] | None = None
         self._programs: Programs | None = None
@@ -160,8 +163,9 @@ class Block:
     @plainly
     def write(self, value: Tensor) -> None:
         """Put values into the model. Version counters change, so that another optimizer on it notices."""
+        self.at_point, self.drawn = False, None  # first, so that an interrupt does not leave them wrong
         torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
-        self._written()
+        self.note_weights()
 
     @contextmanager
     def rewritten(self) -> Iterator[Tensor]:
@@ -189,21 +193,20 @@ class Block:
         return [0], [self.numel], [self.index]
 
     @contextmanager
-    def rewritten_apart(self) -> Iterator[Places]:
-        """The parameters of a leafwise block themselves, to write the weights into."""
+    def rewritten_apart(self) -> Iterator[list[Tensor]]:
+        """A contiguous tensor for every parameter of a leafwise block, to write its weights into."""
+        for block in (self, *self.members):
+            block.at_point, block.drawn = False, None
         dense = [p.is_contiguous() for p in self.params]
         pairs = zip(self.params, dense, strict=True)
-        out = [p if is_dense else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p, is_dense in pairs]
-        yield Places(out, self.params[0].dtype)
-        for p, value, is_dense in zip(self.params, out, dense, strict=True):
-            if not is_dense:
+        out: list[Tensor] = [p if ok else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p, ok in pairs]
+        yield out
+        for p, value, ok in zip(self.params, out, dense, strict=True):
+            if not ok:
                 p.data.copy_(value)
         torch.autograd.graph.increment_version(self.params)
-        self._written()
-
-    def _written(self) -> None:
-        self.at_point, self.drawn = False, None
-        self.note_weights()
+        for block in self.members:
+            block.note_weights()
 
     def note_weights(self) -> None:
         """Remember that the present weights are known here, to notice later changes from outside."""
@@ -217,6 +220,35 @@ class Block:
     def weights_changed(self) -> bool:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
         return self._seen != [(p._version, p.data_ptr()) for p in self.params]
+
+    def weights_differ(self, state: Any) -> bool:
+        """Whether the model holds another point than q's, by a write that leaves no trace (through `p.data`).
+
+        Looks at some weights of a large tensor; on an accelerator, which would have to be waited for, at the first
+        uses and then now and again.
+        """
+        if not self.at_point:
+            return False
+        self._looks += 1
+        if self.device.type != "cpu" and self._looks > LOOKS and self._looks % LOOK_AGAIN:
+            return False
+        if self.family.joint or not self.batch:
+            pairs = zip(self.split(self.family.point(state)), self.params, strict=True)
+            return not all([torch.equal(point, p) for point, p in pairs])
+        stride = max(1, self.batch.numel() // LOOKED_AT)
+        point, (p,) = self.family.point(self._every(state, stride)), self.params
+        return not torch.equal(point.to(p.dtype), self._every(p.detach(), stride))
+
+    def _every(self, values: Any, stride: int) -> Any:
+        """Every so many weights of tensors that have them along their first axes."""
+        dims = len(self.batch)
+
+        def some(value: Tensor) -> Tensor:
+            if stride == 1 or value.shape[:dims] != self.batch:
+                return value
+            return value.reshape(-1, *value.shape[dims:])[::stride]
+
+        return fields.map_leaves(some, values)
 
     def reconcile(self, state: Any) -> Any:
         """The posterior with its centre moved to where somebody else has put the weights."""

@@ -123,8 +123,7 @@ class FlatBlock(Block):
         """Put values into the model."""
         out, parts = self._out(value.dtype)
         out.copy_(value)
-        torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
-        self._written()
+        self._write(parts)
 
     @contextmanager
     def rewritten(self) -> Iterator[Tensor]:
@@ -132,8 +131,7 @@ class FlatBlock(Block):
         out, parts = self._out(self.params[0].dtype)
         yield out
         with torch.no_grad():
-            torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
-        self._written()
+            self._write(parts)
 
     def _out(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Storage on the way to the model, with its views; its values last until it is asked for again."""
@@ -154,10 +152,12 @@ class FlatBlock(Block):
         for block in self.members:
             block.note_weights()
 
-    def _written(self) -> None:
+    def _write(self, parts: list[Tensor]) -> None:
         self.at_point, self.drawn = False, None
         for block in self._members:
-            block.at_point, block.drawn = False, None
+            block.at_point, block.drawn = False, None  # first, so that an interrupt does not leave them wrong
+        torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
+        for block in self._members:
             block.note_weights()
 
     # ---- records -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ in place; that cannot be undone, so weights whose step would not be finite keep 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from expfam_poco.engine.backend import plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flat import ROLES, FlatBlock
-from expfam_poco.engine.fused import WEIGHTS
+from expfam_poco.engine.fused import WEIGHTS, Places
 from expfam_poco.engine.kernels import Weights
 from expfam_poco.engine.tiles import TILE, spread, tiles
 from expfam_poco.engine.trial import Trial, empty_site
@@ -37,6 +38,10 @@ METER_WEIGHTS = 2**12  # of each large block; the meter's ratios need no more
 class Step:
     """One block's step: nothing changes before `commit`.
 
+    Attributes:
+        begun: whether `commit` has changed anything.
+        unsound: after a step in place, how many weights have kept their values, as their new ones were not finite.
+
     Args:
         record: the block's.
         first: what was measured at the present posterior.
@@ -44,7 +49,8 @@ class Step:
         anchor: the anchor term, where it comes from Hessian-vector products.
     """
 
-    unsound: Unsound | None = None  # after a step in place
+    unsound: Unsound | None = None
+    begun = False
 
     def __init__(self, record: Record, first: Trial, second: Trial | None, anchor: Any = None) -> None:
         self.block, self.record, self.first, self.second, self.anchor = first.block, record, first, second, anchor
@@ -106,13 +112,17 @@ class Step:
     def commit(self) -> None:
         """Make the new posterior the block's; in place, the model then holds its point or the next draw."""
         block, record = self.block, self.record
-        if self.first.in_place:
-            self._advance_in_place()
-            block.at_point, block.drawn = self.following is None, self.following
-        else:
-            self._replace(self.moved)
-            block.at_point, block.drawn = False, None
-        record["step"] = self.age if record["momentum"] else 0
+        try:
+            if self.first.in_place:
+                self._advance_in_place()
+                block.at_point, block.drawn = self.following is None, self.following
+            else:
+                self._replace(self.moved)
+                block.at_point, block.drawn = False, None
+                self.begun = True
+        finally:
+            if self.begun:
+                record["step"] = self.age if record["momentum"] else 0
 
     def _replace(self, moved: kernels.Moved) -> None:
         """Keep a whole block's new values, a flat one's in the storage that its members see."""
@@ -130,12 +140,15 @@ class Step:
     def _advance_fused(self) -> bool:
         """Step the block by one kernel, if there is one."""
         record, block = self.record, self.block
-        with block.rewritten_apart() as places:
-            targets: list[Any] = [places, *fields.leaves((record["posterior"], record["momentum"], record["memory"]))]
+        with block.rewritten_apart() as out:
+            targets: list[Any] = [
+                Places(out, out[0].dtype),
+                *fields.leaves((record["posterior"], record["momentum"], record["memory"])),
+            ]
             arguments = *self._measured_apart(), self.numbers, self.following
             counts = self.first.run_fused(passes.advanced, targets, *arguments)
         if counts is not None:
-            self.unsound = Unsound(block, counts, WEIGHTS, block.settings.lr_given)
+            self.unsound, self.begun = Unsound(block, counts, WEIGHTS, block.settings.lr_given), True
         return counts is not None
 
     def _advance_in_place(self) -> None:
@@ -150,6 +163,7 @@ class Step:
                 after = None if following is None else following.source(tile, self.constants, 0)
                 arguments = (weights, first, second, self.numbers, real, after)
                 unsound.append(self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments))
+                self.begun = True
         counts = unsound[0] if len(unsound) == 1 else torch.stack(unsound).sum()
         self.unsound = Unsound(block, counts, TILE, block.settings.lr_given)
 
@@ -264,22 +278,44 @@ def _begin(block: Block, record: Record, correction: Correction, in_place: bool)
 
 @plainly
 def remember(trial: Trial, record: Record) -> Any:
-    """The correction's memory after a refresh, from the mega-batch's mean natural gradient, which is used up."""
+    """The correction's memory after a refresh, from the mega-batch's mean natural gradient, which is used up.
+
+    Raises:
+        NonFiniteError: if it is not finite; the memory that there is stays as it was in any case.
+    """
     family, correction, old, mean = trial.block.family, trial.correction, record["memory"], trial.settled()
-    how = trial.block.settings.averaging(family)
-    posterior = fields.map_fields(torch.clone, record["posterior"])
+    how, posterior = trial.block.settings.averaging(family), fields.map_fields(torch.clone, record["posterior"])
     if not trial.in_place:
         mean = fields.map_fields(torch.clone, mean)  # it may be the gradient itself, which is the closure's
     if not trial.in_place or old is None:
-        return correction.after_refresh(family, old, posterior, mean, how)
-    old = fields.map_leaves(Tensor.contiguous, old)
-    for tile in tiles(trial.block, tile_size("eager", trial.block.device)):
-        cut = tile.cut
-        made = correction.after_refresh(family, cut(old), cut(record["posterior"]), cut(mean), how)
-        for place, value in zip(fields.leaves(cut(old)), fields.leaves(made), strict=True):
-            if place.ndim:
-                place.copy_(value)
-    return old
+        new = correction.after_refresh(family, old, posterior, mean, how)
+    else:
+        # Tile by tile, into tensors that are not needed after their tile has been read.
+        spent = [*posterior, *mean]
+        new = fields.map_leaves(lambda value: _taken(spent, value), old)
+        for tile in tiles(trial.block, tile_size("eager", trial.block.device)):
+            cut = tile.cut
+            made = fields.leaves(correction.after_refresh(family, cut(old), cut(record["posterior"]), cut(mean), how))
+            written = fields.leaves(cut(new))
+            places = {place.data_ptr() for place in written}
+            for place, value in zip(written, [v.clone() if v.data_ptr() in places else v for v in made], strict=True):
+                if place.ndim:
+                    place.copy_(value)
+    kept = fields.leaves(new)
+    if not math.isfinite(sum([float(v.sum()) for v in kept])) and not bool(fields.all_finite(tuple(kept))):
+        raise NonFiniteError(
+            f"closures: the mean natural gradient of {trial.block.name!r} over the mega-batch is infinite or NaN in "
+            f"{trial.block.dtype}; check the mega-batch, or lower ess. q_out stays as it was."
+        )
+    return new
+
+
+def _taken(spent: list[Tensor], like: Tensor) -> Tensor:
+    """A tensor like this one to write into, one of those that are spent if one fits."""
+    for number, value in enumerate(spent):
+        if value.shape == like.shape and value.dtype == like.dtype and value.is_contiguous() and like.ndim:
+            return spent.pop(number)
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if like.ndim else like
 
 
 def domain_error(block: Block, state: Any) -> Exception:

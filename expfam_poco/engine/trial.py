@@ -212,15 +212,40 @@ class Trial:
         if draw == 0 and self._take_first_draw():
             return
         if self.fused:
-            with self.block.rewritten_apart() as places:
-                arguments = self.state, self.memory, self.numbers, self.key_of(draw)
-                if self.run_fused(passes.drawn, [places], *arguments, draw=draw) is not None:
+            with self.block.rewritten_apart() as out:
+                if self._draw_fused(out, draw):
                     return
         constants = self.constants(draw)
-        with self.block.rewritten() as out:
+        with self.block.rewritten() as flat:
             for tile in self.tiles():
                 source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
-                self.runner.draw(constants, tile.cut(out), self.block.dtype, *own, self.numbers, source)
+                self.runner.draw(constants, tile.cut(flat), self.block.dtype, *own, self.numbers, source)
+
+    def _draw_fused(self, out: Sequence[Tensor], draw: int) -> bool:
+        """Put a draw into one tensor for each parameter, if there is a kernel for that."""
+        places, arguments = Places(out, out[0].dtype), (self.state, self.memory, self.numbers, self.key_of(draw))
+        return self.run_fused(passes.drawn, [places], *arguments, draw=draw) is not None
+
+    @plainly
+    def is_there(self, draw: int) -> bool:
+        """Whether the model still holds draw number `draw`, which has been written into it."""
+        if self.backend is None:
+            parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
+            return all([torch.equal(part.to(p.dtype), p) for part, p in parts])
+        constants, params = self.constants(draw), self.block.params
+        drawn_apart = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params if self.fused]
+        if drawn_apart and self._draw_fused(drawn_apart, draw):
+            return all([torch.equal(drawn, p) for drawn, p in zip(drawn_apart, params, strict=True)])
+        present = self.block.beside(params) if isinstance(self.block, FlatBlock) else params[0].detach()
+        for tile in self.tiles():
+            source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
+            drawn = torch.zeros(tile.shape, dtype=present.dtype, device=present.device)
+            self.runner.draw(constants, drawn, self.block.dtype, *own, self.numbers, source)
+            if isinstance(self.block, FlatBlock):
+                drawn = torch.where(tile.cut(self.block.real), drawn, 0.0)
+            if not torch.equal(drawn, tile.cut(present)):
+                return False
+        return True
 
     def _holds(self, points: Tensor) -> bool:
         """Whether the model is known to hold these points, since they are the posterior's own."""
@@ -238,6 +263,7 @@ class Trial:
 
     # ---- what was measured -------------------------------------------------------------------------------
 
+    @plainly
     def record(self, draw: int, measured: Measured, position: slice) -> Sequence[Tensor | None]:
         """Keep what an evaluation measured of this block's parameters, which stand at `position` among all.
 
@@ -332,6 +358,7 @@ class Trial:
         stop = tile.start + tile.shape.numel()
         return self.block.beside(self.raw, stop)[tile.start : stop]
 
+    @plainly
     def settled(self) -> Any:
         """The total with this part."""
         if self.in_place:

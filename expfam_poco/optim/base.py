@@ -57,7 +57,7 @@ class Shell:
     def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
         raise NotImplementedError("the optimizer knows its refreshes")
 
-    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
+    def _weights_restored(self, blocks: Sequence[Block], *, evaluating: bool = True) -> AbstractContextManager[None]:
         raise NotImplementedError("the optimizer restores the weights")
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
