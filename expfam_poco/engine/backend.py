@@ -198,7 +198,7 @@ class Backend:
             shape = (*like.shape, *family.noise_dims)
             return self._ahead.noise(kind, shape, 1, key, dtype=like.dtype, device=like.device)[0]
         if self.mode == "compiled" and programs is not None and fused.is_at_hand(like.device):
-            made = torch.empty_like(like)
+            made = constants.family.neutral_noise(like)  # in the gaps of a flat block
             if self.fused(passes.noised, constants, programs, like.dtype, [made], key) is not None:
                 return made
         address = address_of(key, like.device, tiles)

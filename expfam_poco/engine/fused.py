@@ -31,8 +31,7 @@ from expfam_poco.family.philox import MULTIPLIERS, ROUNDS, WEYL
 from expfam_poco.family.transfer import on_device
 
 DEVICES = ["cuda"]
-BLOCKS = 128  # of noise, that a program works on
-WEIGHTS = 4 * BLOCKS
+BLOCKS = 128  # of noise, that a program works on; four weights each
 WARPS = 4
 SIZE = 1009  # how many weights a pass is traced for: no number that a family would use
 
@@ -45,13 +44,16 @@ class Programs:
         sizes: their numbers of weights.
         parameters: their numbers, by which noise is looked up.
         device: of all.
+
+    Attributes:
+        each: how many weights a program has, at most.
     """
 
     def __init__(
         self, starts: Sequence[int], sizes: Sequence[int], parameters: Sequence[int], device: torch.device
     ) -> None:
-        self.counts = [-(-size // WEIGHTS) for size in sizes]
-        counts = torch.tensor(self.counts)
+        self.each = 4 * BLOCKS
+        counts = torch.tensor([-(-size // self.each) for size in sizes])
         member = torch.arange(len(sizes)).repeat_interleave(counts)
         number = torch.arange(len(member)) - (counts.cumsum(0) - counts)[member]
         self.device = device
@@ -192,7 +194,7 @@ class Kernel:
         sums = torch.empty(len(programs), dtype=traced.summed or torch.int32, device=device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             arguments = (*tensors, on_device(head, torch.int64, device), programs.table, programs.members, sums)
-            self._launched[(len(programs),)](*arguments, num_warps=WARPS)
+            self._launched[(len(programs),)](*arguments, BLOCKS=programs.each // 4, num_warps=WARPS)
         return sums
 
 
@@ -314,10 +316,10 @@ _SMALL_ANGLES = {"sin": "sine({0})", "cos": "cosine({0})"}
 _PROGRAM = f"""\
     program = tl.program_id(0)
     member = tl.load(table + 2 * program).to(tl.int64)
-    first = tl.load(table + 2 * program + 1).to(tl.int64) * {WEIGHTS}
+    first = tl.load(table + 2 * program + 1).to(tl.int64) * (4 * BLOCKS)
     begin = tl.multiple_of(tl.load(members + 3 * member) + first, {4 * TILE})
-    left = tl.minimum(tl.load(members + 3 * member + 1) - first, {WEIGHTS}).to(tl.int32)
-    i = tl.arange(0, {BLOCKS})
+    left = tl.minimum(tl.load(members + 3 * member + 1) - first, 4 * BLOCKS).to(tl.int32)
+    i = tl.arange(0, BLOCKS)
     j0 = {4 * TILE} * (i // {TILE}) + i % {TILE}
     j1, j2, j3 = j0 + {TILE}, j0 + {2 * TILE}, j0 + {3 * TILE}
 """
@@ -377,7 +379,7 @@ def _kernel_text(traced: _Traced) -> str:
         zero = f"tl.full([1], 0, {TYPES[traced.summed]})"
         parts = [f"tl.where(j{lane} < left, y_{lane}.to({TYPES[traced.summed]}), {zero})" for lane in lanes]
         lines += [f"    y = {' + '.join(parts)}", "    tl.store(sums + program, tl.sum(y, 0))"]
-    signature = ", ".join([*tensors, "head", "table", "members", "sums"])
+    signature = ", ".join([*tensors, "head", "table", "members", "sums", "BLOCKS: tl.constexpr"])
     return (
         f"{_HEAD}{_ANGLES}{traced.text}\n\n@triton.jit\ndef kernel({signature}):\n{_PROGRAM}" + "\n".join(lines) + "\n"
     )

@@ -22,7 +22,7 @@ from expfam_poco.engine.backend import plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flat import ROLES, FlatBlock
-from expfam_poco.engine.fused import WEIGHTS, Places
+from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Weights
 from expfam_poco.engine.tiles import TILE, spread, tiles
 from expfam_poco.engine.trial import Trial, empty_site
@@ -148,7 +148,7 @@ class Step:
             arguments = *self._measured_apart(), self.numbers, self.following
             counts = self.first.run_fused(passes.advanced, targets, *arguments)
         if counts is not None:
-            self.unsound, self.begun = Unsound(block, counts, WEIGHTS, block.settings.lr_given), True
+            self.unsound, self.begun = Unsound(block, counts, block.programs.each, block.settings.lr_given), True
         return counts is not None
 
     def _advance_in_place(self) -> None:

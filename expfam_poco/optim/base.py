@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from expfam_poco.engine.evaluator import Evaluator
     from expfam_poco.engine.noise_plan import NoisePlan
     from expfam_poco.engine.products import Products
+    from expfam_poco.engine.watch import Watch
 
 
 def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +45,7 @@ class Shell:
     _meter: VarianceMeter
     _stale: Staleness
     _alphas: dict[str, tuple[float, float]]
+    _watch: Watch
 
     def _active(self) -> list[Block]:
         raise NotImplementedError("the optimizer knows its blocks")

@@ -182,6 +182,16 @@ class Inspection(Shell):
             numbers["mean_stddev"] = deviation
         return numbers
 
+    def _settle(self, *, raising: bool) -> None:
+        """Look at what all steps have left to be noticed: count it, raise it, or keep the error for the next step."""
+        errors = self._watch.errors(self._clock["step"] + 1)
+        if self.nonfinite == "skip":
+            self._clock["skipped"] += len(errors)
+        elif raising and errors:
+            raise errors[0]
+        else:
+            self._watch.keep(errors)
+
     def _mean_alpha(self, number: int, group: dict[str, Any]) -> tuple[float, float]:
         """α of the last step, the mean over a group's weights (adaptive ones differ from tensor to tensor)."""
         blocks = [b for b in self._blocks if b.group_number == number and b.name in self._alphas]

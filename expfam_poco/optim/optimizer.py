@@ -344,12 +344,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them.
 
-        Args:
-            parts: closures, and their shares of the batch.
-            blocks: that take part.
-            number: of the step.
-            always: measure pairs even where α is 0.
-            check: look for NaN and infinity even where the steps themselves will notice.
+        `always`: measure pairs even where α is 0. `check`: look for NaN even where the steps themselves will notice.
         """
         now = self._round(blocks, number)
         alphas, wanted = now.alphas(self._meter, always=always)
@@ -408,16 +403,6 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         if self.correction.follows_steps and self.correction.compares:
             self._stamp(steps)
         self._clock["step"] = number
-
-    def _settle(self, *, raising: bool) -> None:
-        """Look at what all steps have left to be noticed: count it, raise it, or keep the error for the next step."""
-        errors = self._watch.errors(self._clock["step"] + 1)
-        if self.nonfinite == "skip":
-            self._clock["skipped"] += len(errors)
-        elif raising and errors:
-            raise errors[0]
-        else:
-            self._watch.keep(errors)
 
     def _stamp(self, steps: Sequence[Step]) -> None:
         """Memories that follow steps belong together after a step of all blocks."""
