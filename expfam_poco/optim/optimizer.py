@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expfam_poco.closures.effects import is_waiting
+from expfam_poco.closures.effects import is_waiting, mark_used
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error, waiting_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
@@ -33,6 +33,7 @@ from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.step import Step, remember, unsound_error
+from expfam_poco.engine.width import StartingWidth
 from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
@@ -155,6 +156,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._skips = Skips()
         self._committed: tuple[int, set[int]] = 0, set()
         self._begun: list[Beginning] = []
+        self._width = StartingWidth()
         self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []
@@ -218,6 +220,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
             beginning.check_prior(block)
             own.estimator.check_size(block.numel)
+            for p in block.params:
+                mark_used(p.grad)
         self._readings.append(reading)
         self._blocks.extend(blocks)
 
@@ -316,7 +320,12 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
             with self._weights_restored(blocks), self._evaluator.undone_on_error():
+                at_weights = (
+                    None if self.noise == "zero" or number > 1 else self._width.loss(parts, blocks, self._evaluator)
+                )
                 loss, steps = self._measured(parts, blocks, number)
+                if at_weights is not None:
+                    self._width.compare(float(loss), at_weights)
                 self._advance(steps, number)
         except NonFiniteError as error:
             if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
