@@ -14,7 +14,7 @@ from expfam_poco.engine.evaluator import Evaluator
 
 SUSPICIOUS = 0.1  # σ over the weights' scale, from which the loss is looked at
 HARMLESS = 0.05  # the same, at which pretrained networks keep their outputs
-WORSE, WORSE_AT_ZERO = 0.5, 0.05  # how much a loss may grow at the first draw: of its size, and beside
+WORSE, WORSE_AT_ZERO = 0.5, 0.1  # how much a loss may grow at the first draw: of its size, and beside
 
 
 class StartingWidth:
