@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,10 +27,24 @@ class Evaluator:
         self._buffers = Buffers()
         self._moved: list[Record] = []
         self._evaluations = 0
+        self._watched = False
 
-    def undone_on_error(self) -> AbstractContextManager[None]:
-        """If the block raises, the buffers that its evaluations have moved go back."""
-        return _UndoneOnError(self._moved)
+    @contextmanager
+    def undone_on_error(self, *, watched: bool = False) -> Iterator[None]:
+        """If the block raises, the buffers that its evaluations have moved go back.
+
+        `watched`: steps follow, whose kernels notice what is not finite where the host does not wait for the device.
+        """
+        self._watched = watched
+        try:
+            yield
+        except BaseException:
+            for record in reversed(self._moved):
+                record.restore()
+            raise
+        finally:
+            self._watched = False
+            self._moved.clear()
 
     @contextmanager
     def undone(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> Iterator[None]:
@@ -42,14 +56,14 @@ class Evaluator:
                 self._moved.clear()
 
     def evaluate(
-        self, closure: Closure, first: Sequence[Trial], second: Sequence[Trial] | None, *, check: bool = True
+        self, closure: Closure, first: Sequence[Trial], second: Sequence[Trial] | None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Call the closure for every draw, the one at λ first, both with the same random numbers.
 
         Returns:
             the mean loss there, and the anchor's H̄ (m − m_ref) for every trial, where it comes from products.
         """
-        params, check = params_of(first), check or not all(trial.watched for trial in first)
+        params = params_of(first)
         if isinstance(closure, Batched):
             return self._evaluate_batched(closure, params, first, second), None
         shift = None
@@ -62,14 +76,14 @@ class Evaluator:
         for draw in range(first[0].count):
             random = None if second is None else Replay(params)
             if draw == 0:
-                losses.append(self._measure(closure, first, draw, check=check)[0])
+                losses.append(self._measure(closure, first, draw)[0])
                 evaluations.before.mark_gradients()
             else:
                 with evaluations.kept():
-                    losses.append(self._measure(closure, first, draw, check=check)[0])
+                    losses.append(self._measure(closure, first, draw)[0])
             if second is not None and random is not None:
                 with random.again(), evaluations.kept():
-                    products = self._measure(closure, second, draw, shift, check=check)[1]
+                    products = self._measure(closure, second, draw, shift)[1]
                 if shift is not None:
                     terms.append(self.products.difference(products))
         mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
@@ -99,17 +113,12 @@ class Evaluator:
         return loss
 
     def _measure(
-        self,
-        closure: Closure,
-        trials: Sequence[Trial],
-        draw: int,
-        product_with: Sequence[Tensor] | None = None,
-        *,
-        check: bool = True,
+        self, closure: Closure, trials: Sequence[Trial], draw: int, product_with: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """One draw of all trials, added to the totals of those that keep one."""
         varying = [trial for trial in trials if trial.estimator.needs == "variations"]
         random = capture_random(params_of(trials)) if varying else None
+        check = not self._watched or not all(trial.watched for trial in trials)
         measured = measure_draw(closure, trials, draw, product_with, check=check)
         self._require_untouched(trials, draw)
         if random is not None:
@@ -140,15 +149,3 @@ class Evaluator:
                     "is lost (nn.Embedding(max_norm=…), clipping or pruning in forward?); write between steps, under "
                     "torch.no_grad(), when the model holds the posterior's point."
                 )
-
-
-class _UndoneOnError(AbstractContextManager[None]):
-    """The context of `undone_on_error`."""
-
-    def __init__(self, moved: list[Record]) -> None:
-        self._moved = moved
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        for record in reversed(self._moved) if kind is not None else ():
-            record.restore()
-        self._moved.clear()

@@ -86,7 +86,6 @@ class Round:
         wanted: Sequence[bool] | None,
         refresh: int,
         always: bool,
-        check: bool = True,
     ) -> tuple[Tensor, list[Step]]:
         """The mean loss, and a step for every unit that the batch or its correction moves.
 
@@ -97,7 +96,6 @@ class Round:
             wanted: whether units' pairs are measured even where α is 0; None: there is no second evaluation.
             refresh: the number of the last one.
             always: make steps also of what the batch does not use.
-            check: look for NaN and infinity even where the steps will notice them.
 
         Raises:
             ValueError: if the batch depends on none of the blocks.
@@ -111,7 +109,7 @@ class Round:
             first = self._at_present(closure, Part(index, share, None, several), numbers, first)
             if wanted is not None:
                 second = self._at_reference(first, Part(index, share, None, several), refresh, second)
-            loss, found = evaluator.evaluate(closure, first, second, check=check)
+            loss, found = evaluator.evaluate(closure, first, second)
             part = share * loss if several else loss
             total = part if total is None else total + part
             products = evaluator.products.add_products(products, found, share)

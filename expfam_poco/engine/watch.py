@@ -60,6 +60,11 @@ class Watch:
         errors, self._errors = self._errors, []
         return errors
 
+    def require_sound(self, before: int) -> None:
+        """Raise the first of the `errors`."""
+        for error in self.errors(before):
+            raise error
+
     def keep(self, errors: Sequence[NonFiniteError]) -> None:
         """Give these again when asked next."""
         self._errors = [*errors, *self._errors]

@@ -23,6 +23,11 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
+def read_now(value: Tensor) -> float | Tensor:
+    """A number as the host's, unless it would have to wait for it."""
+    return value if is_ahead(value.device) else float(value)
+
+
 class Later:
     """Values of a tensor as they are now, to be read by the host when the device has them.
 

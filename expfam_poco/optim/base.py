@@ -72,12 +72,6 @@ class Shell:
         raise NotImplementedError("the optimizer watches its steps")
 
     def _measured(
-        self,
-        parts: Sequence[tuple[Closure, float]],
-        blocks: Sequence[Block],
-        number: int,
-        *,
-        always: bool = False,
-        check: bool = True,
+        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
     ) -> tuple[Tensor, list[Any]]:
         raise NotImplementedError("the optimizer evaluates its steps")

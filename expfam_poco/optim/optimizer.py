@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expfam_poco.closures.effects import is_waiting
+from expfam_poco.closures.effects import is_waiting, mark_used
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error, waiting_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
@@ -34,12 +34,13 @@ from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.step import Step, remember
 from expfam_poco.engine.watch import Watch
+from expfam_poco.engine.width import StartingWidth
 from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.family.transfer import is_ahead
+from expfam_poco.family.transfer import read_now
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import CLOCK, Resuming, posteriors_of
 from expfam_poco.optim.inspection import Inspection
@@ -158,6 +159,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._skips = Skips()
         self._committed: tuple[int, set[int]] = 0, set()
         self._begun: list[Beginning] = []
+        self._width = StartingWidth()
         self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []
@@ -222,6 +224,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
             beginning.check_prior(block)
             own.estimator.check_size(block.numel)
+            for p in block.params:
+                mark_used(p.grad)
         self._readings.append(reading)
         self._blocks.extend(blocks)
 
@@ -319,8 +323,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         blocks = self._trainable()
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
-            with self._weights_restored(blocks), self._evaluator.undone_on_error():
-                loss, steps = self._measured(parts, blocks, number, check=False)
+            with self._weights_restored(blocks), self._evaluator.undone_on_error(watched=True):
+                at_weights = (
+                    None if self.noise == "zero" or number > 1 else self._width.loss(parts, blocks, self._evaluator)
+                )
+                loss, steps = self._measured(parts, blocks, number)
+                if at_weights is not None:
+                    self._width.compare(float(loss), at_weights)
                 self._advance(steps, number)
         except NonFiniteError as error:
             if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
@@ -334,18 +343,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         return loss
 
     def _measured(
-        self,
-        parts: Sequence[tuple[Closure, float]],
-        blocks: Sequence[Block],
-        number: int,
-        *,
-        always: bool = False,
-        check: bool = True,
+        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
     ) -> tuple[Tensor, list[Step]]:
-        """Evaluate both draws of every pair of every part, and make steps of them.
-
-        `always`: measure pairs even where α is 0. `check`: look for NaN even where the steps themselves will notice.
-        """
+        """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
         now = self._round(blocks, number)
         alphas, wanted = now.alphas(self._meter, always=always)
         self._alphas = now.alphas_by_name(alphas)
@@ -353,7 +353,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._stale.check(asked and self.correction.compares, number - self._clock["refreshed"])
         comparing = asked and self.correction.compares and self._memory_is_of(blocks)
         return now.evaluate(
-            parts, self._evaluator, alphas, wanted if comparing else None, self._clock["refresh"], always, check
+            parts, self._evaluator, alphas, wanted if comparing else None, self._clock["refresh"], always
         )
 
     def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
@@ -365,8 +365,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         """Compute every block's new posterior, then commit all of them at once."""
         factor: float | Tensor = 1.0
         if self.max_grad_norm is not None and steps:
-            clipped = blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm)
-            factor = clipped if is_ahead(clipped.device) else float(clipped)
+            factor = read_now(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
         ahead = self.one_pass and not self.correction.moves
         following = self._plan(None).step_key(number + 1) if ahead else None
         for step in steps:
@@ -376,8 +375,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         with Uninterrupted():
             self._commit(steps, number)
         self._watch.note(number, [step.unsound for step in steps if step.unsound is not None])
-        for error in self._watch.errors(number):
-            raise error
+        self._watch.require_sound(number)
 
     def _commit(self, steps: Sequence[Step], number: int) -> None:
         """Make the new posteriors the blocks', and the step the last; where that fails half-way, the next goes on."""
