@@ -133,11 +133,13 @@ class Backend:
 
     # ---- passes over a whole block as kernels of their own ------------------------------------------------------
 
+    def makes_noise(self, constants: Constants, device: torch.device) -> bool:
+        """Whether the noise of whole blocks of this family can be made by a kernel of `fused`."""
+        return self.mode == "compiled" and kernels.is_flat(constants.family) and fused.is_at_hand(device)
+
     def fuses(self, constants: Constants, device: torch.device) -> bool:
-        """Whether passes over whole blocks of this family are kernels of `fused`, as far as is known."""
-        if self.mode != "compiled" or not fused.is_at_hand(device):
-            return False
-        return kernels.is_flat(constants.family) and _family_of(constants) not in self._unprintable
+        """Whether all passes over whole blocks of this family are kernels of `fused`, as far as is known."""
+        return self.makes_noise(constants, device) and _family_of(constants) not in self._unprintable
 
     def fused(
         self,
@@ -184,7 +186,7 @@ class Backend:
             key: of the noise.
             like: a tensor of the weights' shape, dtype and device.
             tiles: those of a flat block.
-            programs: those of a block of which these are all weights.
+            programs: those of a block of which these are all weights, where the noise is to be made by them.
         """
         if constants.noise == "zero":
             return like.new_empty(0)
@@ -197,7 +199,7 @@ class Backend:
                 return family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
             shape = (*like.shape, *family.noise_dims)
             return self._ahead.noise(kind, shape, 1, key, dtype=like.dtype, device=like.device)[0]
-        if self.mode == "compiled" and programs is not None and fused.is_at_hand(like.device):
+        if programs is not None:
             made = constants.family.neutral_noise(like)  # in the gaps of a flat block
             if self.fused(passes.noised, constants, programs, like.dtype, [made], key) is not None:
                 return made

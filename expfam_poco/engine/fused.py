@@ -30,7 +30,6 @@ from expfam_poco.family.noise import TILE, NoiseKey, kind_of
 from expfam_poco.family.philox import MULTIPLIERS, ROUNDS, WEYL
 from expfam_poco.family.transfer import on_device
 
-DEVICES = ["cuda"]
 BLOCKS = 128  # of noise, that a program works on; four weights each
 WARPS = 4
 SIZE = 1009  # how many weights a pass is traced for: no number that a family would use
@@ -53,12 +52,12 @@ class Programs:
         self, starts: Sequence[int], sizes: Sequence[int], parameters: Sequence[int], device: torch.device
     ) -> None:
         self.each = 4 * BLOCKS
-        counts = torch.tensor([-(-size // self.each) for size in sizes])
-        member = torch.arange(len(sizes)).repeat_interleave(counts)
-        number = torch.arange(len(member)) - (counts.cumsum(0) - counts)[member]
+        counts = np.array([-(-size // self.each) for size in sizes])
+        member = np.repeat(np.arange(len(sizes)), counts)
+        number = np.arange(len(member)) - (counts.cumsum() - counts)[member]
         self.device = device
-        self.table = torch.stack((member, number), 1).to(torch.int32).to(device)
-        self.members = torch.tensor([starts, sizes, parameters]).T.contiguous().to(device)
+        self.table = torch.tensor(np.stack((member, number), 1), dtype=torch.int32, device=device)
+        self.members = torch.tensor(list(zip(starts, sizes, parameters, strict=True)), device=device)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -96,9 +95,10 @@ class Pass(NamedTuple):
     dtype: torch.dtype
 
 
+@functools.cache
 def is_at_hand(device: torch.device) -> bool:
     """Whether kernels can be made for this device."""
-    return device.type in DEVICES and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def run(what: Pass, programs: Programs, targets: Sequence[Tensor | Places], *arguments: Any) -> Tensor:

@@ -21,7 +21,7 @@ from expfam_poco.engine.backend import EAGER, SHORTEST, Backend, plainly, tile_s
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.fused import Places
-from expfam_poco.engine.kernels import Constants, Evidence, Numbers, is_flat, numbers_of
+from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
 from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
 from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
@@ -159,7 +159,7 @@ class Trial:
         start = tile.start * tile.event.numel() * numbers_of(self.block.family)
         key = self.key_of(draw).at(parameter=self.block.index, offset=start)
         addresses = self.block.addresses(tile) if isinstance(self.block, FlatBlock) else None
-        whole = self.in_place and is_flat(self.block.family) and tile.shape.numel() == self.block.shape.numel()
+        whole = tile.shape.numel() == self.block.shape.numel() and self.runner.makes_noise(constants, self.block.device)
         return self.runner.noise(constants, key, self.like(tile), addresses, self.block.programs if whole else None)
 
     def key_of(self, draw: int) -> NoiseKey:
