@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from expfam_poco.engine.settings import check_max_grad_norm, checked_alpha
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.checkpoint import Checkpointed
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 
-class AlphaSVRG(torch.optim.Optimizer):
+class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
     """α-SVRG (Yin et al. 2025), the isotropic case of PC Eq. 18 without noise, handing its gradient to `base`.
 
         g = ∇ℓ_B(θ) − α (∇ℓ_B(θ_out) − g_out),     then base.step() with g as the parameters' gradients
@@ -155,26 +156,29 @@ class AlphaSVRG(torch.optim.Optimizer):
         numbers = self._engine.diagnostics()
         return {name: value for name, value in numbers.items() if name not in ("mean_stddev", "compile_seconds")}
 
-    def state_dict(self) -> dict[str, Any]:
+    def _saved(self) -> dict[str, Any]:
         """The base's state, and the snapshot with what else belongs to the correction."""
         return {**self.base.state_dict(), "alpha_svrg": self._engine.state_dict()}
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+    def _checked(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        snapshot = state_dict.get("alpha_svrg")
+        if not isinstance(snapshot, Mapping):
+            raise CheckpointError("state_dict['alpha_svrg']: missing; give what state_dict() of AlphaSVRG returned.")
+        own = self._engine._checked(self._upgraded(snapshot))
+        theirs = {key: value for key, value in state_dict.items() if key != "alpha_svrg"}
 
-        Raises:
-            CheckpointError: if it belongs to another model or base optimizer, or is damaged; nothing is changed.
-        """
-        before = self._engine.state_dict()
-        self._engine.load_state_dict(self._upgraded(state_dict.get("alpha_svrg") or {}))
-        try:
-            self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
-        except (ValueError, KeyError) as error:
-            self._engine.load_state_dict(before)
-            raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
+        def take() -> None:
+            before = dict(vars(self.base))
+            try:  # torch's optimizers put new objects in the places of old ones, and may fail after that
+                self.base.load_state_dict(theirs)
+            except Exception as error:
+                vars(self.base).clear()
+                vars(self.base).update(before)
+                raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
+            own()
+            self.param_groups, self.state = self.base.param_groups, self.base.state
+
+        return take
 
     def _upgraded(self, own: Any) -> Any:
         """What older versions saved of the snapshot, in the present form; anything else passes."""

@@ -36,8 +36,8 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
-from expfam_poco.optim.checkpoint import CLOCK, Resuming, posteriors_of
 from expfam_poco.optim.inspection import Inspection
+from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
 from expfam_poco.rule import blr
 
 
@@ -394,6 +394,10 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             return NonFiniteError.loss
 
     def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
+        if self.correction.compares and not self.correction.refresh_evaluations:
+            raise ValueError(
+                f"correction={self.correction!r}: its reference is never refreshed; give it one by set_outer(state)."
+            )
         chunks, shares = check_chunks(closures, weights)
         parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
         blocks = self._trainable()
