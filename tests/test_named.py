@@ -52,6 +52,7 @@ def test_the_table_is_true(name: str) -> None:
     """Of the optimizer with nothing else said, and of the numbers that its signature shows."""
     opt, plain = made(name), poco.PosteriorCorrected(network().parameters(), CHOICES[name]["family"], 0.1, 24.0)
     group, own = {**opt.param_groups[0], "noise": opt.noise}, dict(CHOICES[name])
+    own["lr_convention"] = own.pop("lr_scale", 1.0)
     usual = {**plain.param_groups[0], "noise": plain.noise}
     estimator = poco.estimators.resolve_estimator(own.pop("curvature", None), poco.resolve_family(own["family"]))
     assert type(group["family"]) is type(poco.resolve_family(own.pop("family"))) and group["curvature"] == estimator

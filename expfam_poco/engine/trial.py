@@ -210,12 +210,12 @@ class Trial:
         curvature, signs = self.block.family.curvature, self.signs(draw)
         if signs is not None:
             gathered = (self.block.gather(product[position]) for product in measured.products)
-            products = [product for product in gathered if product is not None]
+            products = [self.signed(product) for product in gathered if product is not None]
             self.pairs.extend(zip(products, signs, strict=False))  # the anchor's own product comes last
         elif curvature == "none":
             return
         elif self.measures_hessian:
-            hessian = measured.hessians[position.start].to(self.block.dtype)
+            hessian = self.signed(measured.hessians[position.start].to(self.block.dtype))
             self.hessians.append(hessian if curvature == "dense" else hessian.reshape(self.block.shape))
         else:
             self._keep_pair()
@@ -226,7 +226,13 @@ class Trial:
             self._keep(loss, row)
             self._keep_pair()
 
+    def signed(self, measured: Tensor) -> Tensor:
+        """What was measured of the loss, as it is of the objective that becomes small."""
+        return -measured if self.block.settings.maximize else measured
+
     def _keep(self, loss: Tensor, grads: list[Tensor | None]) -> None:
+        if self.block.settings.maximize:
+            loss, grads = -loss, [None if grad is None else -grad for grad in grads]
         losses_alone = self.estimator.needs in LOSSES_ALONE
         if not all(self.used) or not self.used:
             before = self.used or [losses_alone] * len(grads)

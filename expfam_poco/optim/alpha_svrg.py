@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_hooks
 
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.snapshot import Alpha
-from expfam_poco.engine.settings import check_max_grad_norm, checked_alpha
+from expfam_poco.engine.settings import check_foreign, check_max_grad_norm, checked_alpha, python_number
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim.base import without_hooks
@@ -83,7 +85,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
 
     @alpha.setter
     def alpha(self, alpha: Any) -> None:
-        value = checked_alpha(alpha)
+        value = checked_alpha(python_number(alpha))
         for group in self._engine.param_groups:
             group["alpha"] = value
 
@@ -93,6 +95,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; steps are plain until the next `refresh`."""
+        check_foreign(param_group, {})
         if not any(param_group is group for group in self.base.param_groups):
             self.base.add_param_group(param_group)
             self._engine.add_param_group(_bare(self.base.param_groups[-1]))
@@ -130,7 +133,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
                         p.grad = grad if grad.dtype is p.dtype else grad.to(p.dtype)
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
-                self.base.step()
+                with _no_global_hooks():
+                    self.base.step()
                 engine._follow(blocks)
         except ScaledOverflow:
             engine._clock["skipped"] += 1
@@ -158,7 +162,9 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
 
     def _saved(self) -> dict[str, Any]:
         """The base's state, and the snapshot with what else belongs to the correction."""
-        return {**self.base.state_dict(), "alpha_svrg": self._engine.state_dict()}
+        plain = self.base.state_dict()
+        groups = [{key: python_number(value) for key, value in group.items()} for group in plain["param_groups"]]
+        return {**plain, "param_groups": groups, "alpha_svrg": self._engine.state_dict()}
 
     def _checked(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
         snapshot = state_dict.get("alpha_svrg")
@@ -209,6 +215,20 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's."""
         self.base.zero_grad(set_to_none)
+
+
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """The base's step is a part of this optimizer's, around which torch has run the hooks of all optimizers already."""
+    known: tuple[Any, ...] = (torch_hooks._global_optimizer_pre_hooks, torch_hooks._global_optimizer_post_hooks)
+    kept = [dict(hooks) for hooks in known]
+    for hooks in known:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(known, kept, strict=True):
+            hooks.update(before)
 
 
 def _bare(group: Mapping[str, Any]) -> dict[str, Any]:

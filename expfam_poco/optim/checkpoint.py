@@ -16,6 +16,7 @@ from expfam_poco.errors import CheckpointError
 
 PRECISE = (torch.float32, torch.float64)  # what states are kept in, whatever the weights'
 LARGEST = 2**63  # of a counter
+FILLED = {"maximize": False}  # what torch, too, has from the defaults where an older state_dict lacks it
 
 
 class Checkpointed:
@@ -129,7 +130,8 @@ class Recorded(Checkpointed):
             )
         self._check_header(header)
         own = [self._encoded_group(group) for group in self.param_groups]
-        check_groups(own, state_dict.get("param_groups"), self.described, self.needed)
+        saved_groups = filled(state_dict.get("param_groups"))
+        check_groups(own, saved_groups, self.described, self.needed)
         if not isinstance(saved, Mapping):
             raise CheckpointError("state_dict['state']: missing; use another file.")
         states = {number: plain for number, plain in saved.items() if is_count(number)}
@@ -139,7 +141,7 @@ class Recorded(Checkpointed):
                 f"{sorted(states)}; the checkpoint is damaged, use another file."
             )
         groups, params = [], dict[int, Parameter]()
-        for place, (mine, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+        for place, (mine, theirs) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             try:
                 groups.append({k: v for k, v in self._decoded_group(mine, theirs).items() if k != "params"})
             except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -161,12 +163,13 @@ class Recorded(Checkpointed):
         return take
 
 
-def check_groups(own: Sequence[Mapping[str, Any]], saved: Any, described: Sequence[str], needed: Sequence[str]) -> None:
+def check_groups(
+    own: Sequence[Mapping[str, Any]], saved: Sequence[Any], described: Sequence[str], needed: Sequence[str]
+) -> None:
     """Refuse groups of another number, size or description, or without what is needed."""
-    if not isinstance(saved, list) or len(own) != len(saved):
-        count = len(saved) if isinstance(saved, list) else "no"
+    if len(own) != len(saved):
         raise CheckpointError(
-            f"state_dict['param_groups']: {count} groups for an optimizer with {len(own)}; "
+            f"state_dict['param_groups']: {len(saved) or 'no'} groups for an optimizer with {len(own)}; "
             "make the optimizer with the same groups first."
         )
     for number, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
@@ -194,6 +197,12 @@ def check_groups(own: Sequence[Mapping[str, Any]], saved: Any, described: Sequen
                 f"{where}: parameter {first[1]!r} stands where the optimizer has {first[0]!r}; load the checkpoint of "
                 "this model."
             )
+
+
+def filled(groups: Any) -> list[Any]:
+    """The saved groups with what an older version did not know; none where they are damaged."""
+    given = groups if isinstance(groups, list) else []
+    return [{**FILLED, **group} if isinstance(group, Mapping) else group for group in given]
 
 
 def check_clock(where: str, clock: Any, names: Sequence[str]) -> None:

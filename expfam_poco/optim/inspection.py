@@ -27,6 +27,8 @@ from expfam_poco.rule.estimators import Reparameterised
 class Objective(NamedTuple):
     """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)) with its Monte Carlo standard error, and its two parts.
 
+    With `maximize` −ℓ stands for ℓ in the bound; `expected_loss` is of the loss as it is.
+
     Example:
         >>> import torch, expfam_poco as poco
         >>> model = torch.nn.Linear(2, 1)
@@ -55,6 +57,10 @@ def objective(
     closures, shares = check_chunks(closures, weights)
     if samples < 2:
         raise ValueError(f"samples={samples}: a standard error needs 2 draws or more.")
+    signs = {-1.0 if block.settings.maximize else 1.0 for block in blocks}
+    if len(signs) != 1:
+        raise ValueError("maximize: the groups differ, so there is no one objective; give all one maximize.")
+    (sign,) = signs
     sizes = {block.settings.ess for block in blocks}
     if len(sizes) != 1:
         raise ValueError(f"ess: the groups differ ({sorted(sizes)}), so there is no one objective; give all one ess.")
@@ -73,7 +79,7 @@ def objective(
         losses.append(sum(share * float(value) for share, value in zip(shares, map(loss, closures), strict=True)))
     draws = torch.tensor(losses, dtype=torch.float64)
     mean, error = float(draws.mean()), float(draws.std() / samples**0.5)
-    return Objective(-(ess * mean + kl), ess * error, mean, kl)
+    return Objective(-(ess * sign * mean + kl), ess * error, mean, kl)
 
 
 def mean_stddev(distributions: Mapping[str, Any]) -> float | None:

@@ -40,6 +40,8 @@ from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
 from expfam_poco.rule import blr
 
+WIDE = ("noise", "mc_samples", "max_grad_norm", "nonfinite", "seed", "one_pass")  # of all groups alike
+
 
 class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
@@ -86,7 +88,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
-            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss.
+            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss. In
+            a group it is called `lr_convention`, for `lr_scale` is others' label there.
+        maximize: make the loss large in place of small; a group may differ.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -134,8 +138,11 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         stale_after: int | None = 1000,
         seed: int | None = None,
         lr_scale: float | str = 1.0,
+        maximize: bool = False,
     ) -> None:
+        max_grad_norm = settings.python_number(max_grad_norm)
         settings.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite, one_pass)
+        settings.check_lr_scale(lr_scale)
         self.noise = noise
         self.correction = resolve_correction(correction)
         self.mc_samples = mc_samples
@@ -157,7 +164,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         defaults = {
             "family": family,
             "lr": lr,
-            "lr_scale": lr_scale,
+            "lr_convention": lr_scale,
             "precision_lr": precision_lr,
             "ess": ess,
             "weight_decay": weight_decay,
@@ -173,6 +180,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             "hess_init": hess_init,
             "reanchor_average": reanchor_average,
             "prior_in_momentum": prior_in_momentum,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
         settings.check_prior_names(self.param_groups, [block.name for block in self._blocks])
@@ -189,6 +197,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         Its hyperparameters are checked, all or nothing, and its posterior starts at its next evaluation.
         """
         groups_before, blocks_before = len(self.param_groups), len(self._blocks)
+        wide = {name: getattr(self, name) for name in WIDE}
+        settings.check_foreign(param_group, {**wide, "anchor": self._products.kind})
         try:
             for group in settings.split_group(param_group, self.defaults):
                 self._add_group(group)
@@ -205,6 +215,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         reading = settings.Reading()
         own = reading.of(group)
         self._products.check_family(own.family)
+        if own.maximize and self._products.kind != "curvature":
+            raise ValueError(f"maximize=True: anchor={self._products.kind!r} knows no sign; use anchor='curvature'.")
         before = [len(g["params"]) for g in self.param_groups[:-1]]
         blocks = make_blocks(group, own, len(before), sum(before))
         taken = {block.name for block in self._blocks}

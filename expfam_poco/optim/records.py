@@ -16,7 +16,7 @@ from expfam_poco.correction.base import Averaging, Correction
 from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
 from expfam_poco.engine.block import Block, Record
-from expfam_poco.engine.settings import HYPERPARAMETERS, check_group
+from expfam_poco.engine.settings import HYPERPARAMETERS, check_group, python_number
 from expfam_poco.errors import CheckpointError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
@@ -24,7 +24,7 @@ from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.registry import name_of
 from expfam_poco.optim.base import Shell
-from expfam_poco.optim.checkpoint import Recorded, check_clock, check_groups, fitted, is_count
+from expfam_poco.optim.checkpoint import Recorded, check_clock, check_groups, filled, fitted, is_count
 
 CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped")
 _HEADER: dict[str, Any] = {
@@ -39,7 +39,7 @@ _OBJECTS = ("family", "curvature", "prior", "alpha")
 
 def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group with its objects described in plain types."""
-    plain = {key: value for key, value in group.items() if key not in _OBJECTS}
+    plain = {key: python_number(value) for key, value in group.items() if key not in _OBJECTS}
     plain["family"] = describe(group["family"])
     plain["curvature"] = describe(group["curvature"])
     plain["alpha"] = describe_alpha(group["alpha"])
@@ -54,7 +54,7 @@ def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:
 def describe(thing: ExponentialFamily | Estimator | Correction) -> dict[str, Any]:
     """The registered name (or import path) and the hyperparameters of a family or an estimator."""
     name = name_of(thing) if isinstance(thing, ExponentialFamily) else type(thing).__name__
-    settings = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
+    settings = {f.name: python_number(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
     return {"name": name, "settings": settings}
 
 
@@ -141,7 +141,7 @@ def posteriors_of(
 ) -> dict[str, Any]:
     """A State for every block, from a dictionary of States by name or from an optimizer's `state_dict`."""
     if "param_groups" in state:
-        check_groups([encode_group(group) for group in own], state["param_groups"], ("family",), ())
+        check_groups([encode_group(group) for group in own], filled(state["param_groups"]), ("family",), ())
         state = upgraded(state)
         if not isinstance(state.get("state"), Mapping):
             raise CheckpointError("state_dict['state']: missing; use a state_dict of PosteriorCorrected.")
@@ -188,6 +188,10 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         return state_dict
     try:
         state_dict = _from_2(state_dict, header) if header["format"] == 2 else state_dict
+        groups = []
+        for group in state_dict["param_groups"]:  # whose lr_scale was what is lr_convention now
+            kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
+            groups.append({**kept, "lr_convention": group["lr_convention" if "lr_convention" in group else "lr_scale"]})
         header = {
             **state_dict["poco"],
             "format": Resuming.newest,
@@ -197,7 +201,7 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         raise CheckpointError(
             f"state_dict: a damaged checkpoint of format {header['format']} ({error!r}); use another file."
         ) from None
-    return {**state_dict, "poco": header}
+    return {**state_dict, "param_groups": groups, "poco": header}
 
 
 def _from_2(state_dict: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -59,6 +59,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         self._families = Families.named()
         self._clock = {"steps": 0, "skipped": 0}
         self.needed = tuple(defaults)
+        settings.check_flag("maximize", defaults["maximize"])
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,26 +79,24 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
     def check(self, group: dict[str, Any]) -> None:
         """Refuse hyperparameters out of range, one sentence each; again at every step, since schedulers set them."""
         for name, (test, remedy) in self.rules.items():
+            group[name] = settings.python_number(group[name])
             if not test(group[name]):
                 raise ValueError(f"{name}={group[name]!r}: it must be {remedy}.")
 
     # ---- groups --------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its hyperparameters are checked.
+        """Add a group; its hyperparameters are checked, further keys carried along.
 
         Raises:
-            ValueError: for a name that groups do not know, a value out of range, or a parameter that is complex or
-                sparse.
+            ValueError: for a value out of range, or a parameter that is complex or sparse.
         """
-        for name in param_group:
-            if name not in self.defaults and name not in settings.OTHERS_KEYS:
-                known = ", ".join(sorted(self.defaults))
-                raise ValueError(f"{name}={param_group[name]!r} in a group: groups of this optimizer know {known}.")
+        settings.check_foreign(param_group, {"nonfinite": self.nonfinite})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self.check(group)
+            settings.check_flag("maximize", group["maximize"])
             for number, p in enumerate(group["params"]):
                 check_parameter(p, f"parameter {number} of group {len(self.param_groups) - 1}")
         except ValueError:
@@ -164,7 +163,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
                 common = (group["lr"], group["weight_decay"], group["eps"])
                 values = [float(value) for value in (*common, *self.numbers(group, state["step"]))]
                 known[key] = on_device(values, state["mu"].dtype, p.device)
-            unsound.append(self._advance(p, state, known[key], streamed))
+            unsound.append(self._advance(p, state, known[key], streamed, group["maximize"]))
         self._clock["steps"] += 1
         count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
         if count:
@@ -189,11 +188,13 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
             )
         return state
 
-    def _advance(self, p: Parameter, state: Mapping[str, Any], numbers: Tensor, streamed: bool) -> Tensor:
+    def _advance(
+        self, p: Parameter, state: Mapping[str, Any], numbers: Tensor, streamed: bool, maximize: bool
+    ) -> Tensor:
         """Step one parameter in place, tile by tile where the model is large; the number of unsound weights."""
         theta, grad, *own = p.detach(), p.grad, *(state[name] for name in self.state_names)
         assert grad is not None
-        grad = grad.detach()
+        grad = -grad.detach() if maximize else grad.detach()
         kernel, families = type(self).kernel, self._families
         plain = type(theta) is Tensor and type(grad) is Tensor
         if not streamed or not plain or not all(value.is_contiguous() for value in (theta, grad, *own)):
@@ -213,7 +214,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def _encoded_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(group)
+        return {key: settings.python_number(value) for key, value in group.items()}
 
     def _encoded(self, record: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in record.items()}
@@ -241,8 +242,10 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
 
     def _decoded_group(self, own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
         """The saved hyperparameters, checked like an optimizer's arguments."""
-        self.check({**own, **saved})
-        return dict(saved)
+        group = {**own, **saved}
+        self.check(group)
+        settings.check_flag("maximize", group["maximize"])
+        return {name: group[name] for name in saved}
 
     def _decoded(self, p: Parameter, number: int, plain: Any) -> dict[str, Any]:
         """The state of a parameter in the dtype of states, of rates that are positive."""
@@ -342,6 +345,7 @@ class VSGD(GradientModelOptimizer):
         init: "paper" or "official", see the table.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
         backend: how large models are stepped, "auto", "eager" or "compiled" (docs/speed.md).
+        maximize: make the loss large in place of small; a group may differ.
 
     Raises:
         ValueError: for an argument out of range, or parameters that are complex or sparse.
@@ -378,10 +382,12 @@ class VSGD(GradientModelOptimizer):
         init: str = "paper",
         nonfinite: str = "raise",
         backend: str = "auto",
+        maximize: bool = False,
     ) -> None:
         defaults = dict(
-            lr=lr, gamma=gamma, K_g=K_g, kappa1=kappa1, kappa2=kappa2, weight_decay=weight_decay, eps=eps, init=init
-        )
+            lr=lr, gamma=gamma, K_g=K_g, kappa1=kappa1, kappa2=kappa2, weight_decay=weight_decay, eps=eps, init=init,
+            maximize=maximize,
+        )  # fmt: skip
         super().__init__(params, defaults, nonfinite, backend)
 
     def check(self, group: dict[str, Any]) -> None:
@@ -426,6 +432,7 @@ class ConstantVSGD(GradientModelOptimizer):
         eps: ε.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
         backend: how large models are stepped, "auto", "eager" or "compiled" (docs/speed.md).
+        maximize: make the loss large in place of small; a group may differ.
 
     Raises:
         ValueError: for an argument out of range, or parameters that are complex or sparse.
@@ -458,8 +465,9 @@ class ConstantVSGD(GradientModelOptimizer):
         eps: float = 0.0,
         nonfinite: str = "raise",
         backend: str = "auto",
+        maximize: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, gamma=gamma, K_g=K_g, kappa=kappa, weight_decay=weight_decay, eps=eps)
+        defaults = dict(lr=lr, gamma=gamma, K_g=K_g, kappa=kappa, weight_decay=weight_decay, eps=eps, maximize=maximize)
         super().__init__(params, defaults, nonfinite, backend)
 
     def start(self, group: Mapping[str, Any]) -> tuple[float, ...]:
