@@ -28,7 +28,7 @@ HESS_APPROX = {"price": "reparam", "gradsq": "gradsq"}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # NaN is not itself
 
 
 def python_number(value: Any) -> Any:
@@ -47,7 +47,7 @@ def number_in(low: float, high: float, *, low_open: bool = False, high_open: boo
             value = float(value)
         if not _is_number(value):
             return False
-        if not math.isinf(value) and abs(value) > LARGEST:
+        if LARGEST < abs(value) != math.inf:
             return False
         above = value > low if low_open else value >= low
         below = value < high if high_open else value <= high
@@ -289,7 +289,7 @@ def check_shell(
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:
     """Refuse what is no positive number nor None."""
-    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0.0):
+    if max_grad_norm is not None and not number_in(0.0, INF, low_open=True)(max_grad_norm):
         raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a positive number, or None for no clipping.")
 
 

@@ -66,6 +66,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
                 f"base_optimizer={type(base_optimizer).__name__}: its step needs a closure of its own, whose gradients "
                 "would not be corrected; give one that steps with the gradients it finds, such as SGD or AdamW."
             )
+        max_grad_norm = python_number(max_grad_norm)
         check_max_grad_norm(max_grad_norm)
         self.base = base_optimizer
         self.max_grad_norm = max_grad_norm

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from expfam_poco.errors import NonFiniteError
+
 if TYPE_CHECKING:
     from expfam_poco.closures.evaluate import Closure
     from expfam_poco.correction.alpha import Staleness
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
 def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's attributes without what others have hung on it: hooks, and a scheduler's wrapped `step`."""
     return {name: v for name, v in attributes.items() if name != "step" and not name.startswith("_optimizer_")}
+
+
+def singular_error(block: Block) -> NonFiniteError:
+    """The error where a matrix of a posterior cannot be factored; torch's own does not say whose."""
+    return NonFiniteError(
+        f"posterior: that of {block.name!r} ({type(block.family).__name__}) is too near to singular to be factored in "
+        f"{block.dtype}; lower lr or precision_lr, raise weight_decay, or use float64 parameters. Nothing was changed."
+    )
 
 
 class Shell:

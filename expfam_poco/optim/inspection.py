@@ -18,9 +18,10 @@ from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.noise_plan import ELBO, SAMPLE, draw_noise
 from expfam_poco.engine.round import draw_into
+from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.optim.base import Shell
+from expfam_poco.optim.base import Shell, singular_error
 from expfam_poco.rule.estimators import Reparameterised
 
 
@@ -104,6 +105,18 @@ def _kl(block: Block, state: Any) -> float:
     return value
 
 
+def distribution_of(block: Block, state: Any) -> Any:
+    """q of a block as a Pyro distribution.
+
+    Raises:
+        NonFiniteError: where rounding has made its matrix too near to singular for that.
+    """
+    try:
+        return block.family.distribution(state)
+    except (torch.linalg.LinAlgError, ValueError):  # the latter where Pyro looks at its arguments
+        raise singular_error(block) from None
+
+
 class Inspection(Shell):
     """The questions that a `PosteriorCorrected` answers; mixed into it."""
 
@@ -130,7 +143,7 @@ class Inspection(Shell):
 
     def posterior(self) -> dict[str, Any]:
         """The trained q as Pyro distributions, by parameter name (by "group<i>" for joint families)."""
-        return {b.name: b.family.distribution(_copied(self._state(b)["posterior"])) for b in self._active()}
+        return {b.name: distribution_of(b, _copied(self._state(b)["posterior"])) for b in self._active()}
 
     def posterior_states(self) -> dict[str, Any]:
         """The trained q as `State`s by the same names: a prior for the next task, or q_out for `set_outer`."""
@@ -180,9 +193,12 @@ class Inspection(Shell):
                 numbers[f"alpha_curvature{suffix}"] = used[1]
         numbers.update(self._meter.read())
         numbers["compile_seconds"] = self.backend.compile_seconds
-        present = {b.name: b.family.distribution(self._state(b)["posterior"]) for b in self._active()}
-        numbers["weight_norm"] = weight_norm(p for block in self._active() for p in block.params)
-        deviation = mean_stddev(present)
+        blocks = self._active()
+        numbers["weight_norm"] = weight_norm(p for block in blocks for p in block.params)
+        try:
+            deviation = mean_stddev({b.name: distribution_of(b, self._state(b)["posterior"]) for b in blocks})
+        except NonFiniteError:
+            deviation = None
         if deviation is not None:
             numbers["mean_stddev"] = deviation
         return numbers

@@ -35,7 +35,7 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.base import singular_error, without_hooks
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
 from expfam_poco.rule import blr
@@ -146,7 +146,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self.noise = noise
         self.correction = resolve_correction(correction)
         self.mc_samples = mc_samples
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.nonfinite = nonfinite
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
@@ -222,7 +222,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         taken = {block.name for block in self._blocks}
         for block in blocks:
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
-            beginning.check_prior(block)
+            beginning.check_prior(block, own.prior)
             own.estimator.check_size(block.numel)
         self._readings.append(reading)
         self._blocks.extend(blocks)
@@ -356,8 +356,11 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             factor = float(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
         ahead = self.one_pass and not self.correction.moves
         following = self._plan(None).step_key(number + 1) if ahead else None
-        for step in steps:
-            step.prepare(factor, following)
+        try:
+            for step in steps:
+                step.prepare(factor, following)
+        except torch.linalg.LinAlgError:
+            raise singular_error(step.block) from None
         for step in steps:
             step.meter(self._meter, number)
         for step in steps:

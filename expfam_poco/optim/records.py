@@ -15,6 +15,7 @@ from expfam_poco.correction.alpha import alpha_from, describe_alpha
 from expfam_poco.correction.base import Averaging, Correction
 from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
+from expfam_poco.engine.beginning import check_prior
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.settings import HYPERPARAMETERS, check_group, python_number
 from expfam_poco.errors import CheckpointError
@@ -307,6 +308,9 @@ class Resuming(Recorded, Shell):
         """The saved hyperparameters, checked like an optimizer's arguments."""
         group = _decode_group(own, saved)
         check_group({**own, **group})
+        for block in self._blocks:
+            if self.param_groups[block.group_number] is own:
+                check_prior(block, group["prior"])
         return group
 
     def _decoded(self, p: Parameter, number: int, plain: Any) -> Record:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import OVER_A_BASE, Task, differentiates, equal, takes_second_derivatives, those, weights
-from peers.habits import EVERY, closure_of, train, trained
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from peers.habits import EVERY, closure_of, train, trained
 
 every = pytest.mark.parametrize("name", EVERY)
 
@@ -43,12 +44,12 @@ def test_its_own_hooks_run_around_every_step_and_may_change_the_closure(name: st
     twin, other, same_task = trained(name)
     seen: list[str] = []
     first, second = closure_of(opt, task, 0), closure_of(other, same_task, 1)
-    opt.register_step_pre_hook(lambda own, args, kwargs: ((own, closure_of(opt, task, 1)), kwargs))
+    opt.register_step_pre_hook(lambda own, args, kwargs: ((own, closure_of(own, task, 1)), kwargs))
     opt.register_step_post_hook(lambda *given: seen.append("after"))
     assert torch.equal(opt.step(first), other.step(second)) and seen == ["after"]
     assert equal(weights(model), weights(twin))
-    copied = copy.deepcopy(opt)
-    copied.step(closure_of(copied, task, 2))
+    twin, copied = copy.deepcopy((model, opt))
+    copied.step(closure_of(copied, Task(twin), 2))
     assert seen == ["after"], "hooks belong to the original"
 
 
@@ -77,7 +78,7 @@ def test_a_closure_may_differentiate_itself_and_return_a_float(name: str) -> Non
 
     found = opt.step(closure)
     expected = other.step(closure_of(other, same_task, 0))
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert float(found) == pytest.approx(expected.item(), rel=1e-6)
     assert equal(weights(model), weights(twin))
 
 
