@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
@@ -242,6 +243,21 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
             "device; make a group for each device."
         )
     return [Block(members, settings, start, f"group{number}", number)] if members else []
+
+
+def warn_of_levels(blocks: Sequence[Block]) -> None:
+    """Biases and normalisation scales beside matrices are hardly meant to have a family's few values."""
+    vectors = [block.name for block in blocks if block.params[0].ndim < 2]
+    if not vectors or len(vectors) == len(blocks) or blocks[0].family.levels is None:
+        return
+    shown = ", ".join(vectors[:4]) + (", …" if len(vectors) > 4 else "")
+    low, *_, high = blocks[0].family.levels
+    warnings.warn(
+        f"params: {shown} have fewer than two axes, as biases and normalisation scales do, and become values from "
+        f"{low:g} to {high:g} like the weights beside them; poco.binarize_groups(model) makes groups in which they "
+        "stay real.",
+        stacklevel=2,
+    )
 
 
 def check_parameter(p: Tensor, name: str) -> None:

@@ -243,7 +243,8 @@ class BayesBiNNPoCo(Named):
 
     with ĝ the estimator's natural gradient of the mean loss; noise is shared between λ_in and λ_out.
 
-    All parameters that are given become ±1, biases and normalisation scales too: for a network use `binarize_groups`.
+    All parameters that are given become ±1, biases and normalisation scales too (a warning tells): for a network use
+    `binarize_groups`.
 
     Args:
         params: parameters or groups; groups of other families (`binarize_groups`) are stepped beside the binary ones.

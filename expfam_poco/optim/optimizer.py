@@ -22,7 +22,7 @@ from expfam_poco.correction.snapshot import Alpha, outer_from_posterior
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, warn_of_levels
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.layout import Layout, Restored, write_point
@@ -224,6 +224,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
             beginning.check_prior(block, own.prior)
             own.estimator.check_size(block.numel)
+        warn_of_levels(blocks)
         self._readings.append(reading)
         self._blocks.extend(blocks)
 

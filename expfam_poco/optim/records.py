@@ -300,9 +300,9 @@ class Resuming(Recorded, Shell):
                 )
         hessian, weights = header["anchor_hessian"], sum(block.numel for block in self._blocks)
         if hessian is not None:
-            fitted(where, "anchor_hessian", hessian, hessian)
-            if hessian.ndim != 2 or not hessian.shape[0] == hessian.shape[1] <= weights:
-                raise CheckpointError(f"{where}['anchor_hessian']: of another model; use another file.")
+            square = hessian.ndim == 2 and hessian.shape[0] == hessian.shape[1] <= weights
+            if not square or not hessian.is_floating_point() or not bool(torch.isfinite(hessian).all()):
+                raise CheckpointError(f"{where}['anchor_hessian']: damaged, or another model's; use another file.")
 
     def _decoded_group(self, own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
         """The saved hyperparameters, checked like an optimizer's arguments."""
