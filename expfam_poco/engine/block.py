@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.settings import Settings
+from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
@@ -243,6 +244,14 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
             "device; make a group for each device."
         )
     return [Block(members, settings, start, f"group{number}", number)] if members else []
+
+
+def singular_error(block: Block) -> NonFiniteError:
+    """The error where a matrix of a posterior cannot be factored; torch's own does not say whose."""
+    return NonFiniteError(
+        f"posterior: that of {block.name!r} ({type(block.family).__name__}) is too near to singular to be factored in "
+        f"{block.dtype}; lower lr or precision_lr, raise weight_decay, or use float64 parameters. Nothing was changed."
+    )
 
 
 def warn_of_levels(blocks: Sequence[Block]) -> None:

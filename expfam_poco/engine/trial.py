@@ -17,7 +17,7 @@ from torch import Tensor
 from expfam_poco.closures.evaluate import Measured
 from expfam_poco.correction.base import Correction
 from expfam_poco.engine.backend import EAGER, Backend, plainly, tile_size
-from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
 from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
@@ -156,7 +156,10 @@ class Trial:
         if self._points is None:
             where, noise = self.where, self.noise()
             rows = [noise] if self.count == 1 else noise.split(1)
-            points = [self.estimator.points(self.block.family, where, row) for row in rows]
+            try:
+                points = [self.estimator.points(self.block.family, where, row) for row in rows]
+            except torch.linalg.LinAlgError:
+                raise singular_error(self.block) from None
             self._points = points[0] if len(points) == 1 else torch.cat(points)
         return self._points
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-
-from expfam_poco.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from expfam_poco.closures.evaluate import Closure
@@ -27,12 +26,26 @@ def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in attributes.items() if name != "step" and not name.startswith("_optimizer_")}
 
 
-def singular_error(block: Block) -> NonFiniteError:
-    """The error where a matrix of a posterior cannot be factored; torch's own does not say whose."""
-    return NonFiniteError(
-        f"posterior: that of {block.name!r} ({type(block.family).__name__}) is too near to singular to be factored in "
-        f"{block.dtype}; lower lr or precision_lr, raise weight_decay, or use float64 parameters. Nothing was changed."
-    )
+class Skips:
+    """Warns, once, when ten steps in a row were skipped: what made them so may have come to stay."""
+
+    ENOUGH = 10
+
+    def __init__(self) -> None:
+        self._latest = self._row = 0
+        self._told = False
+
+    def note(self, number: int, error: Exception) -> None:
+        """Step `number` was skipped for this error."""
+        self._row = self._row + 1 if number == self._latest + 1 else 1
+        self._latest = number
+        if self._row >= self.ENOUGH and not self._told:
+            self._told = True
+            warnings.warn(
+                f"nonfinite='skip': the last {self.ENOUGH} steps were all skipped, and the weights stay. The "
+                f"last reason: {error}",
+                stacklevel=2,
+            )
 
 
 class Shell:

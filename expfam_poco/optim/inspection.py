@@ -15,13 +15,13 @@ from expfam_poco.correction import snapshot
 from expfam_poco.correction.alpha import AdaptiveAlpha, Staleness
 from expfam_poco.correction.paired_variance import PairedVariance
 from expfam_poco.engine.beginning import prior_of
-from expfam_poco.engine.block import Block
+from expfam_poco.engine.block import Block, singular_error
 from expfam_poco.engine.noise_plan import ELBO, SAMPLE, draw_noise
 from expfam_poco.engine.round import draw_into
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.optim.base import Shell, singular_error
+from expfam_poco.optim.base import Shell
 from expfam_poco.rule.estimators import Reparameterised
 
 

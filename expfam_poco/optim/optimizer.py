@@ -22,7 +22,7 @@ from expfam_poco.correction.snapshot import Alpha, outer_from_posterior
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record, warn_of_levels
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, warn_of_levels
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.layout import Layout, Restored, write_point
@@ -35,7 +35,7 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.optim.base import singular_error, without_hooks
+from expfam_poco.optim.base import Skips, without_hooks
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
 from expfam_poco.rule import blr
@@ -156,6 +156,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._evaluator = Evaluator(self._products)
         self._meter = VarianceMeter()
         self._stale = Staleness(stale_after)
+        self._skips = Skips()
         self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []
@@ -328,6 +329,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
                 raise
             self._clock["skipped"] += 1
+            if not isinstance(error, ScaledOverflow):
+                self._skips.note(number, error)
         self._clock["step"] = number
         return loss
 

@@ -19,7 +19,7 @@ from expfam_poco.engine.backend import Backend, plainly, tile_size
 from expfam_poco.engine.block import check_parameter
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.noise import on_device
-from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.base import Skips, without_hooks
 from expfam_poco.optim.checkpoint import Recorded, check_clock, fitted, is_count
 from expfam_poco.rule import gradient_model
 from expfam_poco.rule.gradient_model import Belief, ConstantBelief, Families, Number
@@ -57,6 +57,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.backend = Backend(backend)
         self._families = Families.named()
+        self._skips = Skips()
         self._clock = {"steps": 0, "skipped": 0}
         self.needed = tuple(defaults)
         settings.check_flag("maximize", defaults["maximize"])
@@ -146,6 +147,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
             self._clock["skipped"] += not error.stepped
             if self.nonfinite == "raise":
                 raise
+            self._skips.note(self._clock["steps"] + self._clock["skipped"], error)
         return loss
 
     @plainly

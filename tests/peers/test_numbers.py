@@ -8,11 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, SHELL, Task, differentiates, is_joint, network, same, those, weights
+from optimizer_cases import (
+    OPTIMIZERS,
+    OVER_A_BASE,
+    SHELL,
+    Task,
+    differentiates,
+    equal,
+    is_joint,
+    network,
+    same,
+    those,
+    weights,
+)
 from torch import nn
 
 import expfam_poco as poco
-from peers.habits import EVERY, train, trained
+from peers.habits import EVERY, closure_of, train, trained
 
 every = pytest.mark.parametrize("name", EVERY)
 
@@ -80,12 +92,55 @@ def test_a_mega_batch_of_another_model_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", those(is_joint, SHELL))
 def test_a_posterior_that_cannot_be_factored_is_one_sentence(name: str) -> None:
-    _, opt, _ = trained(name, 2)
+    model, opt, task = trained(name, 2)
     (record,) = opt.state.values()
     record["posterior"] = record["posterior"]._replace(precision=-record["posterior"].precision)
-    with pytest.raises(poco.NonFiniteError, match=r"^posterior: that of 'group0' \(FullGaussian\) is too near to sing"):
+    with pytest.raises(poco.NonFiniteError, match=r"^posterior: that of 'group0' \(FullGaussian\) is too near"):
         opt.posterior()
     assert "mean_stddev" not in opt.diagnostics()
+    before = weights(model)
+    with pytest.raises(poco.NonFiniteError):
+        opt.step(task.closure(0))
+    assert equal(weights(model), before)
+
+
+def test_a_low_rank_posterior_that_rounding_has_spoilt_is_one_sentence() -> None:
+    model = network()
+    opt = poco.PosteriorCorrected(model.parameters(), "low_rank_gaussian", lr=0.1, ess=24.0, hess_init=1.0)
+    task = Task(model)
+    train(opt, task, 2)
+    for record in opt.state.values():
+        record["posterior"] = record["posterior"]._replace(factor=record["posterior"].factor * math.nan)
+    before = weights(model)
+    with pytest.raises(
+        poco.NonFiniteError, match=r"^posterior: that of 'group0.*' \(LowRankGaussian\) is too near to sing"
+    ):
+        opt.step(task.closure(0))
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in OVER_A_BASE])
+def test_ten_skipped_steps_in_a_row_are_told_once(name: str) -> None:
+    model, opt, task = trained(name, 2, nonfinite="skip")
+    skipped = opt.diagnostics()["skipped_steps"]
+
+    class Broken(Task):
+        def closure(self, batch: int) -> Any:
+            return lambda: math.nan * task.closure(batch)()
+
+    broken = Broken(model)
+    for row in (9, 9):  # a sound step between them
+        for batch in range(row):
+            opt.step(closure_of(opt, broken, batch))
+        opt.step(closure_of(opt, task, 0))
+    before = weights(model)
+    for batch in range(9):
+        opt.step(closure_of(opt, broken, batch))
+    with pytest.warns(UserWarning, match=r"^nonfinite='skip': the last 10 steps were all .* last reason: closure"):
+        opt.step(closure_of(opt, broken, 9))
+    for batch in range(12):
+        opt.step(closure_of(opt, broken, batch))
+    assert equal(weights(model), before) and opt.diagnostics()["skipped_steps"] == skipped + 40
 
 
 def test_a_prior_in_a_checkpoint_is_looked_at() -> None:
