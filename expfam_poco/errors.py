@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -65,3 +66,27 @@ class InputError(ValueError):
         >>> issubclass(expfam_poco.errors.InputError, ValueError)
         True
     """
+
+
+class Skips:
+    """Counts steps that were skipped one after the other, and says so once there are many: training stands still."""
+
+    MANY = 10
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def stepped(self) -> None:
+        """A step was taken."""
+        self._in_a_row = 0
+
+    def skipped(self, error: Exception) -> None:
+        """A step was skipped because of this."""
+        self._in_a_row += 1
+        if self._in_a_row == self.MANY:
+            warnings.warn(
+                f"nonfinite='skip': the last {self.MANY} steps were all skipped, so that nothing is trained; the last "
+                f"one because: {error}",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -41,12 +41,15 @@ class Record:
     """The state of modules as it was when each was first seen: buffers, and attributes that are tensors or numbers.
 
     Such attributes are restored like buffers, for people keep hidden states and counters there; flags (bool) are not,
-    as they tell what has been done once and for all.
+    as they tell what has been done once and for all. So are the gradients of parameters that are not the optimizer's:
+    of a closure that calls backward() for several optimizers, those of one evaluation are meant to stay.
     """
 
     def __init__(self, modules: Sequence[nn.Module], params: Sequence[Parameter] = ()) -> None:
         """The modules and all within them; `params`: tensors that share memory with these are weights, not state."""
         self._params = params
+        self._own = set(map(id, params))
+        self._gradients: list[tuple[Parameter, Tensor | None]] = []
         self._seen: set[int] = set()
         self._attributes: list[tuple[nn.Module, type, int, dict[str, Any]]] = []
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
@@ -71,6 +74,9 @@ class Record:
         own = part.__dict__
         attributes = {name: own[name] for name in own.keys() - OF_EVERY_MODULE}
         self._attributes.append((part, type(part), len(own), attributes))
+        for p in own["_parameters"].values():
+            if p is not None and id(p) not in self._own:
+                self._gradients.append((p, p.grad))
         for name, buffer in own["_buffers"].items():
             if buffer is not None:
                 self._buffers.append((part, name, buffer))
@@ -94,8 +100,23 @@ class Record:
         own = [p for part in self.parts for p in part._parameters.values() if p is not None and not is_lazy(p)]
         return {p.untyped_storage().data_ptr() for p in (*self._params, *own)}
 
+    def hide_gradients(self) -> None:
+        """Until `restore`, let others' parameters have none, for backward() adds to those that it finds."""
+        for p, grad in self._gradients:
+            if grad is not None:
+                p.grad = None
+
+    def mark_gradients(self) -> None:
+        """Note which gradients an evaluation has left on others' parameters: `is_waiting` tells them from others."""
+        for p, before in self._gradients:
+            if before is None and p.grad is not None:
+                p.grad._left_by_closure = p.grad._version  # type: ignore[attr-defined]
+
     def restore(self) -> None:
         """Make all state what it was."""
+        for p, grad in self._gradients:
+            if p.grad is not grad:
+                p.grad = grad
         for value, copy in _changed(self._copies) if self._copies else ():
             with torch.no_grad():
                 value.detach().copy_(copy)
@@ -108,6 +129,13 @@ class Record:
             own = module.__dict__
             if len(own) != size or any(own.get(name) is not old for name, old in attributes.items()):
                 _restore_attributes(own, attributes, numbers=type(module) is kind)
+
+
+def is_waiting(grad: Tensor | None) -> bool:
+    """Whether a gradient that nobody has used yet is there: not zero, nor left by a closure evaluated for others."""
+    if grad is None or getattr(grad, "_left_by_closure", None) == grad._version:
+        return False
+    return bool((grad if grad.layout is torch.strided else grad.to_dense()).any())
 
 
 def _changed(copies: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -162,6 +190,7 @@ class Evaluations(AbstractContextManager[None]):
     def __enter__(self) -> None:
         if self._after is None:
             self._after = Record(self._modules, self._params)
+        self._after.hide_gradients()
 
     def __exit__(self, *error: object) -> None:
         assert self._after is not None
@@ -198,6 +227,7 @@ class Buffers:
     def kept(self, params: Sequence[Parameter], closure: Any) -> Iterator[None]:
         """Run a block after which all state is what it was."""
         record = self.record(params, closure)
+        record.hide_gradients()
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ the loss with its graph; second derivatives need the latter. `Accumulated` closu
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
+from expfam_poco.closures.caches import forget_weights
 from expfam_poco.closures.fp16 import Scaling
 from expfam_poco.closures.hessians import hessian_block, hessian_product
 from expfam_poco.errors import NonFiniteError
@@ -79,8 +81,7 @@ def evaluate(
         closure: returns the loss, or is `Accumulated`.
         params: what to differentiate by.
         request: what to measure; gradients alone unless told.
-        check: look for NaN and infinity at once; otherwise it is the caller's part (see `require_sound`), who may do
-            so on the device and without waiting for it.
+        check: look for NaN and infinity at once; otherwise it is the caller's part (see `require_sound`).
 
     Raises:
         TypeError: if the closure does not return a scalar loss, or has none to differentiate.
@@ -177,9 +178,16 @@ def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request, c
     return measured
 
 
-def require_sound(measured: Measured, *, loss: bool = True) -> None:
-    """Raise a `NonFiniteError` where an evaluation has a NaN or infinity; `loss`: in its loss, too."""
-    if not _adds_up([measured.loss, *measured.grads] if loss else measured.grads):
+def require_sound(measured: Measured, *, loss: bool = True, gathered: Sequence[Tensor | None] | None = None) -> None:
+    """Raise a `NonFiniteError` where an evaluation has a NaN or infinity.
+
+    Args:
+        measured: the evaluation.
+        loss: look at its loss, too.
+        gathered: the gradients in fewer tensors, which are looked at first.
+    """
+    grads = measured.grads if gathered is None else gathered
+    if not _adds_up([measured.loss, *grads] if loss else grads):
         if loss:
             _require_finite_loss(measured.loss)
         _require_finite_each(measured.grads)
@@ -201,14 +209,28 @@ def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[T
     """The loss, and the gradients if the closure left any; whatever happens, none stay on the parameters."""
     for p in params:
         p.grad = None
+    forget_weights()
     try:
         with torch.enable_grad():
             loss = _checked_loss(closure())
         left = [p.grad for p in params]
         return loss, left if any(grad is not None for grad in left) else None
     finally:
+        forget_weights()
         for p in params:
             p.grad = None
+
+
+def is_evaluating(params: Sequence[Parameter]) -> bool:
+    """Whether we are inside of a closure that is being evaluated for some of these parameters."""
+    ours, frame = set(map(id, params)), sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code in _CALLS and any(id(p) in ours for p in frame.f_locals["params"]):
+            return True
+    return False
+
+
+_CALLS = {_call.__code__, Batched.evaluate.__code__}
 
 
 def _checked_loss(returned: Any) -> Tensor:
@@ -253,7 +275,9 @@ def _adds_up(values: Sequence[Tensor | None]) -> bool:
     total, elsewhere = 0.0, list[Tensor]()
     for value in values:
         if value is not None:
-            part = value.sum() if value.dtype.itemsize >= 4 else value.sum(dtype=torch.float32)
+            part = value
+            if value.ndim:
+                part = value.sum() if value.dtype.itemsize >= 4 else value.sum(dtype=torch.float32)
             if part.is_cpu:
                 total += part.item()
             else:
@@ -314,6 +338,15 @@ def unused_error() -> Exception:
     return ValueError(
         "closure: its loss depends on none of this optimizer's trainable parameters; give it the model that the "
         "optimizer was made for."
+    )
+
+
+def waiting_error(name: str) -> Exception:
+    """The error for gradients that somebody has made to be used at the next step."""
+    return RuntimeError(
+        f"closure: gradients wait in .grad (of {name!r}), which would be thrown away, for the optimizer evaluates the "
+        "loss itself, at weights of its own; accumulate micro-batches by step([closure, closure, …]), or call "
+        "zero_grad() first."
     )
 
 

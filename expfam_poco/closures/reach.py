@@ -34,7 +34,7 @@ _NUMBERS = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, tor
 _PLAIN = (*_NUMBERS, type, types.ModuleType, types.BuiltinFunctionType)
 _PLAIN_TYPES = {*_PLAIN, bool, Parameter, torch.Size}
 _OBJECTS = {dict, list, tuple, set, frozenset, types.FunctionType, types.MethodType}
-_CONTAINERS = (Mapping, list, tuple, set, frozenset)
+_CONTAINERS = (list, tuple, dict, set, frozenset, Mapping)  # an abstract class takes longest to ask: last
 
 
 def is_built(module: nn.Module) -> bool:
@@ -202,7 +202,7 @@ def _all_near(thing: Any) -> Iterable[Any]:
         children = own.get("_modules", {}).values()
         return *children, *(value for name, value in own.items() if name not in OF_EVERY_MODULE)
     if isinstance(thing, _CONTAINERS):
-        items = thing.values() if isinstance(thing, Mapping) else thing
+        items = thing.values() if isinstance(thing, dict | Mapping) else thing
         return items if len(thing) <= MOST_ITEMS else _modules_among(items)
     return getattr(thing, "__dict__", {}).values()
 

@@ -11,6 +11,7 @@ All give the same numbers up to rounding, since all look up the same noise.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -42,16 +43,28 @@ SHORTEST = 16  # compilers treat a length of 1 as a case of its own
 
 
 def plainly(function: Call) -> Call:
-    """Run without gradients and outside of inference mode, whatever surrounds it: kernels are compiled for one case."""
+    """Run without gradients and outside of inference mode and autocast, whatever surrounds it.
+
+    Kernels are compiled for one case, and products of a family's matrices keep their precision.
+    """
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        casting: bool = torch._C._is_any_autocast_enabled()
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not casting:
             return function(*arguments, **named)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
+            for kind in _kinds_of_devices() if casting else ():
+                stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*arguments, **named)
 
     return run  # type: ignore[return-value]
+
+
+@functools.cache
+def _kinds_of_devices() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def tile_size(mode: str, device: torch.device) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expfam_poco.engine.block import Block
+from expfam_poco.engine.block import Block, new_record
 from expfam_poco.family.base import ExponentialFamily
 
 
@@ -30,6 +31,38 @@ def initial_posterior(block: Block) -> Any:
             f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
         )
     return state
+
+
+class Beginning:
+    """A block's first posterior, which becomes its record's; until a step or refresh has succeeded, it can be undone.
+
+    Only a point that differs from the weights (±1, levels) makes a difference: others' weights are as they were.
+
+    Args:
+        block: without a posterior.
+        state: the optimizer's, where the record is kept.
+    """
+
+    def __init__(self, block: Block, state: MutableMapping[Any, Any]) -> None:
+        self._block, self._state = block, state
+        block.record["posterior"] = posterior = initial_posterior(block)
+        state[block.params[0]] = block.record
+        block.note_weights()
+        point = block.split(block.family.point(posterior))
+        same = all(torch.equal(a, b) for a, b in zip(point, block.params, strict=True))
+        self._weights = None if same else [p.detach().clone() for p in block.params]
+
+    def undo(self) -> None:
+        """Give back the weights, where the posterior's point is another, and forget the posterior."""
+        if self._weights is None:
+            return
+        block = self._block
+        with torch.no_grad():
+            for p, before in zip(block.params, self._weights, strict=True):
+                p.copy_(before)
+        self._state.pop(block.params[0], None)
+        block.record = new_record(None)
+        block.forget_weights()
 
 
 def _is_centre(family: ExponentialFamily, state: Any, weights: Tensor) -> bool:

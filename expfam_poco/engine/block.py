@@ -18,6 +18,8 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
 
+LOOKED_AT = 4096  # weights of a tensor that are compared with the posterior's point
+LOOKS, LOOK_AGAIN = 16, 128  # on an accelerator: at so many first uses, and every so many afterwards
 _DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -60,6 +62,7 @@ class Block:
         at_point: whether the model is known to hold the posterior's point.
         drawn: the key of the draw that the model holds, if it is known to hold one.
         record: what `optimizer.state` holds for it; looked up whenever the optimizer looks for its active blocks.
+        constants: those of its kernels by the kind of noise, under the present settings.
     """
 
     settings: Settings
@@ -78,14 +81,17 @@ class Block:
         self._sizes = [p.numel() for p in self.params]
         self.numel = sum(self._sizes)
         self._seen: list[tuple[int, int]] | None = None
+        self._looks = 0
         self._fitted: ExponentialFamily | None = None
         self.known_prior: tuple[Any, Any] | None = None
         self.record = new_record(None)
+        self.constants: dict[str, Any] = {}
         self.adopt(settings)
 
     def adopt(self, settings: Settings) -> None:
         """Go by the group's new settings."""
         self.settings = settings
+        self.constants.clear()
         if self._fitted is not settings.family:
             self._fitted = settings.family
             joint = settings.family.joint
@@ -157,8 +163,8 @@ class Block:
     @plainly
     def write(self, value: Tensor) -> None:
         """Put values into the model. Version counters change, so that another optimizer on it notices."""
+        self.at_point, self.drawn = False, None  # first, so that an interrupt does not leave them wrong
         torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
-        self.at_point, self.drawn = False, None
         self.note_weights()
 
     @contextmanager
@@ -187,6 +193,35 @@ class Block:
     def weights_changed(self) -> bool:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
         return self._seen != [(p._version, p.data_ptr()) for p in self.params]
+
+    def weights_differ(self, state: Any) -> bool:
+        """Whether the model holds another point than q's, by a write that leaves no trace (through `p.data`).
+
+        Looks at some weights of a large tensor; on an accelerator, which would have to be waited for, at the first
+        uses and then now and again.
+        """
+        if not self.at_point:
+            return False
+        self._looks += 1
+        if self.device.type != "cpu" and self._looks > LOOKS and self._looks % LOOK_AGAIN:
+            return False
+        if self.family.joint or not self.batch:
+            pairs = zip(self.split(self.family.point(state)), self.params, strict=True)
+            return not all([torch.equal(point, p) for point, p in pairs])
+        stride = max(1, self.batch.numel() // LOOKED_AT)
+        point, (p,) = self.family.point(self._every(state, stride)), self.params
+        return not torch.equal(point.to(p.dtype), self._every(p.detach(), stride))
+
+    def _every(self, values: Any, stride: int) -> Any:
+        """Every so many weights of tensors that have them along their first axes."""
+        dims = len(self.batch)
+
+        def some(value: Tensor) -> Tensor:
+            if stride == 1 or value.shape[:dims] != self.batch:
+                return value
+            return value.reshape(-1, *value.shape[dims:])[::stride]
+
+        return fields.map_leaves(some, values)
 
     def reconcile(self, state: Any) -> Any:
         """The posterior with its centre moved to where somebody else has put the weights."""

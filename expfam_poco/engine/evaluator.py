@@ -16,6 +16,8 @@ from expfam_poco.engine.measure import measure_batched, measure_draw, measure_va
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
 
+FIRST = 3  # evaluations, that are looked at more closely
+
 
 class Evaluator:
     """Evaluates closures at the draws of trials; only a batch's first evaluation moves the model's buffers."""
@@ -24,6 +26,7 @@ class Evaluator:
         self.products = products
         self._buffers = Buffers()
         self._moved: list[Record] = []
+        self._evaluations = 0
 
     def undone_on_error(self) -> AbstractContextManager[None]:
         """If the block raises, the buffers that its evaluations have moved go back."""
@@ -60,6 +63,7 @@ class Evaluator:
             random = None if second is None else Replay(params)
             if draw == 0:
                 losses.append(self._measure(closure, first, draw)[0])
+                evaluations.before.mark_gradients()
             else:
                 with evaluations.kept():
                     losses.append(self._measure(closure, first, draw)[0])
@@ -101,6 +105,7 @@ class Evaluator:
         varying = [trial for trial in trials if trial.estimator.needs == "variations"]
         random = capture_random(params_of(trials)) if varying else None
         measured = measure_draw(closure, trials, draw, product_with)
+        self._require_untouched(trials, draw)
         if random is not None:
             with self._buffers.kept(params_of(trials), closure):
                 measure_variations(closure, trials, draw, lambda: replay_random(random))
@@ -108,6 +113,27 @@ class Evaluator:
             if trial.in_place:
                 trial.collect(draw)
         return measured
+
+    def _require_untouched(self, trials: Sequence[Trial], draw: int) -> None:
+        """Refuse a closure that has written into the weights, a draw for the time, to which a write would be lost.
+
+        Raises:
+            RuntimeError: names a parameter.
+        """
+        self._evaluations += 1
+        for trial in trials:
+            members = trial.block.members
+            # Writes through `p.data` leave no trace: the first evaluations look at the weights themselves.
+            if self._evaluations <= FIRST or any([member.weights_changed() for member in members]):
+                if trial.is_there(draw):
+                    for member in members:
+                        member.note_weights()
+                    continue
+                raise RuntimeError(
+                    f"closure: it wrote into the weights of {trial.block.name!r} while they were a draw, where a write "
+                    "is lost (nn.Embedding(max_norm=…), clipping or pruning in forward?); write between steps, under "
+                    "torch.no_grad(), when the model holds the posterior's point."
+                )
 
 
 class _UndoneOnError(AbstractContextManager[None]):

@@ -53,9 +53,10 @@ class FlatBlock(Block):
         self.shape = self.batch = torch.Size([sum(lengths)])
         self.tiles = tiles_of([b.index for b in members], self._sizes).to(first.device)
         self.real = self.beside([torch.ones(b.shape, dtype=torch.bool, device=b.device) for b in members])
-        zero = torch.zeros((), dtype=self.params[0].dtype, device=first.device)
-        self._nothing = [zero.expand(size) for size in self._sizes]
-        self._gaps = [zero.expand(padded(size) - size) for size in self._sizes]
+        gaps = [padded(size) - size for size in self._sizes]
+        zeros = torch.zeros(max(gaps), dtype=self.params[0].dtype, device=first.device)  # `cat` likes them contiguous
+        self._gaps = [zeros[:gap] for gap in gaps]
+        self._nothing = [zeros.new_zeros(()).expand(size) for size in self._sizes]
         self._bound: list[tuple[Any, ...]] = []
         self._scratch: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
@@ -67,6 +68,7 @@ class FlatBlock(Block):
     def adopt(self, settings: Settings) -> None:
         """Go by the group's new settings; the family is the members'."""
         self.settings, self.family = settings, self.members[0].family
+        self.constants.clear()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,8 +113,7 @@ class FlatBlock(Block):
         """Put values into the model."""
         out, parts = self._out(value.dtype)
         out.copy_(value)
-        torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
-        self._written()
+        self._write(parts)
 
     @contextmanager
     def rewritten(self) -> Iterator[Tensor]:
@@ -120,8 +121,7 @@ class FlatBlock(Block):
         out, parts = self._out(self.params[0].dtype)
         yield out
         with torch.no_grad():
-            torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
-        self._written()
+            self._write(parts)
 
     def _out(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Storage on the way to the model, with its views; its values last until it is asked for again."""
@@ -142,10 +142,12 @@ class FlatBlock(Block):
         for block in self.members:
             block.note_weights()
 
-    def _written(self) -> None:
+    def _write(self, parts: list[Tensor]) -> None:
         self.at_point, self.drawn = False, None
         for block in self._members:
-            block.at_point, block.drawn = False, None
+            block.at_point, block.drawn = False, None  # first, so that an interrupt does not leave them wrong
+        torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
+        for block in self._members:
             block.note_weights()
 
     # ---- records -------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def sound(family: ExponentialFamily, moved: Moved, like: Tensor) -> Tensor | Non
     weights = like.shape[: like.ndim - family.event_dim]
     if not torch.compiler.is_compiling():
         # A NaN or infinity survives summing: a look at sums is cheaper than one at every number.
-        finite = math.isfinite(sum([float(value.sum() if value.ndim else value) for value in values]))
+        finite = math.isfinite(sum([(value.sum() if value.ndim else value).item() for value in values]))
         if finite and all([bool(constraint.check(value).all()) for value, constraint in constrained]):
             return None
     result = torch.ones(weights, dtype=torch.bool, device=like.device)

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from expfam_poco.closures.evaluate import is_evaluating
 from expfam_poco.correction.base import Correction
 from expfam_poco.engine.backend import Backend, plainly, tile_size
+from expfam_poco.engine.beginning import Beginning
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flat import FlatBlock, laid_side_by_side
+from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.step import begin
 from expfam_poco.engine.tiles import steps_in_place, tiles
 
@@ -18,13 +21,18 @@ Unit = tuple[Block, Record]
 
 
 class Layout:
-    """The blocks of an optimizer as they are stepped, laid anew when the blocks or their families have changed."""
+    """The blocks of an optimizer as they are stepped, laid anew when the blocks or their families have changed.
+
+    Attributes:
+        trying: the blocks whose weights are draws while closures are evaluated.
+    """
 
     def __init__(self) -> None:
         self._seen: list[Any] = []
         self._key: list[Any] = []
         self._laid: list[Block] = []
         self._weights = 0
+        self.trying: Sequence[Block] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy lays its own blocks."""
@@ -85,18 +93,53 @@ class Layout:
             if block.index in waiting:
                 write_point(block, block.record["posterior"])
 
+    def recover(self) -> None:
+        """Put back the points where a step was interrupted before it could.
+
+        Raises:
+            RuntimeError: if the step is on its way: one of its closures asks.
+        """
+        if not self.trying:
+            return
+        if is_evaluating([p for block in self.trying for p in block.params]):
+            raise RuntimeError(
+                "closure: it uses the optimizer by which it is being evaluated, whose weights are a draw for the time; "
+                "return the loss alone, and step, refresh, predict or sample outside of the closure."
+            )
+        self.restore(self.trying, drawn_too=True)
+        self.trying = ()
+
 
 class Restored(AbstractContextManager[None]):
-    """Whatever happens inside, the model leaves with the points of its posteriors (and no gradients)."""
+    """Whatever happens inside, the model leaves with the points of its posteriors.
 
-    def __init__(self, layout: Layout, blocks: Sequence[Block], *, clear_grad: bool = True) -> None:
-        self._layout, self._blocks, self._clear_grad = layout, blocks, clear_grad
+    Args:
+        layout: of the optimizer's blocks.
+        blocks: whose weights are changed.
+        begun: where closures are evaluated inside, so that no gradients are left: posteriors that have just begun, and
+            on an error have not.
+    """
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._layout.restore(self._blocks, drawn_too=kind is not None)
-        for block in self._blocks if self._clear_grad else ():
-            for p in block.params:
-                p.grad = None
+    def __init__(self, layout: Layout, blocks: Sequence[Block], begun: list[Beginning] | None) -> None:
+        self._layout, self._blocks, self._begun = layout, blocks, begun
+
+    def __enter__(self) -> None:
+        if self._begun is not None:
+            self._layout.trying = self._blocks
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        with Uninterrupted():
+            self._layout.restore(self._blocks, drawn_too=kind is not None)
+            self._layout.trying = ()
+            if self._begun is None:
+                return
+            for block in self._blocks:
+                for p in block.params:
+                    p.grad = None
+            if error is not None and not getattr(error, "stepped", False):
+                for beginning in self._begun:
+                    beginning.undo()
+            self._begun.clear()
 
 
 @plainly

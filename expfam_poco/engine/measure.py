@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
-from expfam_poco.closures.evaluate import PLAIN_REQUEST, Closure, Request, evaluate
+from expfam_poco.closures.evaluate import PLAIN_REQUEST, Closure, Request, evaluate, require_sound
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.trial import Trial
 from expfam_poco.family.draws import LOSSES_ALONE
@@ -39,9 +39,11 @@ def measure_draw(
         trial.write(draw)
         params += trial.block.params
         places.append(slice(len(params) - len(trial.block.params), len(params)))
-    measured = evaluate(closure, params, _request(trials, places, draw, product_with))
+    measured = evaluate(closure, params, _request(trials, places, draw, product_with), check=False)
+    gathered: list[Tensor | None] = []
     for trial, place in zip(trials, places, strict=True):
-        trial.record(draw, measured, place)
+        gathered += trial.record(draw, measured, place)
+    require_sound(measured, gathered=gathered)
     products: list[Tensor] = []
     if product_with is not None:
         last = measured.products[-1]

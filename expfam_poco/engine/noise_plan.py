@@ -5,6 +5,7 @@ Noises of different purposes are in different streams, so that they never share 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,9 @@ def draw_noise(block: Block, mode: str, count: int, key: NoiseKey) -> Tensor:
     return drawn
 
 
+_seeded = functools.lru_cache(64)(NoiseKey)  # the seed is checked once, the counters each time
+
+
 class Part(NamedTuple):
     """Which part of a step or mega-batch a trial is for: its number, its share, the trial of the part before it.
 
@@ -61,15 +65,18 @@ class NoisePlan(NamedTuple):
     correction: Correction
     backend: Backend | None = None
 
+    def _key(self, stream: int, step: int) -> NoiseKey:
+        return _seeded(self.seed).at(stream=stream, step=step)
+
     def step_key(self, step: int) -> NoiseKey:
         """Where the noise of a step is."""
-        return NoiseKey(self.seed, STEP, step)
+        return self._key(STEP, step)
 
     def at_present(
         self, block: Block, record: Record, numbers: Numbers, step: int, closure: Closure, part: Part
     ) -> Trial:
         """A block at λ: fresh noise at every step (and for every part of it, where there are several)."""
-        keys = self.step_key(step), NoiseKey(self.seed, SIGNS_STEP, step)
+        keys = self.step_key(step), self._key(SIGNS_STEP, step)
         return self._trial(block, record["posterior"], record["memory"], numbers, keys, closure, part)
 
     def at_reference(self, first: Trial, state: Any, step: int, stamp: int, part: Part) -> Trial:
@@ -77,8 +84,8 @@ class NoisePlan(NamedTuple):
         changed: dict[str, Any] = {"state": state, "memory": None, "is_present": False}
         if self.mode in ("independent", "fixed"):
             independent = self.mode == "independent"
-            key = NoiseKey(self.seed, REFERENCE, step) if independent else NoiseKey(self.seed, FIXED, stamp)
-            signs = NoiseKey(self.seed, SIGNS_REFERENCE if independent else SIGNS_STEP, step)
+            key = self._key(REFERENCE, step) if independent else self._key(FIXED, stamp)
+            signs = self._key(SIGNS_REFERENCE if independent else SIGNS_STEP, step)
             sign_key = signs.at(draw=part.number * first.count)
             changed.update(key=self._of_part(key, part), noises=[], sign_key=sign_key)
         return self._carrying(first.again(**changed), part)
@@ -87,8 +94,8 @@ class NoisePlan(NamedTuple):
         self, block: Block, record: Record, numbers: Numbers, chunk: int, stamp: int, closure: Closure, part: Part
     ) -> Trial:
         """A block at the posterior that becomes λ_out; fresh noise for every chunk unless the mode is "fixed"."""
-        key = NoiseKey(self.seed, FIXED, stamp) if self.mode == "fixed" else NoiseKey(self.seed, MEGA, chunk)
-        keys = key, NoiseKey(self.seed, SIGNS_MEGA, chunk)
+        key = self._key(FIXED, stamp) if self.mode == "fixed" else self._key(MEGA, chunk)
+        keys = key, self._key(SIGNS_MEGA, chunk)
         return self._trial(block, record["posterior"], None, numbers, keys, closure, part)
 
     def _trial(

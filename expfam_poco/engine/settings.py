@@ -272,7 +272,6 @@ def check_shell(
     noise: str,
     modes: Sequence[str],
     mc_samples: int,
-    max_grad_norm: float | None,
     nonfinite: str,
     one_pass: bool,
 ) -> None:
@@ -284,13 +283,14 @@ def check_shell(
         raise ValueError(f"noise={noise!r}: choose one of {', '.join(modes)}.")
     if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
         raise ValueError(f"mc_samples={mc_samples!r}: give an integer, 1 or larger.")
-    check_max_grad_norm(max_grad_norm)
 
 
-def check_max_grad_norm(max_grad_norm: Any) -> None:
-    """Refuse what is no positive number nor None."""
+def checked_max_grad_norm(max_grad_norm: Any) -> float | None:
+    """The number; refuses what is not positive, nor None."""
+    max_grad_norm = python_number(max_grad_norm)
     if max_grad_norm is not None and not number_in(0.0, INF, low_open=True)(max_grad_norm):
         raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a positive number, or None for no clipping.")
+    return None if max_grad_norm is None else float(max_grad_norm)
 
 
 def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:

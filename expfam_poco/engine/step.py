@@ -6,6 +6,7 @@ in place; that cannot be undone, so weights whose step would not be finite keep 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,10 @@ METER_WEIGHTS = 2**12  # of each large block; the meter's ratios need no more
 class Step:
     """One block's step: nothing changes before `commit`.
 
+    Attributes:
+        begun: whether `commit` has changed anything.
+        unsound: how many weights have kept their values, as their new ones were not finite.
+
     Args:
         record: the block's.
         first: what was measured at the present posterior.
@@ -44,6 +49,7 @@ class Step:
 
     unsound = 0
     unsound_tiles: Tensor
+    begun = False
 
     def __init__(self, record: Record, first: Trial, second: Trial | None, anchor: Any = None) -> None:
         self.block, self.record, self.first, self.second, self.anchor = first.block, record, first, second, anchor
@@ -100,13 +106,17 @@ class Step:
     def commit(self) -> None:
         """Make the new posterior the block's; in place, the model then holds its point or the next draw."""
         block, record = self.block, self.record
-        if self.first.in_place:
-            self._advance_in_place()
-            block.at_point, block.drawn = self.following is None, self.following
-        else:
-            self._replace(self.moved)
-            block.at_point, block.drawn = False, None
-        record["step"] = self.age if record["momentum"] else 0
+        try:
+            if self.first.in_place:
+                self._advance_in_place()
+                block.at_point, block.drawn = self.following is None, self.following
+            else:
+                self._replace(self.moved)
+                block.at_point, block.drawn = False, None
+                self.begun = True
+        finally:
+            if self.begun:
+                record["step"] = self.age if record["momentum"] else 0
 
     def _replace(self, moved: kernels.Moved) -> None:
         """Keep a whole block's new values, a flat one's in the storage that its members see."""
@@ -132,6 +142,7 @@ class Step:
                 arguments = (weights, first, second, self.numbers, real, after)
                 count = self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments)
                 unsound.append(count.cpu())
+                self.begun = True
         self.unsound_tiles = unsound[0]
         self.unsound = int(torch.stack(unsound).sum())
 
@@ -237,20 +248,44 @@ def _begin(block: Block, record: Record, correction: Correction, in_place: bool)
 
 @plainly
 def remember(trial: Trial, record: Record) -> Any:
-    """The correction's memory after a refresh, from the mega-batch's mean natural gradient, which is used up."""
+    """The correction's memory after a refresh, from the mega-batch's mean natural gradient, which is used up.
+
+    Raises:
+        NonFiniteError: if it is not finite; the memory that there is stays as it was in any case.
+    """
     family, correction, old, mean = trial.block.family, trial.correction, record["memory"], trial.settled()
-    how = trial.block.settings.averaging(family)
-    posterior = fields.map_fields(torch.clone, record["posterior"])
+    how, posterior = trial.block.settings.averaging(family), fields.map_fields(torch.clone, record["posterior"])
+    if not trial.in_place:
+        mean = fields.map_fields(torch.clone, mean)  # it may be the gradient itself, which is the closure's
     if not trial.in_place or old is None:
-        return correction.after_refresh(family, old, posterior, mean, how)
-    old = fields.map_leaves(Tensor.contiguous, old)
-    for tile in tiles(trial.block, tile_size("eager", trial.block.device)):
-        cut = tile.cut
-        made = correction.after_refresh(family, cut(old), cut(record["posterior"]), cut(mean), how)
-        for place, value in zip(fields.leaves(cut(old)), fields.leaves(made), strict=True):
-            if place.ndim:
-                place.copy_(value)
-    return old
+        new = correction.after_refresh(family, old, posterior, mean, how)
+    else:
+        # Tile by tile, into tensors that are not needed after their tile has been read.
+        spent = [*posterior, *mean]
+        new = fields.map_leaves(lambda value: _taken(spent, value), old)
+        for tile in tiles(trial.block, tile_size("eager", trial.block.device)):
+            cut = tile.cut
+            made = fields.leaves(correction.after_refresh(family, cut(old), cut(record["posterior"]), cut(mean), how))
+            written = fields.leaves(cut(new))
+            places = {place.data_ptr() for place in written}
+            for place, value in zip(written, [v.clone() if v.data_ptr() in places else v for v in made], strict=True):
+                if place.ndim:
+                    place.copy_(value)
+    kept = fields.leaves(new)
+    if not math.isfinite(sum([float(v.sum()) for v in kept])) and not bool(fields.all_finite(tuple(kept))):
+        raise NonFiniteError(
+            f"closures: the mean natural gradient of {trial.block.name!r} over the mega-batch is infinite or NaN in "
+            f"{trial.block.dtype}; check the mega-batch, or lower ess. q_out stays as it was."
+        )
+    return new
+
+
+def _taken(spent: list[Tensor], like: Tensor) -> Tensor:
+    """A tensor like this one to write into, one of those that are spent if one fits."""
+    for number, value in enumerate(spent):
+        if value.shape == like.shape and value.dtype == like.dtype and value.is_contiguous() and like.ndim:
+            return spent.pop(number)
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if like.ndim else like
 
 
 def domain_error(block: Block, state: Any) -> Exception:

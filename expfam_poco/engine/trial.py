@@ -45,6 +45,8 @@ class Trial:
         is_present: whether the posterior is the present one, not the reference.
         total: the sum of earlier parts (chunks, micro-batches), to which this one is added with `weight`.
         used: which parameters an evaluation has depended on.
+        grads: of a whole block, its gradients at all draws; None where nothing depended on it.
+        raw: in place, the gradient of the last draw as each parameter has it.
         noises: the noise of all draws of a whole block, once it has been made, for all trials of one key.
     """
 
@@ -63,13 +65,13 @@ class Trial:
     total: Any = None
     weight: float = 1.0
     used: list[bool] = field(default_factory=list)
-    grads: list[list[Tensor | None]] = field(default_factory=list)
+    grads: list[Tensor | None] = field(default_factory=list)
+    raw: Sequence[Tensor | None] = ()
     losses: list[Tensor] = field(default_factory=list)
     hessians: list[Tensor] = field(default_factory=list)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     variations: list[Tensor] = field(default_factory=list)
     noises: list[Tensor] = field(default_factory=list)
-    _constants: dict[int, Constants] = field(default_factory=dict)
     _points: Tensor | None = None
     _site: Any = None
 
@@ -77,7 +79,7 @@ class Trial:
         """The same trial, or one that differs so, with nothing recorded yet."""
         made = object.__new__(Trial)
         made.__dict__.update(self.__dict__, used=[], grads=[], losses=[], hessians=[], pairs=[], variations=[])
-        made.__dict__.update(_points=None, _site=None, **changed)
+        made.__dict__.update(raw=(), _points=None, _site=None, **changed)
         return made
 
     @property
@@ -110,9 +112,12 @@ class Trial:
 
     def constants(self, draw: int = 0) -> Constants:
         """The constants of this block's kernels at one draw."""
-        if draw not in self._constants:
-            settings, reflected = self.block.settings, self.mode == "antithetic" and draw % 2 == 1
-            self._constants[draw] = Constants(
+        reflected = self.mode == "antithetic" and draw % 2 == 1
+        noise = "zero" if self.mode == "zero" else "reflected" if reflected else "random"
+        known = self.block.constants.get(noise)
+        if known is None or known.estimator is not self.estimator or known.correction is not self.correction:
+            settings = self.block.settings
+            known = self.block.constants[noise] = Constants(
                 self.block.family,
                 self.estimator,
                 self.correction,
@@ -120,10 +125,10 @@ class Trial:
                 settings.clip_radius,
                 settings.retraction,
                 settings.anchor_weight,
-                "zero" if self.mode == "zero" else "reflected" if reflected else "random",
+                noise,
                 settings.prior_in_momentum,
             )
-        return self._constants[draw]
+        return known
 
     def source(self, tile: Tile | Whole, constants: Constants, draw: int) -> Tensor | Address:
         """One draw's noise on a tile, or its address."""
@@ -140,9 +145,10 @@ class Trial:
         if not self.noises:
             whole, rows = Whole(self.block.shape), list[Tensor]()
             for draw in range(self.count):
-                constants, like = self.constants(draw), self.like(whole)
-                source = like if self.mode == "zero" else self.source(whole, constants, draw)
-                rows.append(constants.noise_of(source, like))
+                constants = self.constants(draw)
+                source = self.like(whole) if self.mode == "zero" else self.source(whole, constants, draw)
+                assert isinstance(source, Tensor)  # addresses are for compiled kernels
+                rows.append(constants.noise_of(source, source))
             self.noises.append(stacked(rows))
         return self.noises[0]
 
@@ -188,6 +194,24 @@ class Trial:
                 source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
                 self.runner.draw(constants, tile.cut(out), self.block.dtype, *own, self.numbers, source)
 
+    @plainly
+    def is_there(self, draw: int) -> bool:
+        """Whether the model still holds draw number `draw`, which has been written into it."""
+        if self.backend is None:
+            parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
+            return all([torch.equal(part.to(p.dtype), p) for part, p in parts])
+        constants, params = self.constants(draw), self.block.params
+        present = self.block.beside(params) if isinstance(self.block, FlatBlock) else params[0].detach()
+        for tile in self.tiles():
+            source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
+            drawn = torch.zeros(tile.shape, dtype=present.dtype, device=present.device)
+            self.runner.draw(constants, drawn, self.block.dtype, *own, self.numbers, source)
+            if isinstance(self.block, FlatBlock):
+                drawn = torch.where(tile.cut(self.block.real), drawn, 0.0)
+            if not torch.equal(drawn, tile.cut(present)):
+                return False
+        return True
+
     def _holds(self, points: Tensor) -> bool:
         """Whether the model is known to hold these points, since they are the posterior's own."""
         if self.mode != "zero" or not self.is_present or not all([m.at_point for m in self.block.members]):
@@ -204,12 +228,20 @@ class Trial:
 
     # ---- what was measured -------------------------------------------------------------------------------
 
-    def record(self, draw: int, measured: Measured, position: slice) -> None:
-        """Keep what an evaluation measured of this block's parameters, which stand at `position` among all."""
-        grads = measured.grads[position]
-        self._keep(measured.loss, grads)
+    @plainly
+    def record(self, draw: int, measured: Measured, position: slice) -> Sequence[Tensor | None]:
+        """Keep what an evaluation measured of this block's parameters, which stand at `position` among all.
+
+        Returns:
+            the gradients as they were kept.
+        """
+        self._keep(measured.loss, measured.grads[position])
         if self.in_place:
-            return
+            return self.raw
+        self._keep_curvature(draw, measured, position)
+        return self.grads[-1:]
+
+    def _keep_curvature(self, draw: int, measured: Measured, position: slice) -> None:
         curvature, signs = self.block.family.curvature, self.signs(draw)
         if signs is not None:
             gathered = (self.block.gather(product[position]) for product in measured.products)
@@ -241,9 +273,9 @@ class Trial:
             before = self.used or [losses_alone] * len(grads)
             self.used = [a or grad is not None for a, grad in zip(before, grads, strict=True)]
         if self.in_place:
-            self.grads, self.losses = [grads], [loss]
+            self.raw, self.losses = grads, [loss]
         else:
-            self.grads.append(grads)
+            self.grads.append(None if losses_alone else self.block.gather(grads))
             self.losses.append(loss)
 
     def _keep_pair(self) -> None:
@@ -255,7 +287,7 @@ class Trial:
 
     def gradient(self, draw: int) -> Tensor:
         """The block's gradient at a draw, zero where nothing depended on it."""
-        grad = self.block.gather(self.grads[draw])
+        grad = self.grads[draw]
         return torch.zeros_like(self.like(Whole(self.block.shape))) if grad is None else grad
 
     @property
@@ -274,15 +306,15 @@ class Trial:
             evidence = Evidence(self.source(tile, constants, draw), tile.cut(grad), self.losses[0])
             arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
             self.runner.collect(*arguments, self.block.settings.ess, self.like(tile))
-        self.grads, self.losses = [], []
+        self.raw, self.losses = (), []
 
     def _raw_gradient(self) -> Tensor | None:
         """In place: the last gradient in its own dtype, or None."""
-        grads = self.grads[0] if self.grads else [None]
         if isinstance(self.block, FlatBlock):
-            return self.block.beside(grads) if any(grad is not None for grad in grads) else None
-        return grads[0]
+            return self.block.beside(self.raw) if any(grad is not None for grad in self.raw) else None
+        return self.raw[0] if self.raw else None
 
+    @plainly
     def settled(self) -> Any:
         """The total with this part."""
         if self.in_place:
@@ -335,8 +367,9 @@ class Trial:
             memory = None if self.memory is None else record["memory"]
             noises = [torch.stack([flat.views(row)[number] for row in noise]) for noise in self.noises]
             own: dict[str, Any] = dict(block=block, state=state, memory=memory, total=total, noises=noises)
-            trial = self.again(**own, _constants={})
-            trial.grads = [[row[number]] for row in self.grads]
+            trial = self.again(**own)
+            trial.raw = self.raw[number : number + 1]
+            trial.grads = [None if row is None else flat.views(row)[number] for row in self.grads]
             trial.losses, trial.used = list(self.losses), [self.used[number]]
             if not self.in_place:
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]

@@ -51,8 +51,8 @@ class Draws(NamedTuple):
 
 
 def mean_of(draws: Tensor) -> Tensor:
-    """The mean over the first axis; of a single draw a copy, which is its mean for a fraction of the time."""
-    return draws[0].clone() if draws.shape[0] == 1 else draws.mean(0)
+    """The mean over the first axis; a single draw is its own mean, and stays where it is."""
+    return draws[0] if draws.shape[0] == 1 else draws.mean(0)
 
 
 @dataclass(frozen=True)

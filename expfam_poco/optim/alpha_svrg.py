@@ -14,7 +14,7 @@ from torch.optim import optimizer as torch_hooks
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.snapshot import Alpha
-from expfam_poco.engine.settings import check_foreign, check_max_grad_norm, checked_alpha, python_number
+from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim.base import without_hooks
@@ -66,10 +66,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
                 f"base_optimizer={type(base_optimizer).__name__}: its step needs a closure of its own, whose gradients "
                 "would not be corrected; give one that steps with the gradients it finds, such as SGD or AdamW."
             )
-        max_grad_norm = python_number(max_grad_norm)
-        check_max_grad_norm(max_grad_norm)
         self.base = base_optimizer
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = checked_max_grad_norm(max_grad_norm)
         groups = [_bare(group) for group in base_optimizer.param_groups]
         family = get_family("isotropic_gaussian")()
         self._engine = PosteriorCorrected(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -24,28 +23,6 @@ if TYPE_CHECKING:
 def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's attributes without what others have hung on it: hooks, and a scheduler's wrapped `step`."""
     return {name: v for name, v in attributes.items() if name != "step" and not name.startswith("_optimizer_")}
-
-
-class Skips:
-    """Warns, once, when ten steps in a row were skipped: what made them so may have come to stay."""
-
-    ENOUGH = 10
-
-    def __init__(self) -> None:
-        self._latest = self._row = 0
-        self._told = False
-
-    def note(self, number: int, error: Exception) -> None:
-        """Step `number` was skipped for this error."""
-        self._row = self._row + 1 if number == self._latest + 1 else 1
-        self._latest = number
-        if self._row >= self.ENOUGH and not self._told:
-            self._told = True
-            warnings.warn(
-                f"nonfinite='skip': the last {self.ENOUGH} steps were all skipped, and the weights stay. The "
-                f"last reason: {error}",
-                stacklevel=2,
-            )
 
 
 class Shell:
@@ -80,7 +57,7 @@ class Shell:
     def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
         raise NotImplementedError("the optimizer knows its refreshes")
 
-    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
+    def _weights_restored(self, blocks: Sequence[Block], *, evaluating: bool = True) -> AbstractContextManager[None]:
         raise NotImplementedError("the optimizer restores the weights")
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:

@@ -132,7 +132,7 @@ class Inspection(Shell):
         if seed is None and not at_point:
             self._clock["sample"] += 1
         key = NoiseKey(self.seed, SAMPLE, self._clock["sample"]) if seed is None else NoiseKey(seed, SAMPLE)
-        with self._weights_restored(blocks, clear_grad=False):
+        with self._weights_restored(blocks, evaluating=False):
             for block in blocks:
                 state = self._state(block)["posterior"]
                 if at_point:
@@ -167,7 +167,7 @@ class Inspection(Shell):
             seed: of the draws.
         """
         blocks = self._active()
-        with self._weights_restored(blocks, clear_grad=False):
+        with self._weights_restored(blocks):
             states = {b.name: self._state(b)["posterior"] for b in blocks}
             return objective(blocks, states, closures, weights, samples=samples, seed=seed)
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
+from expfam_poco.closures.effects import is_waiting
+from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error, waiting_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
 from expfam_poco.correction.alpha import Staleness
@@ -22,20 +23,22 @@ from expfam_poco.correction.snapshot import Alpha, outer_from_posterior
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
+from expfam_poco.engine.beginning import Beginning
 from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, warn_of_levels
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.step import Step, remember, unsound_error
-from expfam_poco.errors import NonFiniteError
+from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.optim.base import Skips, without_hooks
+from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
 from expfam_poco.rule import blr
@@ -140,13 +143,12 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         lr_scale: float | str = 1.0,
         maximize: bool = False,
     ) -> None:
-        max_grad_norm = settings.python_number(max_grad_norm)
-        settings.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite, one_pass)
+        settings.check_shell(noise, NOISE_MODES, mc_samples, nonfinite, one_pass)
         settings.check_lr_scale(lr_scale)
         self.noise = noise
         self.correction = resolve_correction(correction)
         self.mc_samples = mc_samples
-        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
+        self.max_grad_norm = settings.checked_max_grad_norm(max_grad_norm)
         self.nonfinite = nonfinite
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
@@ -157,6 +159,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._meter = VarianceMeter()
         self._stale = Staleness(stale_after)
         self._skips = Skips()
+        self._committed: tuple[int, set[int]] = 0, set()
+        self._begun: list[Beginning] = []
         self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []
@@ -215,9 +219,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         settings.check_noise(self.noise, self.mc_samples, group)
         reading = settings.Reading()
         own = reading.of(group)
-        self._products.check_family(own.family)
-        if own.maximize and self._products.kind != "curvature":
-            raise ValueError(f"maximize=True: anchor={self._products.kind!r} knows no sign; use anchor='curvature'.")
+        self._products.check_group(own.family, own.maximize)
         before = [len(g["params"]) for g in self.param_groups[:-1]]
         blocks = make_blocks(group, own, len(before), sum(before))
         taken = {block.name for block in self._blocks}
@@ -239,6 +241,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     @plainly
     def _active(self) -> list[Block]:
         """The blocks that take part now, with their records made or brought up to date."""
+        self._layout.recover()
         self._read_settings()
         active = []
         for block in self._blocks:
@@ -250,12 +253,10 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
                 self._write_point(block)
         for block in active:
             if block.record["posterior"] is None:
-                block.record["posterior"] = beginning.initial_posterior(block)
-                self.state[block.params[0]] = block.record
-                block.note_weights()
+                self._begun.append(Beginning(block, self.state))
                 continue
             beginning.check_device(block, block.record["posterior"])
-            if block.weights_changed():
+            if block.weights_changed() or block.weights_differ(block.record["posterior"]):
                 self._reconcile(block, block.record)
         return active
 
@@ -274,18 +275,22 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             block.follow(record)
 
     def _trainable(self) -> list[Block]:
-        """The active blocks, at least one, with hyperparameters in their ranges."""
+        """The active blocks, at least one, with hyperparameters in their ranges and no gradients waiting."""
         blocks = self._active()
         if not blocks:
             raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
+        for block in blocks:
+            for p in block.params:
+                if p.grad is not None and is_waiting(p.grad):
+                    raise waiting_error(block.name)
         return blocks
 
     def _state(self, block: Block) -> Record:
         record: Record = self.state[block.params[0]]
         return record
 
-    def _weights_restored(self, blocks: Sequence[Block], *, clear_grad: bool = True) -> AbstractContextManager[None]:
-        return Restored(self._layout, blocks, clear_grad=clear_grad)
+    def _weights_restored(self, blocks: Sequence[Block], *, evaluating: bool = True) -> AbstractContextManager[None]:
+        return Restored(self._layout, blocks, self._begun if evaluating else None)
 
     # ---- one inner step ----------------------------------------------------------------------------------
 
@@ -324,14 +329,14 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
                 loss, steps = self._measured(parts, blocks, number)
                 self._advance(steps, number)
         except NonFiniteError as error:
-            if error.stepped:  # all weights but some have moved
-                self._clock["step"] = number
             if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
                 raise
-            self._clock["skipped"] += 1
-            if not isinstance(error, ScaledOverflow):
-                self._skips.note(number, error)
-        self._clock["step"] = number
+            self._skips.skipped(error)
+            self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
+        else:
+            self._skips.stepped()
+        finally:
+            self._layout.recover()
         return loss
 
     def _measured(
@@ -367,16 +372,36 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             raise singular_error(step.block) from None
         for step in steps:
             step.meter(self._meter, number)
+        with Uninterrupted():
+            self._commit(steps, number)
+        error = unsound_error(steps)
+        if error is not None:
+            raise error
+
+    def _commit(self, steps: Sequence[Step], number: int) -> None:
+        """Make the new posteriors the blocks', and the step the last; where that fails half-way, the next goes on."""
+        if self._committed[0] != number:
+            self._committed = number, set()
         for step in steps:
-            step.commit()
+            if step.block.index in self._committed[1]:
+                continue
+            try:
+                step.commit()
+            except BaseException as error:
+                error.add_note(
+                    f"step: {step.block.name!r} was being stepped in place, after {len(self._committed[1])} of "
+                    f"{len(steps)} tensors; the next step moves the others alone."
+                )
+                raise
+            finally:
+                if step.begun:
+                    self._committed[1].add(step.block.index)
         for step in steps:
             if isinstance(step.block, FlatBlock):
                 step.block.settle()
         if self.correction.follows_steps and self.correction.compares:
             self._stamp(steps)
-        error = unsound_error(steps)
-        if error is not None:
-            raise error
+        self._clock["step"] = number
 
     def _stamp(self, steps: Sequence[Step]) -> None:
         """Memories that follow steps belong together after a step of all blocks."""
@@ -411,12 +436,12 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             return self._refresh(closures, weights, scaler)
         except ScaledOverflow:
             return NonFiniteError.loss
+        finally:
+            self._layout.recover()
 
     def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
         if self.correction.compares and not self.correction.refresh_evaluations:
-            raise ValueError(
-                f"correction={self.correction!r}: its reference is never refreshed; give it one by set_outer(state)."
-            )
+            raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
         chunks, shares = check_chunks(closures, weights)
         parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
         blocks = self._trainable()
@@ -428,10 +453,11 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         if not any(any(trial.used) for trial in trials):
             raise unused_error()
         memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
-        self._clock.update(memory=self._clock["memory"] + 1, refresh=refresh, refreshed=self._clock["step"])
-        self._clock["chunk"] += len(parts)
-        now.keep(memories, trials, self._clock["memory"])
-        self._products.commit()
+        with Uninterrupted():
+            self._clock.update(memory=self._clock["memory"] + 1, refresh=refresh, refreshed=self._clock["step"])
+            self._clock["chunk"] += len(parts)
+            now.keep(memories, trials, self._clock["memory"])
+            self._products.commit()
         return loss
 
     @torch.no_grad()

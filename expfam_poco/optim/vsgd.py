@@ -17,9 +17,9 @@ from expfam_poco.closures.evaluate import by_device, require_finite
 from expfam_poco.engine import settings
 from expfam_poco.engine.backend import Backend, plainly, tile_size
 from expfam_poco.engine.block import check_parameter
-from expfam_poco.errors import CheckpointError, NonFiniteError
+from expfam_poco.errors import CheckpointError, NonFiniteError, Skips
 from expfam_poco.family.noise import on_device
-from expfam_poco.optim.base import Skips, without_hooks
+from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import Recorded, check_clock, fitted, is_count
 from expfam_poco.rule import gradient_model
 from expfam_poco.rule.gradient_model import Belief, ConstantBelief, Families, Number
@@ -147,7 +147,9 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
             self._clock["skipped"] += not error.stepped
             if self.nonfinite == "raise":
                 raise
-            self._skips.note(self._clock["steps"] + self._clock["skipped"], error)
+            self._skips.skipped(error)
+        else:
+            self._skips.stepped()
         return loss
 
     @plainly

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.errors import NonFiniteError
-from expfam_poco.tools.predict import arguments_of, batchnorm_layers, fresh_caches, left_as_found, mark_recalibrated
+from expfam_poco.tools.predict import arguments_of, batchnorm_layers, left_as_found, mark_recalibrated
 
 
 def recalibrate_batchnorm(

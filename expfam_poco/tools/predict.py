@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
+from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import Record
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
@@ -316,25 +316,6 @@ def _in_one_pass(
                 "batched=None or False."
             ) from error
         return outputs
-
-
-@contextmanager
-def fresh_caches() -> Iterator[None]:
-    """Nothing inside is computed from what was cached of other weights outside, nor the other way round.
-
-    An autocast that is in force around us keeps the low-precision copy of every weight until it ends, and
-    `parametrize.cached()` every weight that is computed.
-    """
-    _forget_weights()
-    try:
-        yield
-    finally:
-        _forget_weights()
-
-
-def _forget_weights() -> None:
-    torch.clear_autocast_cache()
-    parametrize._cache.clear()
 
 
 @contextmanager

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import Record, capture_random, replay_random
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.optim.named import IVONPoCo
 from expfam_poco.tools.files import written_aside
-from expfam_poco.tools.predict import fresh_caches
 
 Closure = Callable[[], Any]
 WIDTH = 3.0  # steps, the deviation of the kernel that smooths the losses

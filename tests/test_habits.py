@@ -1,0 +1,428 @@
+"""What people do in training loops out of habit: right, or refused with the remedy; faults, which change nothing."""
+
+import _thread
+import copy
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optimizer_cases import OPTIMIZERS, SHELL, Make, Task, equal, network, weights
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import expfam_poco as poco
+from expfam_poco.engine.interrupts import Uninterrupted
+
+OPTIMIZER = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+PLACES = pytest.mark.parametrize("backend", ["auto", "eager"])
+
+
+def engine_of(optimizer: Any) -> Any:
+    """The `PosteriorCorrected` that an optimizer is, or has inside."""
+    return getattr(optimizer, "_engine", optimizer)
+
+
+def backward(closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The closure, which then leaves its gradients as well."""
+
+    def call() -> Tensor:
+        loss = closure()
+        loss.backward()
+        return loss
+
+    return call
+
+
+def takes_no_second_derivatives(optimizer: Any) -> bool:
+    """Whether closures may call backward(), and estimators take gradients at all."""
+    engine = engine_of(optimizer)
+    needs = {group["curvature"].needs for group in engine.param_groups}
+    return needs <= {"gradient"} and engine._products.kind == "curvature"
+
+
+# ---- gradients ----------------------------------------------------------------------------------------------
+
+
+@OPTIMIZER
+def test_gradients_that_wait_are_refused(make: Make) -> None:
+    model = network()
+    task, optimizer = Task(model), make(model.parameters())
+    task.closure(0)().backward()
+    before = weights(model)
+    for call in (lambda: optimizer.step(task.closure(1)), lambda: optimizer.refresh(task.chunks())):
+        with pytest.raises(RuntimeError, match=r"wait in \.grad.*step\(\[closure"):
+            call()
+    assert equal(before, weights(model))
+    optimizer.zero_grad(set_to_none=False)  # zeros are no gradients that somebody waits for
+    optimizer.step(task.closure(1))
+
+
+@OPTIMIZER
+def test_a_shared_closure_leaves_others_the_gradients_of_one_evaluation(make: Make) -> None:
+    model = network()
+    first, second = list(model[0].parameters()), list(model[3].parameters())
+    task, optimizer = Task(model), make(first)
+    if not takes_no_second_derivatives(optimizer):
+        pytest.skip("its estimator differentiates twice")
+    shared = backward(task.closure(0))
+    optimizer.refresh([shared, backward(task.closure(1))])
+    assert all(p.grad is None for p in second)
+    seen: list[list[Tensor]] = []
+
+    def spied() -> Tensor:
+        loss = shared()
+        seen.append([p.grad.clone() for p in second])
+        return loss
+
+    optimizer.step(spied)
+    assert len(seen) > 1 or not engine_of(optimizer).correction.compares or engine_of(optimizer).mc_samples == 1
+    assert equal([p.grad for p in second], seen[0]), "the gradients of the first evaluation alone"
+    assert all(p.grad is None for p in first)
+    make(second).step(shared)  # another of ours is not told that they wait
+
+
+# ---- weights that change under a context --------------------------------------------------------------------
+
+
+@OPTIMIZER
+def test_autocast_around_a_step_is_autocast_inside_the_closure(make: Make) -> None:
+    def trained(inside: bool) -> list[Tensor]:
+        model = network(torch.float32)
+        task, optimizer = Task(model), make(model.parameters())
+
+        def cast(batch: int) -> Callable[[], Tensor]:
+            def call() -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                    return task.closure(batch)().float()
+
+            return call if inside else lambda: task.closure(batch)().float()
+
+        for step in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+                if step == 1:
+                    optimizer.refresh([cast(batch) for batch in range(4)])
+                optimizer.step(cast(step))
+        return weights(model)
+
+    if not takes_no_second_derivatives(make(network().parameters())):
+        pytest.skip("second derivatives have no bfloat16 of every operation")
+    assert equal(trained(inside=True), trained(inside=False))
+
+
+class _Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2.0 * value
+
+
+@OPTIMIZER
+def test_cached_parametrizations_are_computed_anew(make: Make) -> None:
+    def trained(cached: bool) -> list[Tensor]:
+        model = network()
+        parametrize.register_parametrization(model[0], "weight", _Doubled())
+        task, optimizer = Task(model), make(model.parameters())
+        for step in range(3):
+            if step == 1:
+                optimizer.refresh(task.chunks())
+            if cached:
+                with parametrize.cached():
+                    model(task.x[0])  # the cache is full when the step begins
+                    optimizer.step(task.closure(step))
+            else:
+                optimizer.step(task.closure(step))
+        return weights(model)
+
+    assert equal(trained(cached=True), trained(cached=False))
+
+
+# ---- weights that others write ------------------------------------------------------------------------------
+
+
+@PLACES
+@pytest.mark.parametrize("make", SHELL.values(), ids=SHELL)
+def test_a_write_through_data_is_noticed(make: Make, backend: str) -> None:
+    def trained(write: Callable[[nn.Parameter, Tensor], None]) -> list[Tensor]:
+        model = network()
+        task, optimizer = Task(model), make(model.parameters(), backend=backend)
+        start = weights(model) if "bernoulli" not in str(optimizer.param_groups[0]["family"]).lower() else None
+        optimizer.step(task.closure(0))
+        for p, value in zip(model.parameters(), start or [-p.detach() for p in model.parameters()], strict=True):
+            write(p, value)
+        optimizer.step(task.closure(1))
+        return weights(model)
+
+    def aside(p: nn.Parameter, value: Tensor) -> None:
+        p.data.copy_(value)
+
+    def openly(p: nn.Parameter, value: Tensor) -> None:
+        with torch.no_grad():
+            p.copy_(value)
+
+    def not_at_all(p: nn.Parameter, value: Tensor) -> None:
+        """As if nobody had."""
+
+    assert equal(trained(aside), trained(openly))
+    assert not equal(trained(aside), trained(not_at_all))
+
+
+@PLACES
+def test_a_write_into_some_rows_of_a_large_tensor_is_noticed(backend: str) -> None:
+    weight = nn.Parameter(torch.randn(500, 40))
+    optimizer = poco.IVON([weight], lr=0.1, ess=1e6, seed=0, backend=backend)
+    optimizer.step(lambda: weight.square().mean())
+    weight.data[:50] = 3.0
+    optimizer.step(lambda: weight.square().mean())
+    assert (weight[:50] > 2.5).all()
+
+
+@OPTIMIZER
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_write_within_the_closure_is_refused(make: Make, aside: bool) -> None:
+    model = network()
+    task, optimizer = Task(model), make(model.parameters())
+    before, bias = weights(model), model[0].bias
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            (bias.data if aside else bias).clamp_(-0.01, 0.01)
+        return task.closure(0)()
+
+    with pytest.raises(RuntimeError, match="wrote into the weights"):
+        optimizer.step(closure)
+    assert equal(before, weights(model))
+
+    def restoring() -> Tensor:  # as sharpness-aware minimisation does
+        with torch.no_grad():
+            kept = bias.clone()
+            bias.add_(0.1)
+        loss = 0.5 * (model(task.x[0]) - task.y[0]).square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        with torch.no_grad():
+            bias.copy_(kept)
+        if takes_no_second_derivatives(optimizer):
+            for p, grad in zip(model.parameters(), gradients, strict=True):
+                p.grad = grad.detach()
+        return loss.detach() if takes_no_second_derivatives(optimizer) else task.closure(0)()
+
+    optimizer.step(restoring)
+
+
+def test_an_embedding_with_a_largest_norm_is_refused() -> None:
+    embedding = nn.Embedding(20, 8, max_norm=1.0)
+    with torch.no_grad():
+        embedding.weight.mul_(3.0)
+    optimizer = poco.IVON(embedding.parameters(), lr=0.1, ess=100.0)
+    with pytest.raises(RuntimeError, match="max_norm"):
+        optimizer.step(lambda: embedding(torch.arange(5)).square().mean())
+
+
+# ---- closures that use the optimizer ------------------------------------------------------------------------
+
+
+@OPTIMIZER
+@pytest.mark.parametrize("what", ["step", "refresh", "predict"])
+def test_a_closure_that_uses_its_optimizer_is_refused(make: Make, what: str) -> None:
+    model = network()
+    task, optimizer = Task(model), make(model.parameters())
+    if what == "predict" and not hasattr(optimizer, "sampled"):
+        pytest.skip("it has no posterior to predict with")
+    optimizer.step(task.closure(0))
+    before = weights(model)
+
+    def closure() -> Tensor:
+        if what == "predict":
+            poco.predict(model, optimizer, task.x[0], samples=2)
+        else:
+            getattr(optimizer, what)(task.closure(1) if what == "step" else task.chunks())
+        return task.closure(0)()
+
+    with pytest.raises(RuntimeError, match="uses the optimizer by which it is being evaluated"):
+        optimizer.step(closure)
+    assert equal(before, weights(model))
+    optimizer.step(task.closure(0))
+
+
+# ---- faults -------------------------------------------------------------------------------------------------
+
+
+@OPTIMIZER
+@pytest.mark.parametrize("fault", [RuntimeError("a bug"), KeyboardInterrupt(), None], ids=["bug", "ctrl-c", "nan"])
+def test_a_first_step_that_fails_leaves_the_weights(make: Make, fault: BaseException | None) -> None:
+    model = network()
+    task, optimizer = Task(model), make(model.parameters())
+    before = weights(model)
+
+    def closure() -> Tensor:
+        if fault is not None:
+            raise fault
+        return task.closure(0)() * float("nan")
+
+    for call in (lambda: optimizer.step(closure), lambda: optimizer.refresh([closure])):
+        with pytest.raises(type(fault) if fault is not None else poco.NonFiniteError):
+            call()
+        assert equal(before, weights(model))
+    once = copy.deepcopy(model)
+    other = make(once.parameters())
+    other.step(Task(once).closure(0))
+    optimizer.step(task.closure(0))
+    if not isinstance(optimizer, poco.AlphaSVRG):
+        assert equal(weights(once), weights(model)), "as if it had not been tried"
+
+
+def test_many_skipped_steps_are_told_once() -> None:
+    model = network()
+    task, optimizer = Task(model), poco.IVON(model.parameters(), lr=0.1, ess=100.0, nonfinite="skip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            optimizer.step(lambda: task.closure(0)() * float("nan"))
+    with pytest.warns(UserWarning, match="the last 10 steps were all skipped.*loss is nan"):
+        optimizer.step(lambda: task.closure(0)() * float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: task.closure(0)() * float("nan"))
+        optimizer.step(task.closure(0))
+
+
+@pytest.mark.parametrize("backend", ["eager", "small"])
+def test_a_refresh_that_overflows_or_fails_leaves_the_old_memory(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 600 if backend == "eager" else 6  # in place a tensor of two tiles, or two tensors that are not
+    model, x = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size).double()), torch.ones(2, size)
+
+    def closure() -> Tensor:
+        return model[1](model[0](x).double()).square().mean()
+
+    choices = {"lr": 0.1, "ess": 1e12, "rho1": 0.5, "rho2": 0.5, "seed": 0}
+    place = "eager" if backend == "eager" else "auto"
+    optimizer = poco.IVONPoCoMo(model.parameters(), **choices, backend=place)
+    optimizer.refresh([closure])
+    optimizer.step(closure)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(poco.NonFiniteError, match="q_out stays as it was"):
+        optimizer.refresh([lambda: closure() * 1e37])
+    kind, calls = type(optimizer.correction), []
+    real = kind.after_refresh
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(kind, "after_refresh", failing)
+    with pytest.raises(MemoryError):
+        optimizer.refresh([closure])
+    monkeypatch.undo()
+    after = optimizer.state_dict()
+    assert all(
+        torch.equal(a, b)
+        for number in before["state"]
+        for a, b in zip(_tensors(before["state"][number]), _tensors(after["state"][number]), strict=True)
+    )
+    assert before["poco"]["clock"] == after["poco"]["clock"]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def test_a_step_in_place_that_fails_half_way_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(fails: bool) -> tuple[list[Tensor], list[int]]:
+        model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400)).double()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        x = torch.ones(2, 400, dtype=torch.float64)
+        optimizer = poco.IVON(model.parameters(), lr=0.1, ess=1e8, seed=0, backend="eager")
+
+        def loss() -> Tensor:
+            return (model(x) - 1.0).square().mean()
+
+        optimizer.step(loss)
+        if fails:
+            real, calls = type(optimizer.backend).advance, []
+
+            def failing(*arguments: Any, **named: Any) -> Any:
+                calls.append(1)
+                if len(calls) == 2:
+                    raise MemoryError("out of memory")
+                return real(*arguments, **named)
+
+            monkeypatch.setattr(type(optimizer.backend), "advance", failing)
+            with pytest.raises(MemoryError) as raised:
+                optimizer.step(loss)
+            monkeypatch.undo()
+            assert "the next step moves the others alone" in raised.value.__notes__[0]
+            before = weights(model)
+            optimizer.step(loss)
+            moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+            assert any(moved) and not all(moved)
+        else:
+            optimizer.step(loss)
+        return weights(model), [record["step"] for record in optimizer.state.values()]
+
+    whole, halved = trained(fails=False), trained(fails=True)
+    assert whole[1] == halved[1] == [2, 2, 2, 2], "every tensor was stepped twice, none three times"
+
+
+@pytest.mark.parametrize("name", ["IVONPoCoMo", "BayesBiNN", "SVRG"])
+def test_an_interrupt_anywhere_leaves_the_points_and_whole_steps(name: str) -> None:
+    """Ctrl-C at every 5th call of a step: it is taken as a whole or not at all, and no draw stays in the model."""
+    model = network()
+    task, optimizer = Task(model), OPTIMIZERS[name](model.parameters())
+    optimizer.refresh(task.chunks())
+    optimizer.step(task.closure(0))
+    engine = engine_of(optimizer)
+    taken = 0
+    for at in range(1, 4000, 5):
+        seen = 0
+
+        def interrupt(frame: Any, event: str, argument: Any, at: int = at) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                _thread.interrupt_main()
+
+        number, before = engine._clock["step"], weights(model)
+        interrupted = False
+        try:
+            sys.setprofile(interrupt)
+            optimizer.step(task.closure(1))
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.setprofile(None)
+            torch.set_grad_enabled(True)  # the interrupt may have come while torch's own context put that back
+        if not interrupted:
+            break
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert name == "BayesBiNN" or any(moved) == all(moved) == (engine._clock["step"] > number), at
+        points = [block.family.point(engine._state(block)["posterior"]) for block in engine._blocks]
+        assert equal([p.detach() for p in model.parameters()], points), at
+        taken += engine._clock["step"] > number
+    assert at > 500 and taken > 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_wait_and_come_in_order() -> None:
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: came.append(number))
+        with Uninterrupted():
+            with Uninterrupted():
+                signal.raise_signal(signal.SIGUSR2)
+                signal.raise_signal(signal.SIGUSR1)
+            assert came == []
+        assert came == [signal.SIGUSR2, signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
