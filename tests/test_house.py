@@ -17,7 +17,7 @@ FLOORS: dict[int, str] = {
     3: "engine checks",
     4: "optim",
     5: "tools compare",
-    6: "integrations cli __init__ blr noise estimators gradient_model",  # and what the package's `__init__` shows
+    6: "integrations cli __init__ blr noise estimators gradient_model derive distribution",  # and what the package's `__init__` shows
     7: "benchmarks examples",
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}
