@@ -85,6 +85,48 @@ def test_a_shared_closure_leaves_others_the_gradients_of_one_evaluation(make: Ma
     make(second).step(shared)  # another of ours is not told that they wait
 
 
+@OPTIMIZER
+def test_gradients_that_an_earlier_optimizer_has_used_do_not_wait(make: Make) -> None:
+    model = network()
+    task, earlier = Task(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    task.closure(0)().backward()
+    earlier.step()
+    make(model.parameters()).step(task.closure(1))
+
+
+# ---- how wide a posterior begins ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [poco.IVON, poco.IVONPoCoMo, poco.VON])
+def test_a_first_draw_that_destroys_the_model_is_told(kind: Callable[..., Any]) -> None:
+    model = network()
+    task = Task(model)
+    trained = poco.SVRG(model.parameters(), lr=0.5)
+    for step in range(300):
+        trained.step(task.closure(step))
+    calls: list[int] = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        return task.closure(0)()
+
+    state = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=r"ess: the first draw.*σ = 0\.2, .* times the ess .*suggest_ess"):
+        kind(model.parameters(), lr=1e-3, ess=24.0, hess_init=1.0, weight_decay=0.0, seed=0).step(closure)
+    assert len(calls) == 2
+    scale = torch.cat([p.detach().flatten() for p in model.parameters()]).square().mean().sqrt().item()
+    for ess, evaluations in (((0.11 * scale) ** -2, 2), (1e6, 1)):  # suspicious, but harmless; not even suspicious
+        calls.clear()
+        model.load_state_dict(state)
+        optimizer = kind(model.parameters(), lr=1e-3, ess=ess, hess_init=1.0, weight_decay=0.0, seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step(closure)
+            assert len(calls) == evaluations
+            optimizer.step(closure)
+            assert len(calls) == evaluations + 1
+
+
 # ---- weights that change under a context --------------------------------------------------------------------
 
 

@@ -272,33 +272,6 @@ def test_a_step_inside_a_closure_is_refused_or_harmless(name: str) -> None:
     assert all(torch.isfinite(loss) for loss in run(opt, task, 3, start=5))
 
 
-@pytest.mark.parametrize("name", SHELL)
-def test_what_a_closure_writes_into_the_draw_is_lost_with_the_draw(name: str) -> None:
-    """A plain step with one draw: clipping weights after the loss, say, does not reach the posterior."""
-    found = []
-    for writes in (False, True):
-        model = network()
-        opt: Any = SHELL[name](model.named_parameters(), mc_samples=1 if name != "bernoulli-score" else 2)
-        task = Task(model)
-        run(opt, task, 3)
-
-        def closure(writes: bool = writes, task: Task = task, model: nn.Module = model) -> Tensor:
-            loss = task.closure(0)()
-            if not writes:
-                return loss
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            linear = sum((p * g).sum() for p, g in zip(model.parameters(), gradients, strict=True))
-            loss = loss.detach() + linear - linear.detach()
-            torch._foreach_add_(list(map(torch.Tensor.detach, model.parameters())), 1.0)
-            return loss
-
-        if takes_second_derivatives(opt):
-            return
-        opt.step(closure)
-        found.append(weights(model))
-    assert equal(*found)
-
-
 # ---- bases that do not fit ---------------------------------------------------------------------------------
 
 

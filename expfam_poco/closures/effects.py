@@ -109,8 +109,8 @@ class Record:
     def mark_gradients(self) -> None:
         """Note which gradients an evaluation has left on others' parameters: `is_waiting` tells them from others."""
         for p, before in self._gradients:
-            if before is None and p.grad is not None:
-                p.grad._left_by_closure = p.grad._version  # type: ignore[attr-defined]
+            if before is None:
+                mark_used(p.grad)
 
     def restore(self) -> None:
         """Make all state what it was."""
@@ -131,9 +131,15 @@ class Record:
                 _restore_attributes(own, attributes, numbers=type(module) is kind)
 
 
+def mark_used(grad: Tensor | None) -> None:
+    """Note that a gradient, as it is now, waits for nobody: a closure has left it, or an earlier optimizer."""
+    if grad is not None:
+        grad._used_at = grad._version  # type: ignore[attr-defined]
+
+
 def is_waiting(grad: Tensor | None) -> bool:
-    """Whether a gradient that nobody has used yet is there: not zero, nor left by a closure evaluated for others."""
-    if grad is None or getattr(grad, "_left_by_closure", None) == grad._version:
+    """Whether a gradient that nobody has used yet is there: not zero, nor marked as used."""
+    if grad is None or getattr(grad, "_used_at", None) == grad._version:
         return False
     return bool((grad if grad.layout is torch.strided else grad.to_dense()).any())
 

@@ -271,6 +271,7 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
                     f"params: a weight of {type(block.family).__name__} has {block.family.event_dim} axes, but "
                     f"{block.name} has shape {tuple(block.shape)}; give it to another family in a group of its own."
                 )
+        warn_of_levels(blocks)
         return blocks
     members = [p for p in group["params"] if p.requires_grad]
     if len({p.device for p in members}) > 1:

@@ -261,21 +261,18 @@ def check_numbers(group: dict[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}: it must be {remedy}.")
 
 
-def check_lr_scale(lr_scale: Any) -> None:
-    """The range of the argument that becomes a group's `lr_convention`."""
-    test, remedy = _RULES["lr_convention"]
-    if not test(python_number(lr_scale)):
-        raise ValueError(f"lr_scale={lr_scale!r}: it must be {remedy}.")
-
-
 def check_shell(
     noise: str,
     modes: Sequence[str],
     mc_samples: int,
     nonfinite: str,
     one_pass: bool,
+    lr_scale: Any,
 ) -> None:
-    """The ranges of what holds for all groups."""
+    """The ranges of what holds for all groups, and of what they call otherwise."""
+    test, remedy = _RULES["lr_convention"]
+    if not test(python_number(lr_scale)):
+        raise ValueError(f"lr_scale={lr_scale!r}: it must be {remedy}.")
     check_flag("one_pass", one_pass)
     if nonfinite not in ("raise", "skip"):
         raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")

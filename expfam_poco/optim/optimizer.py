@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expfam_poco.closures.effects import is_waiting
+from expfam_poco.closures.effects import is_waiting, mark_used
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error, waiting_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
@@ -24,7 +24,7 @@ from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.beginning import Beginning
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, warn_of_levels
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
@@ -33,6 +33,7 @@ from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.step import Step, remember, unsound_error
+from expfam_poco.engine.width import StartingWidth
 from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
@@ -42,8 +43,6 @@ from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
 from expfam_poco.rule import blr
-
-WIDE = ("noise", "mc_samples", "max_grad_norm", "nonfinite", "seed", "one_pass")  # of all groups alike
 
 
 class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
@@ -143,8 +142,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         lr_scale: float | str = 1.0,
         maximize: bool = False,
     ) -> None:
-        settings.check_shell(noise, NOISE_MODES, mc_samples, nonfinite, one_pass)
-        settings.check_lr_scale(lr_scale)
+        settings.check_shell(noise, NOISE_MODES, mc_samples, nonfinite, one_pass, lr_scale)
         self.noise = noise
         self.correction = resolve_correction(correction)
         self.mc_samples = mc_samples
@@ -157,10 +155,10 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._products = Products(anchor)
         self._evaluator = Evaluator(self._products)
         self._meter = VarianceMeter()
-        self._stale = Staleness(stale_after)
-        self._skips = Skips()
+        self._stale, self._skips = Staleness(stale_after), Skips()
         self._committed: tuple[int, set[int]] = 0, set()
         self._begun: list[Beginning] = []
+        self._width = StartingWidth()
         self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []
@@ -202,8 +200,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         Its hyperparameters are checked, all or nothing, and its posterior starts at its next evaluation.
         """
         groups_before, blocks_before = len(self.param_groups), len(self._blocks)
-        wide = {name: getattr(self, name) for name in WIDE}
-        settings.check_foreign(param_group, {**wide, "anchor": self._products.kind})
+        settings.check_foreign(param_group, self._wide())
         try:
             for group in settings.split_group(param_group, self.defaults):
                 self._add_group(group)
@@ -217,8 +214,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         group = self.param_groups[-1]
         settings.check_group(group)
         settings.check_noise(self.noise, self.mc_samples, group)
-        reading = settings.Reading()
-        own = reading.of(group)
+        own = (reading := settings.Reading()).of(group)
         self._products.check_group(own.family, own.maximize)
         before = [len(g["params"]) for g in self.param_groups[:-1]]
         blocks = make_blocks(group, own, len(before), sum(before))
@@ -227,7 +223,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
             beginning.check_prior(block, own.prior)
             own.estimator.check_size(block.numel)
-        warn_of_levels(blocks)
+            for p in block.params:
+                mark_used(p.grad)
         self._readings.append(reading)
         self._blocks.extend(blocks)
 
@@ -326,7 +323,12 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
             with self._weights_restored(blocks), self._evaluator.undone_on_error():
+                at_weights = (
+                    None if self.noise == "zero" or number > 1 else self._width.loss(parts, blocks, self._evaluator)
+                )
                 loss, steps = self._measured(parts, blocks, number)
+                if at_weights is not None:
+                    self._width.compare(float(loss), at_weights)
                 self._advance(steps, number)
         except NonFiniteError as error:
             if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):

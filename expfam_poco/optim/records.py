@@ -351,6 +351,11 @@ class Resuming(Recorded, Shell):
             group["prior"] = known
         self._products.reset()
 
+    def _wide(self) -> dict[str, Any]:
+        """What holds for all groups, and may be repeated in one."""
+        wide = {**self._settings(), "seed": self.seed, "one_pass": self.one_pass}
+        return {name: value for name, value in wide.items() if name != "correction"}
+
     def _settings(self) -> dict[str, Any]:
         return {
             "noise": self.noise,

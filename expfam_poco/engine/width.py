@@ -1,0 +1,68 @@
+"""Whether a posterior begins so wide that its first draw destroys what the weights have learnt."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from expfam_poco.closures.evaluate import Closure, Request, evaluate
+from expfam_poco.engine.block import Block
+from expfam_poco.engine.evaluator import Evaluator
+
+SUSPICIOUS = 0.1  # σ over the weights' scale, from which the loss is looked at
+HARMLESS = 0.05  # the same, at which pretrained networks keep their outputs
+WORSE, WORSE_AT_ZERO = 0.5, 0.1  # how much a loss may grow at the first draw: of its size, and beside
+
+
+class StartingWidth:
+    """The deviation σ = 1/√(ess (hess_init + weight_decay)) of the first draw, held against the weights, once."""
+
+    def __init__(self) -> None:
+        self._sigma, self._scale, self._is_known = 0.0, 0.0, False
+
+    def loss(
+        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], evaluator: Evaluator
+    ) -> float | None:
+        """The loss at the weights, which the model holds, if the noise is large for them; None, too, when asked again.
+
+        Args:
+            parts: closures and their shares of the batch.
+            blocks: that are stepped; those count whose width is set by ess and hess_init.
+            evaluator: of closures.
+        """
+        if self._is_known:
+            return None
+        self._is_known = True
+        scaled = any(getattr(closure, "scaling", None) is not None for closure, _ in parts)
+        if scaled or not self._is_suspicious([block for block in blocks if block.settings.hess_init is not None]):
+            return None
+        params = [p for block in blocks for p in block.params]
+        with evaluator.undone(params, [closure for closure, _ in parts]):
+            return sum(share * float(evaluate(c, params, Request(gradient=False)).loss) for c, share in parts)
+
+    def _is_suspicious(self, blocks: Sequence[Block]) -> bool:
+        variance = square = 0.0
+        for block in blocks:
+            settings = block.settings
+            variance += block.numel / (settings.ess * (settings.hess_init + settings.weight_decay))  # type: ignore[operator]
+            square += sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) ** 2 for p in block.params)
+        count = sum(block.numel for block in blocks)
+        self._sigma, self._scale = math.sqrt(variance / max(count, 1)), math.sqrt(square / max(count, 1))
+        return 0.0 < self._scale < self._sigma / SUSPICIOUS
+
+    def compare(self, at_draw: float, at_weights: float) -> None:
+        """Warn if the loss is much higher at the first draw than at the weights."""
+        if not at_draw - at_weights > WORSE * abs(at_weights) + WORSE_AT_ZERO:
+            return
+        factor = (self._sigma / (HARMLESS * self._scale)) ** 2
+        warnings.warn(
+            f"ess: the first draw has a loss of {at_draw:.3g}, the weights one of {at_weights:.3g}: the noise, of "
+            f"standard deviation σ = {self._sigma:.2g}, is large for weights of root mean square {self._scale:.2g}; "
+            f"about {float(f'{factor:.0e}'):g} times the ess (or hess_init) would keep what they have learnt, and "
+            "poco.suggest_ess(model, closure) looks for the right one.",
+            UserWarning,
+            stacklevel=5,
+        )
