@@ -456,3 +456,26 @@ def test_export_reminds_once_of_statistics_from_training() -> None:
     with pytest.warns(UserWarning, match="call poco.recalibrate_batchnorm"):
         poco.export_binary(model, opt)
     poco.export_binary(model, opt)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("family", ["bernoulli", "categorical"])
+def test_vectors_that_become_levels_beside_matrices_are_told(family: str, named: bool) -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    params = list(model.named_parameters() if named else model.parameters())
+    names = (
+        "0.bias, 1.weight, 1.bias, 2.bias" if named else "group0.param1, group0.param2, group0.param3, group0.param5"
+    )
+    with pytest.warns(
+        UserWarning, match=rf"^params: {names} have fewer than two axes.* from -1 to 1 .*binarize_groups"
+    ):
+        poco.PosteriorCorrected(params, family, lr=0.1, ess=1.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_meant_to_be_binary_is_not_told() -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    poco.BayesBiNN(poco.binarize_groups(model), lr=0.1, ess=1.0)
+    poco.BayesBiNN([nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))], lr=0.1, ess=1.0)
+    poco.BayesBiNN([p for p in model.parameters() if p.ndim > 1], lr=0.1, ess=1.0)
+    poco.IVON(model.parameters(), lr=0.1, ess=1.0)

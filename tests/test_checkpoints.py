@@ -248,7 +248,7 @@ def test_another_version_is_refused() -> None:
     model, opt, _ = trained("IVON", 2)
     later = copy.deepcopy(opt.state_dict())
     later["poco"]["format"] += 1
-    refused(opt, model, later, "state_dict['poco']", "format 4", "3 is needed")
+    refused(opt, model, later, "state_dict['poco']", "format 5", "4 is needed")
     del later["poco"]
     refused(opt, model, later, "state_dict['poco']", "not a checkpoint")
 
@@ -278,8 +278,8 @@ def own_entries(state_dict: Any) -> list[tuple[Any, ...]]:
     """What this library wrote: all entries, or those beside the base optimizer's."""
     if "alpha_svrg" in state_dict:
         return [p for p in paths(state_dict) if p[0] == "alpha_svrg" and len(p) <= 2]
-    # A parameter may have no state (it was frozen, or its group new), and the meter starts when it starts.
-    optional = {("state", number) for number in state_dict["state"]}
+    # torch fills this in, too, and the meter starts when it starts.
+    optional = {("param_groups", number, "maximize") for number in range(len(state_dict["param_groups"]))}
     return [p for p in paths(state_dict) if p not in optional and p[:2] != ("poco", "meter")]
 
 

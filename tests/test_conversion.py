@@ -107,7 +107,7 @@ def test_hyperparameters_come_from_the_checkpoint() -> None:
         0.2, 1000.0, 0.5, 0.8, 0.01, 3.0,
     ]  # fmt: skip
     assert group["precision_lr"] == pytest.approx(0.02) and (group["alpha"], group["rho"]) == (0.7, (0.6, 0.0))
-    assert opt.seed == 2 and group["lr_scale"] == "initial_hessian"
+    assert opt.seed == 2 and group["lr_convention"] == "initial_hessian"
 
 
 def test_the_weights_may_be_loaded_before_or_after() -> None:

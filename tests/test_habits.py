@@ -441,6 +441,7 @@ def test_an_interrupt_anywhere_leaves_the_points_and_whole_steps(name: str) -> N
             interrupted = True
         finally:
             sys.setprofile(None)
+            torch.set_grad_enabled(True)  # the interrupt may have come while torch's own context put that back
         if not interrupted:
             break
         moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]

@@ -17,7 +17,8 @@ FLOORS: dict[int, str] = {
     3: "engine checks",
     4: "optim",
     5: "tools compare",
-    6: "integrations cli __init__ blr noise estimators gradient_model",  # and what the package's `__init__` shows
+    # And what the package's `__init__` shows.
+    6: "integrations cli __init__ blr noise estimators gradient_model derive distribution",
     7: "benchmarks examples",
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}

@@ -16,20 +16,21 @@ GAUSSIAN: Callable[..., Any] = poco.get_family("diagonal_gaussian")
 
 # Argument, values that are refused, and words of the sentence beside "argument=value".
 SHELL_TABLE: list[tuple[str, list[Any], str]] = [
-    ("lr", [-0.1, NAN, INF, "fast", None], "a finite number, 0 or larger"),
-    ("ess", [0.0, -1.0, INF, NAN, "100"], "a positive number, usually the number of examples"),
+    ("lr", [-0.1, NAN, INF, "fast", None, 10**40], "a finite number, 0 or larger"),
+    ("ess", [0.0, -1.0, INF, NAN, "100", 1e39], "a positive number, usually the number of examples"),
     ("weight_decay", [-1e-4, NAN, INF], "a finite number, 0 or larger"),
     ("precision_lr", [-0.1, 1.5, NAN], "between 0 and 1, or None for lr"),
     ("hess_init", [0.0, -1.0, INF, "1"], "a positive number, or None"),
     ("rho", [1.0, -0.1, (0.5, 1.0), (0.1, 0.2, 0.3), "high"], "a number in [0, 1), or a pair"),
     ("anchor_weight", [-0.1, 1.5, NAN], "between 0 and 1, or None for the estimator's"),
     ("momentum", [1.0, -0.1, NAN], "a number in [0, 1)"),
-    ("clip_radius", [0.0, -1.0, NAN], "a positive number, inf for no clipping"),
+    ("clip_radius", [0.0, -1.0, NAN, 1e39], "a positive number, inf for no clipping"),
     ("lr_scale", [0.0, -1.0, "large"], "a positive number"),
     ("alpha", [1.5, -0.1, NAN, "all", None, (0.5, 1.5), (0.1, 0.2, 0.3), (0.5,)], "a number between 0 and 1, a pair"),
     ("retraction", ["linear", None], "choose one of second_order, plain"),
     ("debias", [None, 1], "give True or False"),
     ("reanchor_average", ["yes"], "give True or False"),
+    ("maximize", [None, 1, "yes"], "give True or False"),
     ("noise", ["gaussian", None], "choose one of shared, independent, fixed, antithetic, zero"),
     ("anchor", ["hessian", None], "choose one of curvature, stored, products"),
     ("nonfinite", ["ignore", None], "choose 'raise' or 'skip'"),
@@ -63,7 +64,11 @@ def test_arguments_out_of_range_are_refused(argument: str, values: list[Any], wo
 SHELL_WIDE = {"noise", "anchor", "nonfinite", "mc_samples", "max_grad_norm"}
 
 
-@pytest.mark.parametrize(("argument", "values", "words"), SHELL_TABLE, ids=[row[0] for row in SHELL_TABLE])
+# In a group `lr_scale` is a label of others.
+GROUP_TABLE = [("lr_convention" if row[0] == "lr_scale" else row[0], *row[1:]) for row in SHELL_TABLE]
+
+
+@pytest.mark.parametrize(("argument", "values", "words"), GROUP_TABLE, ids=[row[0] for row in GROUP_TABLE])
 def test_a_refused_group_is_not_added(argument: str, values: list[Any], words: str) -> None:
     model = network()
     opt = make(model[0].parameters())

@@ -144,3 +144,10 @@ def test_the_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="needs matplotlib: pip install"):
         found.plot(tmp_path / "lr.png")
+
+
+def test_a_maximizing_optimizer_is_refused() -> None:
+    model = torch.nn.Linear(2, 1)
+    opt = poco.IVON([{"params": list(model.parameters()), "maximize": True}], lr=0.1, ess=10.0)
+    with pytest.raises(ValueError, match=r"^optimizer: it maximizes, .*; negate the loss instead\.$"):
+        poco.find_lr(model, opt, [lambda: model(torch.ones(1, 2)).square().mean()])

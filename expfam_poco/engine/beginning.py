@@ -102,9 +102,8 @@ def prior_of(block: Block) -> Any:
     return block.known_prior[1]
 
 
-def check_prior(block: Block) -> None:
-    """Refuse a prior of another type, of a shape that does not broadcast to the block, or with NaN."""
-    prior = block.settings.prior
+def check_prior(block: Block, prior: Any) -> None:
+    """Refuse a group's prior of another type, of a shape that does not broadcast to the block, or with NaN."""
     if isinstance(prior, dict):
         prior = prior.get(block.name)
     if prior is None:

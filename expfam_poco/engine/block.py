@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.fused import Programs
 from expfam_poco.engine.settings import Settings
+from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
@@ -299,6 +301,7 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
                     f"params: a weight of {type(block.family).__name__} has {block.family.event_dim} axes, but "
                     f"{block.name} has shape {tuple(block.shape)}; give it to another family in a group of its own."
                 )
+        warn_of_levels(blocks)
         return blocks
     members = [p for p in group["params"] if p.requires_grad]
     if len({p.device for p in members}) > 1:
@@ -307,6 +310,29 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
             "device; make a group for each device."
         )
     return [Block(members, settings, start, f"group{number}", number)] if members else []
+
+
+def singular_error(block: Block) -> NonFiniteError:
+    """The error where a matrix of a posterior cannot be factored; torch's own does not say whose."""
+    return NonFiniteError(
+        f"posterior: that of {block.name!r} ({type(block.family).__name__}) is too near to singular to be factored in "
+        f"{block.dtype}; lower lr or precision_lr, raise weight_decay, or use float64 parameters. Nothing was changed."
+    )
+
+
+def warn_of_levels(blocks: Sequence[Block]) -> None:
+    """Biases and normalisation scales beside matrices are hardly meant to have a family's few values."""
+    vectors = [block.name for block in blocks if block.params[0].ndim < 2]
+    if not vectors or len(vectors) == len(blocks) or blocks[0].family.levels is None:
+        return
+    shown = ", ".join(vectors[:4]) + (", …" if len(vectors) > 4 else "")
+    low, *_, high = blocks[0].family.levels
+    warnings.warn(
+        f"params: {shown} have fewer than two axes, as biases and normalisation scales do, and become values from "
+        f"{low:g} to {high:g} like the weights beside them; poco.binarize_groups(model) makes groups in which they "
+        "stay real.",
+        stacklevel=2,
+    )
 
 
 def check_parameter(p: Tensor, name: str) -> None:

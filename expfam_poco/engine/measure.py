@@ -72,7 +72,7 @@ def measure_variations(
             with replayed():
                 losses.append(evaluate(closure, params, Request(gradient=False)).loss)
         trial.block.write(theta)
-        trial.variations.append(torch.stack(losses))
+        trial.variations.append(trial.signed(torch.stack(losses)))
 
 
 def measure_batched(closure: Batched, *sides: Sequence[Trial]) -> Tensor:

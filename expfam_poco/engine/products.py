@@ -41,8 +41,10 @@ class Products:
         """All but the closures: those of a copied optimizer would still evaluate the original's model."""
         return {**self.__dict__, "_chunks": [], "_pending": None}
 
-    def check_family(self, family: ExponentialFamily) -> None:
-        """Refuse families whose sites have no curvature to anchor with."""
+    def check_group(self, family: ExponentialFamily, maximize: bool) -> None:
+        """Refuse families whose sites have no curvature to anchor with, and what has another sign than the loss."""
+        if self.kind != "curvature" and maximize:
+            raise ValueError(f"maximize=True: anchor={self.kind!r} knows no sign; use anchor='curvature'.")
         if self.kind != "curvature" and family.curvature == "none":
             raise ValueError(
                 f"anchor={self.kind!r}: {type(family).__name__} keeps no curvature; use anchor='curvature'."

@@ -23,12 +23,20 @@ from expfam_poco.family.registry import resolve_family
 from expfam_poco.rule.estimators import available, resolve_estimator
 
 RETRACTIONS = ("second_order", "plain")
-SHELL_WIDE = ("noise", "mc_samples", "anchor", "max_grad_norm", "nonfinite", "seed", "rescale_lr")
+UNABLE = ("differentiable", "capturable")  # what torch's own optimizers may be told
 HESS_APPROX = {"price": "reparam", "gradsq": "gradsq"}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # NaN is not itself
+
+
+def python_number(value: Any) -> Any:
+    """A number of NumPy's, such as a schedule's, as one that a checkpoint may hold; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(python_number, value)) if type(value) is tuple else value
+    is_numpys = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if is_numpys else value
 
 
 def number_in(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Callable[[Any], bool]:
@@ -38,6 +46,8 @@ def number_in(low: float, high: float, *, low_open: bool = False, high_open: boo
         if isinstance(value, Tensor) and value.numel() == 1:
             value = float(value)
         if not _is_number(value):
+            return False
+        if LARGEST < abs(value) != math.inf:
             return False
         above = value > low if low_open else value >= low
         below = value < high if high_open else value <= high
@@ -55,6 +65,8 @@ def _pair_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 INF = math.inf
+LARGEST = torch.finfo(torch.float32).max
+_factor = number_in(0.0, INF, low_open=True, high_open=True)
 INITIAL_HESSIAN = "initial_hessian"
 MEAN_LOSS = "mean_loss"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -70,11 +82,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "anchor_weight": (_optional(number_in(0.0, 1.0)), "a number between 0 and 1, or None for the estimator's"),
     "momentum": (number_in(0.0, 1.0, high_open=True), "a number in [0, 1)"),
     "clip_radius": (number_in(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
-    # Last, because named optimizers derive it from the others.
-    "lr_scale": (
-        lambda value: (
-            value in (INITIAL_HESSIAN, MEAN_LOSS) or number_in(0.0, INF, low_open=True, high_open=True)(value)
-        ),
+    # Last, because named optimizers derive it from the others. `lr_scale` in a group is others' label for a layer.
+    "lr_convention": (
+        lambda value: value in (INITIAL_HESSIAN, MEAN_LOSS) if isinstance(value, str) else _factor(value),
         f"a positive number, {INITIAL_HESSIAN!r} or {MEAN_LOSS!r}",
     ),
 }
@@ -91,13 +101,7 @@ HYPERPARAMETERS = (
     "debias",
     "reanchor_average",
     "prior_in_momentum",
-)
-
-
-# What torch, its schedulers and users keep in groups beside.
-OTHERS_KEYS = frozenset(
-    """params param_names name initial_lr max_lr min_lr swa_lr base_momentum max_momentum warmup_lr lr_mult
-    differentiable foreach fused capturable maximize""".split()
+    "maximize",
 )
 
 
@@ -118,24 +122,40 @@ def estimator_of(hess_approx: str) -> str:
 
 
 def translate(group: dict[str, Any]) -> None:
-    """Give `ivon-opt`'s names in a parameter group their meaning here, so that none is silently ignored."""
+    """Give other names of hyperparameters in a group, most of them `ivon-opt`'s, their meaning here."""
     if "beta1" in group:
         group.setdefault("momentum", group.pop("beta1"))
     if "beta2" in group:
         group.setdefault("precision_lr", precision_rate(group.pop("beta2")))
     if "rho1" in group or "rho2" in group:
         group.setdefault("rho", (group.pop("rho1", 0.0), group.pop("rho2", 0.0)))
-    for name in SHELL_WIDE:
-        if name in group:
-            raise ValueError(f"{name}={group[name]!r} in a group: it holds for all groups; give it to the optimizer.")
     if "hess_approx" in group:
         group.setdefault("curvature", estimator_of(group.pop("hess_approx")))
-    for name in group:
-        if name not in HYPERPARAMETERS and name not in OTHERS_KEYS:
-            raise ValueError(
-                f"{name}={group[name]!r} in a group: groups know {', '.join(sorted(HYPERPARAMETERS))}; what makes a "
-                "family or an estimator goes into one (family=…, curvature=…), the rest to the optimizer."
-            )
+    if "rescale_lr" in group:
+        group.setdefault("lr_convention", INITIAL_HESSIAN if group.pop("rescale_lr") else 1.0)
+    if isinstance(group.get("lr_scale"), str):
+        group.setdefault("lr_convention", group.pop("lr_scale"))
+
+
+def check_foreign(group: Mapping[str, Any], wide: Mapping[str, Any]) -> None:
+    """What a group says that it cannot say; its further keys are others' labels, which it carries as in torch.
+
+    Args:
+        group: as it was given.
+        wide: what the optimizer has for all groups; wrappers repeat it in each.
+
+    Raises:
+        TypeError: if it is no dictionary.
+        ValueError: names the key.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"param_group={type(group).__name__}: it must be a dict, such as {{'params': [tensor]}}.")
+    for name, value in wide.items():
+        if name in group and (type(group[name]) is not type(value) or group[name] != value):
+            raise ValueError(f"{name}={group[name]!r} in a group: it holds for all groups; give it to the optimizer.")
+    for name in UNABLE:
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]!r} in a group: no step of this library is {name}; leave it out.")
 
 
 def split_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -181,17 +201,22 @@ def check_group(group: dict[str, Any]) -> None:
     _check_strength(group)
     if group["retraction"] not in RETRACTIONS:
         raise ValueError(f"retraction={group['retraction']!r}: choose one of {', '.join(RETRACTIONS)}.")
-    if group["lr_scale"] == INITIAL_HESSIAN and group["hess_init"] is None:
+    if group["lr_convention"] == INITIAL_HESSIAN and group["hess_init"] is None:
         raise ValueError(f"hess_init=None: lr_scale={INITIAL_HESSIAN!r} needs it; give a positive number.")
-    if group["lr_scale"] == MEAN_LOSS and not isinstance(getattr(group["family"], "precision", None), float):
+    if group["lr_convention"] == MEAN_LOSS and not isinstance(getattr(group["family"], "precision", None), float):
         raise ValueError(
             f"lr_scale={MEAN_LOSS!r}: it is for families of a fixed precision, not {type(group['family']).__name__}; "
             "give a number."
         )
-    for name in ("debias", "reanchor_average", "prior_in_momentum"):
-        if not isinstance(group[name], bool):
-            raise ValueError(f"{name}={group[name]!r}: give True or False.")
-    group["alpha"] = checked_alpha(group["alpha"])
+    for name in ("debias", "reanchor_average", "prior_in_momentum", "maximize"):
+        check_flag(name, group[name])
+    group["alpha"] = checked_alpha(python_number(group["alpha"]))
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: give True or False.")
 
 
 def checked_alpha(alpha: Any) -> Any:
@@ -223,10 +248,10 @@ def _check_strength(group: Mapping[str, Any]) -> None:
         )
 
 
-def check_numbers(group: Mapping[str, Any]) -> None:
+def check_numbers(group: dict[str, Any]) -> None:
     """The ranges of the numbers in a group; called again at every step, since schedulers change them."""
     for name, (test, remedy) in _RULES.items():
-        value = group[name]
+        value = group[name] = python_number(group[name])
         ok = False
         try:
             ok = test(value)
@@ -240,26 +265,29 @@ def check_shell(
     noise: str,
     modes: Sequence[str],
     mc_samples: int,
-    max_grad_norm: float | None,
     nonfinite: str,
     one_pass: bool,
+    lr_scale: Any,
 ) -> None:
-    """The ranges of what holds for all groups."""
-    if not isinstance(one_pass, bool):
-        raise ValueError(f"one_pass={one_pass!r}: give True or False.")
+    """The ranges of what holds for all groups, and of what they call otherwise."""
+    test, remedy = _RULES["lr_convention"]
+    if not test(python_number(lr_scale)):
+        raise ValueError(f"lr_scale={lr_scale!r}: it must be {remedy}.")
+    check_flag("one_pass", one_pass)
     if nonfinite not in ("raise", "skip"):
         raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")
     if noise not in modes:
         raise ValueError(f"noise={noise!r}: choose one of {', '.join(modes)}.")
     if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
         raise ValueError(f"mc_samples={mc_samples!r}: give an integer, 1 or larger.")
-    check_max_grad_norm(max_grad_norm)
 
 
-def check_max_grad_norm(max_grad_norm: Any) -> None:
-    """Refuse what is no positive number nor None."""
-    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0.0):
+def checked_max_grad_norm(max_grad_norm: Any) -> float | None:
+    """The number; refuses what is not positive, nor None."""
+    max_grad_norm = python_number(max_grad_norm)
+    if max_grad_norm is not None and not number_in(0.0, INF, low_open=True)(max_grad_norm):
         raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a positive number, or None for no clipping.")
+    return None if max_grad_norm is None else float(max_grad_norm)
 
 
 def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
@@ -304,7 +332,7 @@ class Settings:
     Attributes:
         family: the group's exponential family.
         estimator: of natural gradients ("curvature" in the group).
-        lr: η of the momentum block, with `lr_scale`.
+        lr: η of the momentum block, in the rule's convention.
         lr_given: the same as the group has it, for sentences.
         precision_lr: η of the other fields.
         ess: N.
@@ -320,6 +348,7 @@ class Settings:
         retraction: its variant.
         reanchor_average: whether the old mega-batch average is moved to the new posterior.
         prior_in_momentum: whether momentum averages the prior's pull, too.
+        maximize: whether the loss is to be large.
     """
 
     family: ExponentialFamily
@@ -340,6 +369,7 @@ class Settings:
     retraction: str
     reanchor_average: bool
     prior_in_momentum: bool
+    maximize: bool
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -364,7 +394,7 @@ class Settings:
         return Averaging(family.per_block(*self.rho), self.reanchor_average, self.anchor_weight)
 
 
-def read(group: Mapping[str, Any]) -> Settings:
+def read(group: dict[str, Any]) -> Settings:
     """A group's settings.
 
     Raises:
@@ -393,12 +423,13 @@ def read(group: Mapping[str, Any]) -> Settings:
         retraction=group["retraction"],
         reanchor_average=group["reanchor_average"],
         prior_in_momentum=group["prior_in_momentum"],
+        maximize=group["maximize"],
     )
 
 
 def _scale_of(group: Mapping[str, Any]) -> float:
     """The factor on lr, which stands for a convention."""
-    scale = group["lr_scale"]
+    scale = group["lr_convention"]
     if scale == INITIAL_HESSIAN:
         return float(group["hess_init"]) + float(group["weight_decay"])
     if scale == MEAN_LOSS:
@@ -413,11 +444,12 @@ class Reading:
         self._seen: tuple[Any, ...] = ()
         self._settings: Settings | None = None
 
-    def of(self, group: Mapping[str, Any]) -> Settings:
+    def of(self, group: dict[str, Any]) -> Settings:
         """The group's present settings; the same object as long as its values are the same objects."""
         values = tuple(map(group.__getitem__, HYPERPARAMETERS))
         if self._settings is None or not all(map(operator.is_, values, self._seen)):
             self._settings = read(group)
+            values = tuple(map(group.__getitem__, HYPERPARAMETERS))  # those that it has made Python's numbers
             # A tensor or dictionary may be changed in place: look at it every time.
             lasting = not any(isinstance(value, Tensor | dict) for value in values)
             self._seen = values if lasting else (None,) * len(values)

@@ -7,7 +7,7 @@ in place; that cannot be undone, so weights whose step would not be finite keep 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from expfam_poco.engine.watch import Unsound
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
+from expfam_poco.family.transfer import read_now
 from expfam_poco.rule import blr
 
 METER_WEIGHTS = 2**12  # of each large block; the meter's ratios need no more
@@ -242,6 +243,11 @@ class Step:
             return self.block.prior()
         prior = prior_of(self.block)
         return spread(prior, self.record["posterior"], self.block) if self.first.in_place else prior
+
+
+def clip_factor(steps: Sequence[Step], max_norm: float) -> float | Tensor:
+    """The factor of clipping by the norm of all gradients together; a tensor where the host would have to wait."""
+    return read_now(blr.norm_clip_factor([step.gradient_square() for step in steps], max_norm))
 
 
 def age_of(block: Block, record: Record) -> int:

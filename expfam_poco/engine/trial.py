@@ -18,7 +18,7 @@ from expfam_poco.closures.evaluate import Measured
 from expfam_poco.correction.base import Correction
 from expfam_poco.engine import passes
 from expfam_poco.engine.backend import EAGER, SHORTEST, Backend, plainly, tile_size
-from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
@@ -188,7 +188,10 @@ class Trial:
         if self._points is None:
             where, noise = self.where, self.noise()
             rows = [noise] if self.count == 1 else noise.split(1)
-            points = [self.estimator.points(self.block.family, where, row) for row in rows]
+            try:
+                points = [self.estimator.points(self.block.family, where, row) for row in rows]
+            except torch.linalg.LinAlgError:
+                raise singular_error(self.block) from None
             self._points = points[0] if len(points) == 1 else torch.cat(points)
         return self._points
 
@@ -280,12 +283,12 @@ class Trial:
         curvature, signs = self.block.family.curvature, self.signs(draw)
         if signs is not None:
             gathered = (self.block.gather(product[position]) for product in measured.products)
-            products = [product for product in gathered if product is not None]
+            products = [self.signed(product) for product in gathered if product is not None]
             self.pairs.extend(zip(products, signs, strict=False))  # the anchor's own product comes last
         elif curvature == "none":
             return
         elif self.measures_hessian:
-            hessian = measured.hessians[position.start].to(self.block.dtype)
+            hessian = self.signed(measured.hessians[position.start].to(self.block.dtype))
             self.hessians.append(hessian if curvature == "dense" else hessian.reshape(self.block.shape))
         else:
             self._keep_pair()
@@ -296,7 +299,13 @@ class Trial:
             self._keep(loss, row)
             self._keep_pair()
 
+    def signed(self, measured: Tensor) -> Tensor:
+        """What was measured of the loss, as it is of the objective that becomes small."""
+        return -measured if self.block.settings.maximize else measured
+
     def _keep(self, loss: Tensor, grads: list[Tensor | None]) -> None:
+        if self.block.settings.maximize:
+            loss, grads = -loss, [None if grad is None else -grad for grad in grads]
         losses_alone = self.estimator.needs in LOSSES_ALONE
         if not all(self.used) or not self.used:
             before = self.used or [losses_alone] * len(grads)

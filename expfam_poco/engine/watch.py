@@ -60,9 +60,10 @@ class Watch:
         errors, self._errors = self._errors, []
         return errors
 
-    def require_sound(self, before: int) -> None:
-        """Raise the first of the `errors`."""
-        for error in self.errors(before):
+    def take(self, found: Sequence[Unsound], number: int) -> None:
+        """`note`, then raise the first of the `errors` that are due."""
+        self.note(number, found)
+        for error in self.errors(number):
             raise error
 
     def keep(self, errors: Sequence[NonFiniteError]) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_hooks
 
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.snapshot import Alpha
-from expfam_poco.engine.settings import check_max_grad_norm, checked_alpha
+from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.checkpoint import Checkpointed
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 
-class AlphaSVRG(torch.optim.Optimizer):
+class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
     """α-SVRG (Yin et al. 2025), the isotropic case of PC Eq. 18 without noise, handing its gradient to `base`.
 
         g = ∇ℓ_B(θ) − α (∇ℓ_B(θ_out) − g_out),     then base.step() with g as the parameters' gradients
@@ -63,9 +66,8 @@ class AlphaSVRG(torch.optim.Optimizer):
                 f"base_optimizer={type(base_optimizer).__name__}: its step needs a closure of its own, whose gradients "
                 "would not be corrected; give one that steps with the gradients it finds, such as SGD or AdamW."
             )
-        check_max_grad_norm(max_grad_norm)
         self.base = base_optimizer
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = checked_max_grad_norm(max_grad_norm)
         groups = [_bare(group) for group in base_optimizer.param_groups]
         family = get_family("isotropic_gaussian")()
         self._engine = PosteriorCorrected(
@@ -82,7 +84,7 @@ class AlphaSVRG(torch.optim.Optimizer):
 
     @alpha.setter
     def alpha(self, alpha: Any) -> None:
-        value = checked_alpha(alpha)
+        value = checked_alpha(python_number(alpha))
         for group in self._engine.param_groups:
             group["alpha"] = value
 
@@ -92,6 +94,7 @@ class AlphaSVRG(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; steps are plain until the next `refresh`."""
+        check_foreign(param_group, {})
         if not any(param_group is group for group in self.base.param_groups):
             self.base.add_param_group(param_group)
             self._engine.add_param_group(_bare(self.base.param_groups[-1]))
@@ -129,7 +132,8 @@ class AlphaSVRG(torch.optim.Optimizer):
                         p.grad = grad if grad.dtype is p.dtype else grad.to(p.dtype)
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
-                self.base.step()
+                with _no_global_hooks():
+                    self.base.step()
                 engine._follow(blocks)
         except ScaledOverflow:
             engine._clock["skipped"] += 1
@@ -155,26 +159,31 @@ class AlphaSVRG(torch.optim.Optimizer):
         numbers = self._engine.diagnostics()
         return {name: value for name, value in numbers.items() if name not in ("mean_stddev", "compile_seconds")}
 
-    def state_dict(self) -> dict[str, Any]:
+    def _saved(self) -> dict[str, Any]:
         """The base's state, and the snapshot with what else belongs to the correction."""
-        return {**self.base.state_dict(), "alpha_svrg": self._engine.state_dict()}
+        plain = self.base.state_dict()
+        groups = [{key: python_number(value) for key, value in group.items()} for group in plain["param_groups"]]
+        return {**plain, "param_groups": groups, "alpha_svrg": self._engine.state_dict()}
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+    def _checked(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        snapshot = state_dict.get("alpha_svrg")
+        if not isinstance(snapshot, Mapping):
+            raise CheckpointError("state_dict['alpha_svrg']: missing; give what state_dict() of AlphaSVRG returned.")
+        own = self._engine._checked(self._upgraded(snapshot))
+        theirs = {key: value for key, value in state_dict.items() if key != "alpha_svrg"}
 
-        Raises:
-            CheckpointError: if it belongs to another model or base optimizer, or is damaged; nothing is changed.
-        """
-        before = self._engine.state_dict()
-        self._engine.load_state_dict(self._upgraded(state_dict.get("alpha_svrg") or {}))
-        try:
-            self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
-        except (ValueError, KeyError) as error:
-            self._engine.load_state_dict(before)
-            raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
+        def take() -> None:
+            before = dict(vars(self.base))
+            try:  # torch's optimizers put new objects in the places of old ones, and may fail after that
+                self.base.load_state_dict(theirs)
+            except Exception as error:
+                vars(self.base).clear()
+                vars(self.base).update(before)
+                raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
+            own()
+            self.param_groups, self.state = self.base.param_groups, self.base.state
+
+        return take
 
     def _upgraded(self, own: Any) -> Any:
         """What older versions saved of the snapshot, in the present form; anything else passes."""
@@ -205,6 +214,20 @@ class AlphaSVRG(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's."""
         self.base.zero_grad(set_to_none)
+
+
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """The base's step is a part of this optimizer's, around which torch has run the hooks of all optimizers already."""
+    known: tuple[Any, ...] = (torch_hooks._global_optimizer_pre_hooks, torch_hooks._global_optimizer_post_hooks)
+    kept = [dict(hooks) for hooks in known]
+    for hooks in known:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(known, kept, strict=True):
+            hooks.update(before)
 
 
 def _bare(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Shell:
     mc_samples: int
     max_grad_norm: float | None
     nonfinite: str
+    one_pass: bool
     backend: Backend
     param_groups: list[dict[str, Any]]
     state: Any

@@ -15,9 +15,10 @@ from expfam_poco.correction import snapshot
 from expfam_poco.correction.alpha import AdaptiveAlpha, Staleness
 from expfam_poco.correction.paired_variance import PairedVariance
 from expfam_poco.engine.beginning import prior_of
-from expfam_poco.engine.block import Block
+from expfam_poco.engine.block import Block, singular_error
 from expfam_poco.engine.noise_plan import ELBO, SAMPLE, draw_noise
 from expfam_poco.engine.round import draw_into
+from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import Shell
@@ -26,6 +27,8 @@ from expfam_poco.rule.estimators import Reparameterised
 
 class Objective(NamedTuple):
     """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)) with its Monte Carlo standard error, and its two parts.
+
+    With `maximize` −ℓ stands for ℓ in the bound; `expected_loss` is of the loss as it is.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -55,6 +58,10 @@ def objective(
     closures, shares = check_chunks(closures, weights)
     if samples < 2:
         raise ValueError(f"samples={samples}: a standard error needs 2 draws or more.")
+    signs = {-1.0 if block.settings.maximize else 1.0 for block in blocks}
+    if len(signs) != 1:
+        raise ValueError("maximize: the groups differ, so there is no one objective; give all one maximize.")
+    (sign,) = signs
     sizes = {block.settings.ess for block in blocks}
     if len(sizes) != 1:
         raise ValueError(f"ess: the groups differ ({sorted(sizes)}), so there is no one objective; give all one ess.")
@@ -73,7 +80,7 @@ def objective(
         losses.append(sum(share * float(value) for share, value in zip(shares, map(loss, closures), strict=True)))
     draws = torch.tensor(losses, dtype=torch.float64)
     mean, error = float(draws.mean()), float(draws.std() / samples**0.5)
-    return Objective(-(ess * mean + kl), ess * error, mean, kl)
+    return Objective(-(ess * sign * mean + kl), ess * error, mean, kl)
 
 
 def mean_stddev(distributions: Mapping[str, Any]) -> float | None:
@@ -96,6 +103,18 @@ def _kl(block: Block, state: Any) -> float:
             f"{value}; the objective needs a proper prior."
         )
     return value
+
+
+def distribution_of(block: Block, state: Any) -> Any:
+    """q of a block as a Pyro distribution.
+
+    Raises:
+        NonFiniteError: where rounding has made its matrix too near to singular for that.
+    """
+    try:
+        return block.family.distribution(state)
+    except (torch.linalg.LinAlgError, ValueError):  # the latter where Pyro looks at its arguments
+        raise singular_error(block) from None
 
 
 class Inspection(Shell):
@@ -124,7 +143,7 @@ class Inspection(Shell):
 
     def posterior(self) -> dict[str, Any]:
         """The trained q as Pyro distributions, by parameter name (by "group<i>" for joint families)."""
-        return {b.name: b.family.distribution(_copied(self._state(b)["posterior"])) for b in self._active()}
+        return {b.name: distribution_of(b, _copied(self._state(b)["posterior"])) for b in self._active()}
 
     def posterior_states(self) -> dict[str, Any]:
         """The trained q as `State`s by the same names: a prior for the next task, or q_out for `set_outer`."""
@@ -175,9 +194,12 @@ class Inspection(Shell):
                 numbers[f"alpha_curvature{suffix}"] = used[1]
         numbers.update(self._meter.read())
         numbers["compile_seconds"] = self.backend.compile_seconds
-        present = {b.name: b.family.distribution(self._state(b)["posterior"]) for b in self._active()}
-        numbers["weight_norm"] = weight_norm(p for block in self._active() for p in block.params)
-        deviation = mean_stddev(present)
+        blocks = self._active()
+        numbers["weight_norm"] = weight_norm(p for block in blocks for p in block.params)
+        try:
+            deviation = mean_stddev({b.name: distribution_of(b, self._state(b)["posterior"]) for b in blocks})
+        except NonFiniteError:
+            deviation = None
         if deviation is not None:
             numbers["mean_stddev"] = deviation
         return numbers

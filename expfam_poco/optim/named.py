@@ -1,18 +1,6 @@
-"""Named optimizers: each is nothing but its choices of family, estimator, correction and tricks.
+"""The named optimizers. What each chooses stands in the table of `choices`; here is how it is called, and what it does.
 
-| name          | family              | paper                                  | correction                       |
-|---------------|---------------------|----------------------------------------|----------------------------------|
-| `SVRG`        | isotropic Gaussian  | PC Alg. 1, Eq. 2                       | snapshot, no noise               |
-| `VSGDPoCo`    | isotropic Gaussian  | PC Alg. 3 (there VSGD-PC)              | snapshot or mega-batches         |
-| `VON`         | full Gaussian       | PC Eq. 8                               | none                             |
-| `VONPoCo`     | full Gaussian       | PC Alg. 5, Eq. 15, 16, 24              | snapshot, gradient and Hessian   |
-| `IVON`        | diagonal Gaussian   | Shen et al. 2024; Alg. 4 without red   | none                             |
-| `IVONPoCo`    | diagonal Gaussian   | PC Alg. 4 without momentum (IVON-PC)   | freshest mega-batch              |
-| `IVONPoCoMo`  | diagonal Gaussian   | PC Alg. 4 (IVON-PCM)                   | average of mega-batches, ρ₁, ρ₂  |
-| `BayesBiNN`   | Bernoulli           | Meng et al. 2020                       | none                             |
-| `BayesBiNNPoCo`| Bernoulli          | PC Eq. 13, 18                          | freshest mega-batch              |
-
-`AlphaSVRG`, over any torch optimizer, stands in `alpha_svrg`.
+`AlphaSVRG`, over any torch optimizer, stands in `alpha_svrg`; `VSGD` and `ConstantVSGD` in `vsgd`.
 """
 
 from __future__ import annotations
@@ -25,10 +13,10 @@ from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.registry import get_family
-from expfam_poco.optim.optimizer import PosteriorCorrected
+from expfam_poco.optim.choices import CHOICES, Named
 
 
-class VSGDPoCo(PosteriorCorrected):
+class VSGDPoCo(Named):
     """Variational SGD with posterior correction (PC Alg. 3): SVRG at weights drawn from N(m, s⁻¹ I).
 
         m ← m − lr [ ∇ℓ_B(m + ε) − α (∇ℓ_B(m_out + ε) − g_out) + δ m ]
@@ -39,7 +27,7 @@ class VSGDPoCo(PosteriorCorrected):
         precision: s, the fixed precision of the noise; 1 in the paper, far larger for deep networks.
         weight_decay: δ of the regularised loss, the L2 term δθ: a prior of precision ess·δ, another than q's.
         ess: N, which matters to `objective`, and to the weight of a `prior`.
-        alpha: as all further arguments, see `PosteriorCorrected`.
+        alpha: α of the correction; None: 1, as `choices.CHOICES` has it.
         **choices: passed to `PosteriorCorrected`.
 
     Example:
@@ -51,20 +39,14 @@ class VSGDPoCo(PosteriorCorrected):
         0.5
     """
 
+    chosen = CHOICES["VSGDPoCo"]
+
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        *,
-        precision: float = 1.0,
-        weight_decay: float = 0.0,
-        ess: float = 1.0,
-        alpha: Alpha = 1.0,
-        **choices: Any,
-    ) -> None:
-        family = get_family("isotropic_gaussian")(precision=precision)  # type: ignore[call-arg]
-        choices.setdefault("lr_scale", "mean_loss")
-        super().__init__(params, family, lr, ess, weight_decay=weight_decay, alpha=alpha, **choices)
+        self, params: Any, lr: float, *, precision: float = 1.0, weight_decay: float = 0.0, ess: float = 1.0,
+        alpha: Alpha | None = None, **choices: Any,
+    ) -> None:  # fmt: skip
+        member = get_family(self.chosen["family"])(precision=precision)  # type: ignore[call-arg]
+        super().__init__(params, lr, ess, member=member, weight_decay=weight_decay, alpha=alpha, **choices)
 
 
 class SVRG(VSGDPoCo):
@@ -78,7 +60,7 @@ class SVRG(VSGDPoCo):
         params: parameters or groups.
         lr: η on the mean loss.
         weight_decay: δ of the regularised loss.
-        alpha: 1 is SVRG; below 1 it is α-SVRG with SGD (Yin et al. 2025).
+        alpha: None: 1, which is SVRG; below 1 it is α-SVRG with SGD (Yin et al. 2025).
         **choices: passed to `PosteriorCorrected`.
 
     Example:
@@ -91,14 +73,10 @@ class SVRG(VSGDPoCo):
         tensor([0.5000, 1.0000])
     """
 
-    def __init__(
-        self, params: Any, lr: float, *, weight_decay: float = 0.0, alpha: Alpha = 1.0, **choices: Any
-    ) -> None:
-        choices.setdefault("noise", "zero")
-        super().__init__(params, lr, weight_decay=weight_decay, alpha=alpha, **choices)
+    chosen = CHOICES["SVRG"]
 
 
-class VONPoCo(PosteriorCorrected):
+class VONPoCo(Named):
     """Variational online Newton with posterior correction (PC Alg. 5, Eq. 24; the paper's VON-PC).
 
         G = S₀ − S + N [H_in + α H̄],   S ← S + β G + ½ β² G S⁻¹ G
@@ -114,8 +92,8 @@ class VONPoCo(PosteriorCorrected):
         precision_lr: Alg. 5's β, the step size of the precision; None: lr.
         hess_init: the initial precision is ess·(hess_init + weight_decay).
         weight_decay: δ; the prior's precision is ess·δ.
-        curvature: "exact" (dense Hessian) by default.
-        alpha: α of the correction.
+        curvature: None: "exact" (dense Hessian).
+        alpha: α of the correction; None: 1 (`VON`: 0).
         **choices: passed to `PosteriorCorrected`; `noise="zero"` is the delta method.
 
     Example:
@@ -127,31 +105,15 @@ class VONPoCo(PosteriorCorrected):
         True
     """
 
+    chosen = CHOICES["VONPoCo"]
+
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        ess: float,
-        *,
-        precision_lr: float | None = None,
-        hess_init: float = 1.0,
-        weight_decay: float = 1e-4,
-        curvature: str | Estimator = "exact",
-        alpha: Alpha = 1.0,
+        self, params: Any, lr: float, ess: float, *, precision_lr: float | None = None, hess_init: float = 1.0,
+        weight_decay: float = 1e-4, curvature: str | Estimator | None = None, alpha: Alpha | None = None,
         **choices: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            "full_gaussian",
-            lr,
-            ess,
-            precision_lr=precision_lr,
-            hess_init=hess_init,
-            weight_decay=weight_decay,
-            curvature=curvature,
-            alpha=alpha,
-            **choices,
-        )
+    ) -> None:  # fmt: skip
+        choices.update(precision_lr=precision_lr, hess_init=hess_init, weight_decay=weight_decay)
+        super().__init__(params, lr, ess, curvature=curvature, alpha=alpha, **choices)
 
 
 class VON(VONPoCo):
@@ -166,12 +128,10 @@ class VON(VONPoCo):
         True
     """
 
-    def __init__(self, params: Any, lr: float, ess: float, **choices: Any) -> None:
-        choices.setdefault("alpha", 0.0)
-        super().__init__(params, lr, ess, **choices)
+    chosen = CHOICES["VON"]
 
 
-class IVONPoCo(PosteriorCorrected):
+class IVONPoCo(Named):
     """IVON with posterior correction (PC Alg. 4 without outer momentum; the paper's IVON-PC).
 
         g ← β₁ g + (1−β₁)[ĝ_in − α(ĝ_out − g_out)],   ĥ = ĥ_in − α(ĥ_out − h_out)
@@ -193,7 +153,7 @@ class IVONPoCo(PosteriorCorrected):
         clip_radius: ξ.
         debias: divide g by 1−β₁ᵗ.
         rescale_lr: see lr.
-        alpha: α.
+        alpha: α; None: 1, or 0 without "PoCo" in the name.
         curvature: any estimator's name, in place of `hess_approx`.
         **choices: passed to `PosteriorCorrected`.
 
@@ -211,42 +171,23 @@ class IVONPoCo(PosteriorCorrected):
         1
     """
 
+    chosen = CHOICES["IVONPoCo"]
+
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        ess: float,
-        hess_init: float = 1.0,
-        beta1: float = 0.9,
-        beta2: float = 0.99999,
-        weight_decay: float = 1e-4,
-        mc_samples: int = 1,
-        hess_approx: str = "price",
-        clip_radius: float = math.inf,
-        debias: bool = True,
-        rescale_lr: bool = True,
-        *,
-        alpha: Alpha = 1.0,
-        curvature: str | Estimator | None = None,
-        **choices: Any,
-    ) -> None:
-        choices.setdefault("lr_scale", "initial_hessian" if rescale_lr else 1.0)
+        self, params: Any, lr: float, ess: float, hess_init: float = 1.0, beta1: float = 0.9, beta2: float = 0.99999,
+        weight_decay: float = 1e-4, mc_samples: int = 1, hess_approx: str = "price", clip_radius: float = math.inf,
+        debias: bool = True, rescale_lr: bool = True, *, alpha: Alpha | None = None,
+        curvature: str | Estimator | None = None, **choices: Any,
+    ) -> None:  # fmt: skip
+        self._refuse(choices, momentum="beta1", precision_lr="beta2")
+        if not rescale_lr:
+            choices.setdefault("lr_scale", 1.0)
+        curvature = estimator_of(hess_approx) if curvature is None else curvature
         super().__init__(
-            params,
-            "diagonal_gaussian",
-            lr,
-            ess,
-            hess_init=hess_init,
-            momentum=beta1,
-            precision_lr=precision_rate(beta2),
-            weight_decay=weight_decay,
-            mc_samples=mc_samples,
-            curvature=estimator_of(hess_approx) if curvature is None else curvature,
-            clip_radius=clip_radius,
-            debias=debias,
-            alpha=alpha,
-            **choices,
-        )
+            params, lr, ess, hess_init=hess_init, momentum=beta1, precision_lr=precision_rate(beta2),
+            weight_decay=weight_decay, mc_samples=mc_samples, curvature=curvature, clip_radius=clip_radius,
+            debias=debias, alpha=alpha, **choices,
+        )  # fmt: skip
 
 
 class IVONPoCoMo(IVONPoCo):
@@ -271,16 +212,12 @@ class IVONPoCoMo(IVONPoCo):
         (0.6, 0.1)
     """
 
+    chosen = CHOICES["IVONPoCoMo"]
+
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        ess: float,
-        *args: Any,
-        rho1: float = 0.0,
-        rho2: float = 0.0,
-        **choices: Any,
+        self, params: Any, lr: float, ess: float, *args: Any, rho1: float = 0.0, rho2: float = 0.0, **choices: Any
     ) -> None:
+        self._refuse(choices, rho="rho1 and rho2")
         super().__init__(params, lr, ess, *args, rho=(rho1, rho2), **choices)
 
 
@@ -296,19 +233,18 @@ class IVON(IVONPoCo):
         torch.Size([1, 4])
     """
 
-    def __init__(self, params: Any, lr: float, ess: float, *args: Any, **choices: Any) -> None:
-        choices.setdefault("alpha", 0.0)
-        super().__init__(params, lr, ess, *args, **choices)
+    chosen = CHOICES["IVON"]
 
 
-class BayesBiNNPoCo(PosteriorCorrected):
+class BayesBiNNPoCo(Named):
     """BayesBiNN with posterior correction: weights in {−1, +1} with a Bernoulli posterior (PC Eq. 13, 18).
 
         ĝ = ĝ_in − α (ĝ_out − ḡ_out),     m ← β m + (1−β) (N ĝ + λ − λ₀),     λ ← λ − η m/(1−βᵗ)
 
     with ĝ the estimator's natural gradient of the mean loss; noise is shared between λ_in and λ_out.
 
-    All parameters that are given become ±1, biases and normalisation scales too: for a network use `binarize_groups`.
+    All parameters that are given become ±1, biases and normalisation scales too (a warning tells): for a network use
+    `binarize_groups`.
 
     Args:
         params: parameters or groups; groups of other families (`binarize_groups`) are stepped beside the binary ones.
@@ -321,7 +257,7 @@ class BayesBiNNPoCo(PosteriorCorrected):
         initial: "sign" of the model's weights, or "value" (λ = strength · weight: from a trained float network).
         stale_mean: divide by 1 − μ² of the λ before the last step, as the published code does.
         curvature: another estimator's name (or object) in place of "relaxed".
-        alpha: α.
+        alpha: α; None: 1, or 0 without "PoCo" in the name.
         **choices: passed to `PosteriorCorrected`.
 
     Example:
@@ -340,33 +276,23 @@ class BayesBiNNPoCo(PosteriorCorrected):
         tensor([ 1., -1.,  1.,  1., -1.])
     """
 
+    chosen = CHOICES["BayesBiNNPoCo"]
+
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        ess: float,
-        *,
-        temperature: float = 1.0,
-        beta1: float = 0.9,
-        mc_samples: int = 1,
-        strength: float = 1.0,
-        initial: str = "sign",
-        stale_mean: bool = False,
-        curvature: str | Estimator | None = None,
-        alpha: Alpha = 1.0,
-        **choices: Any,
-    ) -> None:
-        kind: Any = get_family("bernoulli")
+        self, params: Any, lr: float, ess: float, *, temperature: float = 1.0, beta1: float = 0.9, mc_samples: int = 1,
+        strength: float = 1.0, initial: str = "sign", stale_mean: bool = False,
+        curvature: str | Estimator | None = None, alpha: Alpha | None = None, **choices: Any,
+    ) -> None:  # fmt: skip
+        self._refuse(choices, momentum="beta1")
+        kind: Any = get_family(self.chosen["family"])
         kind = kind.stale_variant() if stale_mean else kind
-        family = kind(initial=initial, strength=strength)
-        if curvature in (None, "relaxed"):
-            curvature = dataclasses.replace(family.estimators["relaxed"], temperature=temperature)
+        member, usual = kind(initial=initial, strength=strength), self.chosen["curvature"]
+        if curvature in (None, usual):
+            curvature = dataclasses.replace(member.estimators[usual], temperature=temperature)
         elif temperature != 1.0:
-            raise ValueError(f"temperature={temperature}: only the relaxed estimator has one, not {curvature!r}.")
-        choices.setdefault("prior_in_momentum", True)
-        super().__init__(
-            params, family, lr, ess, momentum=beta1, mc_samples=mc_samples, curvature=curvature, alpha=alpha, **choices
-        )
+            raise ValueError(f"temperature={temperature}: only the {usual} estimator has one, not {curvature!r}.")
+        choices.update(momentum=beta1, mc_samples=mc_samples)
+        super().__init__(params, lr, ess, member=member, curvature=curvature, alpha=alpha, **choices)
 
 
 class BayesBiNN(BayesBiNNPoCo):
@@ -381,6 +307,4 @@ class BayesBiNN(BayesBiNNPoCo):
         tensor([1., 1., 1.], grad_fn=<AbsBackward0>)
     """
 
-    def __init__(self, params: Any, lr: float, ess: float, **choices: Any) -> None:
-        choices.setdefault("alpha", 0.0)
-        super().__init__(params, lr, ess, **choices)
+    chosen = CHOICES["BayesBiNN"]

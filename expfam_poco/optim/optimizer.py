@@ -24,7 +24,7 @@ from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.beginning import Beginning
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
@@ -32,7 +32,7 @@ from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
-from expfam_poco.engine.step import Step, remember
+from expfam_poco.engine.step import Step, clip_factor, remember
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth
 from expfam_poco.errors import NonFiniteError, Skips
@@ -40,11 +40,9 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.family.transfer import read_now
 from expfam_poco.optim.base import without_hooks
-from expfam_poco.optim.checkpoint import CLOCK, Resuming, posteriors_of
 from expfam_poco.optim.inspection import Inspection
-from expfam_poco.rule import blr
+from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
 
 
 class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
@@ -85,15 +83,16 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
-        nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite; on a GPU
-            one step later, never more (docs/speed.md).
+        nonfinite: "raise" a `NonFiniteError` or "skip" the step if a loss or gradient is not finite (docs/speed.md).
         backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
         one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
             weights of models that are stepped in place; evaluate inside `with optimizer.sampled(at_point=True)`.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
-            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss.
+            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss. In
+            a group it is called `lr_convention`, for `lr_scale` is others' label there.
+        maximize: make the loss large in place of small; a group may differ.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -141,12 +140,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         stale_after: int | None = 1000,
         seed: int | None = None,
         lr_scale: float | str = 1.0,
+        maximize: bool = False,
     ) -> None:
-        settings.check_shell(noise, NOISE_MODES, mc_samples, max_grad_norm, nonfinite, one_pass)
+        settings.check_shell(noise, NOISE_MODES, mc_samples, nonfinite, one_pass, lr_scale)
         self.noise = noise
         self.correction = resolve_correction(correction)
         self.mc_samples = mc_samples
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = settings.checked_max_grad_norm(max_grad_norm)
         self.nonfinite = nonfinite
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
@@ -155,8 +155,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._products = Products(anchor)
         self._evaluator = Evaluator(self._products)
         self._meter = VarianceMeter()
-        self._stale = Staleness(stale_after)
-        self._skips = Skips()
+        self._stale, self._skips = Staleness(stale_after), Skips()
         self._committed: tuple[int, set[int]] = 0, set()
         self._begun: list[Beginning] = []
         self._width = StartingWidth()
@@ -169,7 +168,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         defaults = {
             "family": family,
             "lr": lr,
-            "lr_scale": lr_scale,
+            "lr_convention": lr_scale,
             "precision_lr": precision_lr,
             "ess": ess,
             "weight_decay": weight_decay,
@@ -185,6 +184,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             "hess_init": hess_init,
             "reanchor_average": reanchor_average,
             "prior_in_momentum": prior_in_momentum,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
         settings.check_prior_names(self.param_groups, [block.name for block in self._blocks])
@@ -201,6 +201,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         Its hyperparameters are checked, all or nothing, and its posterior starts at its next evaluation.
         """
         groups_before, blocks_before = len(self.param_groups), len(self._blocks)
+        settings.check_foreign(param_group, self._wide())
         try:
             for group in settings.split_group(param_group, self.defaults):
                 self._add_group(group)
@@ -214,15 +215,14 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         group = self.param_groups[-1]
         settings.check_group(group)
         settings.check_noise(self.noise, self.mc_samples, group)
-        reading = settings.Reading()
-        own = reading.of(group)
-        self._products.check_family(own.family)
+        own = (reading := settings.Reading()).of(group)
+        self._products.check_group(own.family, own.maximize)
         before = [len(g["params"]) for g in self.param_groups[:-1]]
         blocks = make_blocks(group, own, len(before), sum(before))
         taken = {block.name for block in self._blocks}
         for block in blocks:
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
-            beginning.check_prior(block)
+            beginning.check_prior(block, own.prior)
             own.estimator.check_size(block.numel)
             for p in block.params:
                 mark_used(p.grad)
@@ -365,17 +365,19 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         """Compute every block's new posterior, then commit all of them at once."""
         factor: float | Tensor = 1.0
         if self.max_grad_norm is not None and steps:
-            factor = read_now(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
+            factor = clip_factor(steps, self.max_grad_norm)
         ahead = self.one_pass and not self.correction.moves
         following = self._plan(None).step_key(number + 1) if ahead else None
-        for step in steps:
-            step.prepare(factor, following)
+        try:
+            for step in steps:
+                step.prepare(factor, following)
+        except torch.linalg.LinAlgError:
+            raise singular_error(step.block) from None
         for step in steps:
             step.meter(self._meter, number)
         with Uninterrupted():
             self._commit(steps, number)
-        self._watch.note(number, [step.unsound for step in steps if step.unsound is not None])
-        self._watch.require_sound(number)
+        self._watch.take([step.unsound for step in steps if step.unsound is not None], number)
 
     def _commit(self, steps: Sequence[Step], number: int) -> None:
         """Make the new posteriors the blocks', and the step the last; where that fails half-way, the next goes on."""
@@ -440,6 +442,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             self._layout.recover()
 
     def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
+        if self.correction.compares and not self.correction.refresh_evaluations:
+            raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
         chunks, shares = check_chunks(closures, weights)
         parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
         blocks = self._trainable()

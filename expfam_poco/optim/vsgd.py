@@ -17,14 +17,13 @@ from expfam_poco.closures.evaluate import by_device, require_finite
 from expfam_poco.engine import settings
 from expfam_poco.engine.backend import Backend, plainly, tile_size
 from expfam_poco.engine.block import check_parameter
-from expfam_poco.errors import CheckpointError, NonFiniteError
+from expfam_poco.errors import CheckpointError, NonFiniteError, Skips
 from expfam_poco.family.transfer import on_device
 from expfam_poco.optim.base import without_hooks
-from expfam_poco.optim.checkpoint import check_groups
+from expfam_poco.optim.checkpoint import Recorded, check_clock, fitted, is_count
 from expfam_poco.rule import gradient_model
 from expfam_poco.rule.gradient_model import Belief, ConstantBelief, Families, Number
 
-FORMAT = 1
 EAGER_SPAN = 2**16  # some thirty operations follow each other, whose temporaries should stay in a CPU's caches
 SHAPE_OFFSET = 5e-5  # half of the 1e-4 that the published code adds to 2γ + 1
 INITIAL: dict[str, dict[str, float]] = {
@@ -36,7 +35,7 @@ _prior = (settings.number_in(1e-30, 1e30), "a number from 1e-30 to 1e30")
 _positive = (settings.number_in(0.0, settings.INF, high_open=True), "a finite number, 0 or larger")
 
 
-class GradientModelOptimizer(torch.optim.Optimizer):
+class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
     """What VSGD and Constant VSGD share: an optimizer whose direction is read off a model of the gradient.
 
     Args:
@@ -46,6 +45,8 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         backend: see `VSGD`.
     """
 
+    header: ClassVar[str] = "vsgd"
+    newest: ClassVar[int] = 2
     state_names: ClassVar[tuple[str, ...]]
     rules: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]]
     kernel: ClassVar[Callable[..., Tensor]]
@@ -56,7 +57,10 @@ class GradientModelOptimizer(torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.backend = Backend(backend)
         self._families = Families.named()
+        self._skips = Skips()
         self._clock = {"steps": 0, "skipped": 0}
+        self.needed = tuple(defaults)
+        settings.check_flag("maximize", defaults["maximize"])
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,26 +80,24 @@ class GradientModelOptimizer(torch.optim.Optimizer):
     def check(self, group: dict[str, Any]) -> None:
         """Refuse hyperparameters out of range, one sentence each; again at every step, since schedulers set them."""
         for name, (test, remedy) in self.rules.items():
+            group[name] = settings.python_number(group[name])
             if not test(group[name]):
                 raise ValueError(f"{name}={group[name]!r}: it must be {remedy}.")
 
     # ---- groups --------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its hyperparameters are checked.
+        """Add a group; its hyperparameters are checked, further keys carried along.
 
         Raises:
-            ValueError: for a name that groups do not know, a value out of range, or a parameter that is complex or
-                sparse.
+            ValueError: for a value out of range, or a parameter that is complex or sparse.
         """
-        for name in param_group:
-            if name not in self.defaults and name not in settings.OTHERS_KEYS:
-                known = ", ".join(sorted(self.defaults))
-                raise ValueError(f"{name}={param_group[name]!r} in a group: groups of this optimizer know {known}.")
+        settings.check_foreign(param_group, {"nonfinite": self.nonfinite})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self.check(group)
+            settings.check_flag("maximize", group["maximize"])
             for number, p in enumerate(group["params"]):
                 check_parameter(p, f"parameter {number} of group {len(self.param_groups) - 1}")
         except ValueError:
@@ -145,6 +147,9 @@ class GradientModelOptimizer(torch.optim.Optimizer):
             self._clock["skipped"] += not error.stepped
             if self.nonfinite == "raise":
                 raise
+            self._skips.skipped(error)
+        else:
+            self._skips.stepped()
         return loss
 
     @plainly
@@ -162,7 +167,7 @@ class GradientModelOptimizer(torch.optim.Optimizer):
                 common = (group["lr"], group["weight_decay"], group["eps"])
                 values = [float(value) for value in (*common, *self.numbers(group, state["step"]))]
                 known[key] = on_device(values, state["mu"].dtype, p.device)
-            unsound.append(self._advance(p, state, known[key], streamed))
+            unsound.append(self._advance(p, state, known[key], streamed, group["maximize"]))
         self._clock["steps"] += 1
         count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
         if count:
@@ -187,11 +192,13 @@ class GradientModelOptimizer(torch.optim.Optimizer):
             )
         return state
 
-    def _advance(self, p: Parameter, state: Mapping[str, Any], numbers: Tensor, streamed: bool) -> Tensor:
+    def _advance(
+        self, p: Parameter, state: Mapping[str, Any], numbers: Tensor, streamed: bool, maximize: bool
+    ) -> Tensor:
         """Step one parameter in place, tile by tile where the model is large; the number of unsound weights."""
         theta, grad, *own = p.detach(), p.grad, *(state[name] for name in self.state_names)
         assert grad is not None
-        grad = grad.detach()
+        grad = -grad.detach() if maximize else grad.detach()
         kernel, families = type(self).kernel, self._families
         plain = type(theta) is Tensor and type(grad) is Tensor
         if not streamed or not plain or not all(value.is_contiguous() for value in (theta, grad, *own)):
@@ -210,79 +217,56 @@ class GradientModelOptimizer(torch.optim.Optimizer):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a run continues from, bit for bit, in plain types (`torch.load(weights_only=True)`)."""
-        plain: dict[str, Any] = super().state_dict()
-        plain["state"] = {
-            number: {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
-            for number, state in plain["state"].items()
-        }
-        header = {
-            "format": FORMAT,
-            "kind": type(self).__name__,
-            "nonfinite": self.nonfinite,
-            "clock": dict(self._clock),
-        }
-        return {**plain, "vsgd": header}
+    def _encoded_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: settings.python_number(value) for key, value in group.items()}
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. The model's weights are the model's checkpoint's business.
+    def _encoded(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in record.items()}
 
-        Raises:
-            CheckpointError: if it belongs to another model or optimizer, or is damaged; nothing is changed.
-        """
-        self._check_header(state_dict.get("vsgd"))
-        check_groups(self.param_groups, state_dict.get("param_groups"), (), tuple(self.defaults))
-        for number, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
-            try:
-                self.check({**own, **saved})
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"state_dict['param_groups'][{number}]: {error}") from error
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
-        params = {n: p for own, saved in pairs for n, p in zip(saved["params"], own["params"], strict=True)}
-        states = self._checked_states(state_dict.get("state"), params)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "vsgd"})
-        self.state.clear()
-        for number, state in states.items():  # torch would cast them to the parameters' dtype
-            p = params[number]
-            tensors = {name: state[name].to(p.device, copy=True) for name in self.state_names}
-            self.state[p] = {"step": state["step"], **tensors}
-        self._clock = dict(state_dict["vsgd"]["clock"])
+    def _header(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, "nonfinite": self.nonfinite, "clock": dict(self._clock)}
 
-    def _check_header(self, header: Any) -> None:
-        if not isinstance(header, Mapping) or header.get("format") != FORMAT:
-            raise CheckpointError(
-                f"state_dict['vsgd']: no header of format {FORMAT}; this is not a checkpoint of {type(self).__name__}, "
-                "or of another version."
-            )
+    def _upgraded(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The present format of format 1, which did not say how many states there are."""
+        header, states = state_dict.get(self.header), state_dict.get("state")
+        if not isinstance(header, Mapping) or header.get("format") != 1 or not isinstance(states, Mapping):
+            return state_dict
+        return {**state_dict, self.header: {**header, "format": self.newest, "records": sorted(states)}}
+
+    def _check_header(self, header: Mapping[str, Any]) -> None:
+        """Refuse state of another class, or another choice for errors."""
+        where = f"state_dict[{self.header!r}]"
         for name, mine in (("kind", type(self).__name__), ("nonfinite", self.nonfinite)):
             if header.get(name) != mine:
                 raise CheckpointError(
-                    f"state_dict['vsgd'][{name!r}]: {header.get(name)!r} where the optimizer has {mine!r}; make the "
-                    "optimizer in the same way."
+                    f"{where}[{name!r}]: {header.get(name)!r} where the optimizer has {mine!r}; make the optimizer in "
+                    "the same way."
                 )
-        clock = header.get("clock")
-        if not isinstance(clock, Mapping) or any(type(clock.get(n)) is not int or clock[n] < 0 for n in self._clock):
-            raise CheckpointError("state_dict['vsgd']['clock']: missing or damaged; use another file.")
+        check_clock(where, header.get("clock"), tuple(self._clock))
 
-    def _checked_states(self, states: Any, params: Mapping[int, Parameter]) -> dict[int, Any]:
-        if not isinstance(states, Mapping) or any(number not in params for number in states):
-            raise CheckpointError("state_dict['state']: missing, or of other parameters; use another file.")
-        for number, state in states.items():
-            like = params[number]
-            sound = isinstance(state, Mapping) and type(state.get("step")) is int and state["step"] >= 1
-            for name in self.state_names if sound else ():
-                value = state.get(name)
-                fits = isinstance(value, Tensor) and value.shape == like.shape
-                sound = sound and fits and value.dtype in (torch.float32, torch.float64)
-                sound = sound and bool(torch.isfinite(value).all()) and (name == "mu" or bool((value > 0.0).all()))
-            if not sound:
-                raise CheckpointError(
-                    f"state_dict['state'][{number}]: entries are missing or do not fit the parameter of shape "
-                    f"{tuple(like.shape)}; load the checkpoint of this model."
-                )
-        return dict(states)
+    def _decoded_group(self, own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The saved hyperparameters, checked like an optimizer's arguments."""
+        group = {**own, **saved}
+        self.check(group)
+        settings.check_flag("maximize", group["maximize"])
+        return {name: group[name] for name in saved}
+
+    def _decoded(self, p: Parameter, number: int, plain: Any) -> dict[str, Any]:
+        """The state of a parameter in the dtype of states, of rates that are positive."""
+        where = f"state_dict['state'][{number}]"
+        step = plain.get("step") if isinstance(plain, Mapping) else None
+        if not is_count(step) or step == 0:
+            raise CheckpointError(f"{where}['step']: missing or damaged; use another file.")
+        like = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        state: dict[str, Any] = {"step": step}
+        for name in self.state_names:
+            state[name] = fitted(where, name, plain.get(name), like)
+            if name != "mu" and not bool((state[name] > 0.0).all()):
+                raise CheckpointError(f"{where}[{name!r}]: a rate that is not positive; use another file.")
+        return state
+
+    def _take(self, header: Mapping[str, Any]) -> None:
+        self._clock = dict(header["clock"])
 
 
 def _values(numbers: Tensor) -> list[Number]:
@@ -365,6 +349,7 @@ class VSGD(GradientModelOptimizer):
         init: "paper" or "official", see the table.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
         backend: how large models are stepped, "auto", "eager" or "compiled" (docs/speed.md).
+        maximize: make the loss large in place of small; a group may differ.
 
     Raises:
         ValueError: for an argument out of range, or parameters that are complex or sparse.
@@ -401,10 +386,12 @@ class VSGD(GradientModelOptimizer):
         init: str = "paper",
         nonfinite: str = "raise",
         backend: str = "auto",
+        maximize: bool = False,
     ) -> None:
         defaults = dict(
-            lr=lr, gamma=gamma, K_g=K_g, kappa1=kappa1, kappa2=kappa2, weight_decay=weight_decay, eps=eps, init=init
-        )
+            lr=lr, gamma=gamma, K_g=K_g, kappa1=kappa1, kappa2=kappa2, weight_decay=weight_decay, eps=eps, init=init,
+            maximize=maximize,
+        )  # fmt: skip
         super().__init__(params, defaults, nonfinite, backend)
 
     def check(self, group: dict[str, Any]) -> None:
@@ -449,6 +436,7 @@ class ConstantVSGD(GradientModelOptimizer):
         eps: ε.
         nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a gradient is NaN or infinite.
         backend: how large models are stepped, "auto", "eager" or "compiled" (docs/speed.md).
+        maximize: make the loss large in place of small; a group may differ.
 
     Raises:
         ValueError: for an argument out of range, or parameters that are complex or sparse.
@@ -481,8 +469,9 @@ class ConstantVSGD(GradientModelOptimizer):
         eps: float = 0.0,
         nonfinite: str = "raise",
         backend: str = "auto",
+        maximize: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, gamma=gamma, K_g=K_g, kappa=kappa, weight_decay=weight_decay, eps=eps)
+        defaults = dict(lr=lr, gamma=gamma, K_g=K_g, kappa=kappa, weight_decay=weight_decay, eps=eps, maximize=maximize)
         super().__init__(params, defaults, nonfinite, backend)
 
     def start(self, group: Mapping[str, Any]) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 GAUSSIAN = {
     "lr": 0.1, "hess_init": 1.0, "beta1": 0.9, "beta2": 0.9999, "weight_decay": 1e-4, "curvature": "reparam",
-    "lr_scale": "initial_hessian", "prior_in_momentum": False,
+    "lr_convention": "initial_hessian", "prior_in_momentum": False,
 }  # fmt: skip
 
 

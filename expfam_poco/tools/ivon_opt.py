@@ -12,7 +12,7 @@ from expfam_poco.engine.beginning import initial_posterior
 from expfam_poco.engine.block import Block, new_record
 from expfam_poco.engine.settings import precision_rate
 from expfam_poco.errors import CheckpointError
-from expfam_poco.optim import checkpoint
+from expfam_poco.optim import records
 from expfam_poco.optim.named import IVONPoCo
 
 _NUMBERS = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "mc_samples")
@@ -73,6 +73,7 @@ def load_ivon_opt(optimizer: IVONPoCo, state_dict: Mapping[str, Any], *, steps: 
     for number, theirs in enumerate(saved):
         blocks = [block for block in optimizer._blocks if block.group_number == number]
         plain["state"].update(_states(blocks, theirs, steps, f"state_dict['param_groups'][{number}]"))
+    plain["poco"]["records"] = sorted(plain["state"])
     optimizer.load_state_dict(plain)
 
 
@@ -144,7 +145,7 @@ def _states(blocks: Sequence[Block], theirs: Mapping[str, Any], steps: int, wher
         memory = () if theirs["beta1"] == 0.0 else (gradient,)
         record = new_record(initial_posterior(block)._replace(precision=precision))
         record["step"], record["momentum"] = (steps if memory else 0), memory
-        found[block.index] = checkpoint.encode_state(record)
+        found[block.index] = records.encode_state(record)
     return found
 
 

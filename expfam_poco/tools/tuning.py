@@ -121,6 +121,8 @@ def find_lr(
     losses: list[float] = []
     level: list[float] = []  # the losses without what makes mini-batches differ: their first loss, at tiny rates
     present = [float(group["lr"]) for group in optimizer.param_groups]
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError("optimizer: it maximizes, but find_lr looks for descent; negate the loss instead.")
     if max(present) <= 0.0:
         raise ValueError(f"optimizer: its learning rates are {present}; make it with a positive one.")
     with _put_back(model, optimizer):

@@ -1,0 +1,69 @@
+"""What each named optimizer chooses, in one table; docs/optimizers.md shows it.
+
+The papers: PC is *SVRG and Beyond via Posterior Correction*; IVON is Shen et al. 2024; BayesBiNN is Meng, Bachmann and
+Khan 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from expfam_poco.engine.settings import INITIAL_HESSIAN, MEAN_LOSS
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.optim.optimizer import PosteriorCorrected
+
+_SGD = {"family": "isotropic_gaussian", "ess": 1.0, "lr_scale": MEAN_LOSS}
+_NEWTON = {"family": "full_gaussian", "curvature": "exact", "hess_init": 1.0, "weight_decay": 1e-4}
+_IVON = {
+    "family": "diagonal_gaussian", "curvature": "reparam", "momentum": 0.9, "precision_lr": 1.0 - 0.99999,
+    "hess_init": 1.0, "weight_decay": 1e-4, "lr_scale": INITIAL_HESSIAN,
+}  # fmt: skip
+_SIGNS = {"family": "bernoulli", "curvature": "relaxed", "momentum": 0.9, "prior_in_momentum": True}
+
+# Arguments of `PosteriorCorrected`, where an optimizer has others than that one's defaults. The numbers that a
+# signature in `named` shows as well, for whoever reads it in an editor, are held to these by a test.
+CHOICES: Mapping[str, Mapping[str, Any]] = {
+    "SVRG": {**_SGD, "alpha": 1.0, "noise": "zero"},  # PC Alg. 1, Eq. 2
+    "VSGDPoCo": {**_SGD, "alpha": 1.0},  # PC Alg. 3 (there VSGD-PC)
+    "VON": {**_NEWTON, "alpha": 0.0},  # PC Eq. 8
+    "VONPoCo": {**_NEWTON, "alpha": 1.0},  # PC Alg. 5, Eq. 15, 16, 24
+    "IVON": {**_IVON, "alpha": 0.0},  # Shen et al. 2024; PC Alg. 4 without red
+    "IVONPoCo": {**_IVON, "alpha": 1.0},  # PC Alg. 4 without outer momentum (IVON-PC)
+    "IVONPoCoMo": {**_IVON, "alpha": 1.0, "rho": (0.0, 0.0)},  # PC Alg. 4 (IVON-PCM)
+    "BayesBiNN": {**_SIGNS, "alpha": 0.0},  # Meng et al. 2020
+    "BayesBiNNPoCo": {**_SIGNS, "alpha": 1.0},  # PC Eq. 13, 18
+}
+
+
+class Named(PosteriorCorrected):
+    """A named optimizer: a `PosteriorCorrected` with other defaults.
+
+    Args:
+        params: parameters or groups.
+        lr: η, in the convention that is chosen.
+        ess: N; None: the chosen one.
+        member: the family as an object, where it has hyperparameters; None: the chosen one.
+        **given: what the caller says, over what is chosen; for α and the curvature, None is what is chosen.
+    """
+
+    chosen: ClassVar[Mapping[str, Any]]
+
+    def __init__(
+        self, params: Any, lr: float, ess: float | None = None, *, member: ExponentialFamily | None = None, **given: Any
+    ) -> None:
+        self._refuse(given, family="")
+        for name in ("alpha", "curvature"):
+            if given.get(name, 0) is None:
+                del given[name]
+        settings = {**self.chosen, **given}
+        family, usual = settings.pop("family"), settings.pop("ess", math.nan)
+        super().__init__(params, member or family, lr, usual if ess is None else ess, **settings)
+
+    def _refuse(self, given: Mapping[str, Any], **own: str) -> None:
+        """Refuse arguments for which this optimizer has another name, or none."""
+        for name, other in own.items():
+            if name in given:
+                does = f"calls it {other}; give that" if other else "chooses it; use PosteriorCorrected for another"
+                raise TypeError(f"{name}={given[name]!r}: {type(self).__name__} {does}.")

@@ -1,0 +1,1 @@
+"""What torch, and those who build on it, expect of an optimizer; held by every optimizer of the library."""
