@@ -91,10 +91,8 @@ class Step:
         like = self.first.like(tile)
         self.moved = kernels.advance(self.constants, weights, first, second, self.numbers, like, self.anchor)
         family = self.block.family
-        leaves = (
-            not bool(family.in_domain(self.moved.state)) if family.joint else kernels.sound(family, self.moved, like)
-        )
-        if leaves is not None and leaves is not False:
+        sound = family.in_domain(self.moved.state) if family.joint else kernels.sound(family, self.moved, like)
+        if sound is not None and not bool(sound.all()):
             self.moved = self._with_sound_gaps(like)
 
     def _with_sound_gaps(self, like: Tensor) -> kernels.Moved:
