@@ -373,7 +373,7 @@ def _advance(
     """
     like = _like(out, dtype)
     moved = kernels.advance(constants, weights, first, second, numbers, like)
-    sound = kernels.noticed(constants, kernels.sound(constants.family, moved, like), first, second)
+    sound = kernels.noticed(constants, kernels.sound(constants, moved, like), first, second)
     old = fields.leaves((weights.state, weights.momentum, weights.memory))
     new = kernels.unshared(old, fields.leaves((moved.state, moved.momentum, moved.memory)))
     for place, value in zip(old, new, strict=True):

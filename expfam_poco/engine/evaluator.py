@@ -16,7 +16,7 @@ from expfam_poco.engine.measure import measure_batched, measure_draw, measure_va
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
 
-FIRST = 3  # evaluations, that are looked at more closely
+FIRST, AGAIN = 3, 61  # evaluations that are looked at more closely: so many, and every so many
 
 
 class Evaluator:
@@ -138,8 +138,9 @@ class Evaluator:
         self._evaluations += 1
         for trial in trials:
             members = trial.block.members
-            # Writes through `p.data` leave no trace: the first evaluations look at the weights themselves.
-            if self._evaluations <= FIRST or any([member.weights_changed() for member in members]):
+            # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
+            looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0
+            if looks or any([member.weights_changed() for member in members]):
                 if trial.is_there(draw):
                     for member in members:
                         member.note_weights()

@@ -46,6 +46,7 @@ class Constants:
         noise: "random", "reflected" (the antithetic partner) or "zero".
         prior_in_momentum: whether momentum averages the prior's pull, too.
         watched: whether losses and gradients that are not finite are noticed here, as unsound weights.
+        largest: number of the weights' dtype, where that is less than the posterior's.
     """
 
     family: ExponentialFamily
@@ -58,6 +59,7 @@ class Constants:
     noise: str = "random"
     prior_in_momentum: bool = False
     watched: bool = False
+    largest: float = math.inf
 
     def noise_of(self, source: Tensor | Address, like: Tensor) -> Tensor:
         """ε for the weights `like`: `source` is the noise itself, or the address to look it up."""
@@ -249,21 +251,30 @@ def clipped(family: ExponentialFamily, site: Any, factor: Any) -> Any:
     return fields.weigh(site, family.per_block(factor, 1.0))
 
 
-def sound(family: ExponentialFamily, moved: Moved, like: Tensor) -> Tensor | None:
-    """For every weight of a tile: all its numbers are finite and in the domain; None where they all are."""
+def sound(constants: Constants, moved: Moved, like: Tensor) -> Tensor | None:
+    """For every weight of a tile: all its numbers are finite and in the domain, and the model's dtype can hold it.
+
+    None where that is so for all.
+    """
+    family = constants.family
     constrained = [(getattr(moved.state, name), constraint) for name, constraint in family.domain.items()]
     values = (*moved.state, *moved.momentum)
     weights = like.shape[: like.ndim - family.event_dim]
     if not torch.compiler.is_compiling() and not is_ahead(like.device):
         # A NaN or infinity survives summing: a look at sums is cheaper than one at every number.
         finite = math.isfinite(sum([(value.sum() if value.ndim else value).item() for value in values]))
-        if finite and all([bool(constraint.check(value).all()) for value, constraint in constrained]):
+        inside = finite and all([bool(constraint.check(value).all()) for value, constraint in constrained])
+        if inside and constants.largest < math.inf:
+            inside = bool((family.point(moved.state).abs() <= constants.largest).all())
+        if inside:
             return None
     result = torch.ones(weights, dtype=torch.bool, device=like.device)
     for value in values:
         result = result & _per_weight(torch.isfinite(value), result.ndim)
     for value, constraint in constrained:
         result = result & _per_weight(constraint.check(value), result.ndim)
+    if constants.largest < math.inf:
+        result = result & _per_weight(family.point(moved.state).abs() <= constants.largest, result.ndim)
     return result
 
 

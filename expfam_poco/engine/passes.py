@@ -50,7 +50,7 @@ def advanced(
 ) -> Passed:
     """θ or the next draw, then λ, momentum and memory after a step; which weights were not sound is summed."""
     moved = kernels.advance(constants, weights, first, second, numbers, like)
-    sound = kernels.noticed(constants, kernels.sound(constants.family, moved, like), first, second)
+    sound = kernels.noticed(constants, kernels.sound(constants, moved, like), first, second)
     assert sound is not None
 
     def keep(old: Tensor, new: Tensor) -> Tensor:

@@ -91,16 +91,16 @@ class Step:
         like = self.first.like(tile)
         self.moved = kernels.advance(self.constants, weights, first, second, self.numbers, like, self.anchor)
         family = self.block.family
-        sound = family.in_domain(self.moved.state) if family.joint else kernels.sound(family, self.moved, like)
+        sound = family.in_domain(self.moved.state) if family.joint else kernels.sound(self.constants, self.moved, like)
         if sound is not None and not bool(sound.all()):
             self.moved = self._with_sound_gaps(like)
 
     def _with_sound_gaps(self, like: Tensor) -> kernels.Moved:
         """The new posterior of a flat block in which nothing but gaps has left the domain; else the error."""
-        flat, family = self.block, self.block.family
+        flat = self.block
         if not isinstance(flat, FlatBlock):
             raise domain_error(flat, self.moved.state)
-        sound = kernels.sound(family, self.moved, like)
+        sound = kernels.sound(self.constants, self.moved, like)
         wrong = [] if sound is None else flat.unsound_members(sound)
         if wrong:
             number = flat.members.index(wrong[0])
@@ -327,6 +327,11 @@ def domain_error(block: Block, state: Any) -> Exception:
     where = f"the posterior of {block.name!r} ({type(block.family).__name__})"
     bounded = [getattr(state, name) for name in block.family.domain]
     finite = fields.all_finite(tuple(bounded)) if bounded else fields.all_finite(state)
+    if bool(finite) and any(p.dtype is torch.float16 for p in block.params) and bool(block.family.in_domain(state)):
+        return NonFiniteError(
+            f"lr={block.settings.lr_given}: the step would take weights of {block.name!r} beyond 65504, the largest "
+            "number of float16; lower lr, or use bfloat16. Nothing was changed."
+        )
     if not bool(finite) or bool(block.family.in_domain(state)):
         return NonFiniteError(
             f"lr={block.settings.lr_given}: the step would make {where} infinite or NaN; lower lr or precision_lr, or "

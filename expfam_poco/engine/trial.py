@@ -7,6 +7,7 @@ keeps what all its draws have measured, so that estimators may compare them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,6 +150,7 @@ class Trial:
                 noise,
                 settings.prior_in_momentum,
                 self.watched,
+                torch.finfo(torch.float16).max if self.block.params[0].dtype is torch.float16 else math.inf,
             )
         return known
 
@@ -231,14 +233,14 @@ class Trial:
 
     @plainly
     def is_there(self, draw: int) -> bool:
-        """Whether the model still holds draw number `draw`, which has been written into it."""
+        """Whether the model still holds, up to rounding, draw number `draw`, which has been written into it."""
         if self.backend is None:
             parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
-            return all([torch.equal(part.to(p.dtype), p) for part, p in parts])
+            return all([_are_near(part.to(p.dtype), p.detach()) for part, p in parts])
         constants, params = self.constants(draw), self.block.params
         drawn_apart = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params if self.fused]
         if drawn_apart and self._draw_fused(drawn_apart, draw):
-            return all([torch.equal(drawn, p) for drawn, p in zip(drawn_apart, params, strict=True)])
+            return all([_are_near(drawn, p.detach()) for drawn, p in zip(drawn_apart, params, strict=True)])
         present = self.block.beside(params) if isinstance(self.block, FlatBlock) else params[0].detach()
         for tile in self.tiles():
             source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
@@ -246,7 +248,7 @@ class Trial:
             self.runner.draw(constants, drawn, self.block.dtype, *own, self.numbers, source)
             if isinstance(self.block, FlatBlock):
                 drawn = torch.where(tile.cut(self.block.real), drawn, 0.0)
-            if not torch.equal(drawn, tile.cut(present)):
+            if not _are_near(drawn, tile.cut(present)):
                 return False
         return True
 
@@ -436,6 +438,12 @@ class Trial:
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
             made.append(trial)
         return made
+
+
+def _are_near(first: Tensor, second: Tensor) -> bool:
+    """Equal up to what adding and subtracting a step leaves (sharpness-aware minimisation does that)."""
+    near = max(1e-4, 4.0 * torch.finfo(first.dtype).eps)
+    return torch.equal(first, second) or torch.allclose(first, second, rtol=near, atol=1e-2 * near)
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:

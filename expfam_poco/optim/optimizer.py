@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expfam_poco.closures.effects import is_waiting, mark_used
-from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error, waiting_error
+from expfam_poco.closures.effects import mark_used
+from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
 from expfam_poco.correction.alpha import Staleness
@@ -274,13 +274,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _trainable(self) -> list[Block]:
         """The active blocks, at least one, with hyperparameters in their ranges and no gradients waiting."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("closure: no gradients can be taken inside torch.inference_mode(); call it outside.")
         blocks = self._active()
         if not blocks:
             raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
         for block in blocks:
-            for p in block.params:
-                if p.grad is not None and is_waiting(p.grad):
-                    raise waiting_error(block.name)
+            block.check_gradients()
         return blocks
 
     def _state(self, block: Block) -> Record:
