@@ -28,7 +28,7 @@ from expfam_poco.closures.reach import OF_EVERY_MODULE, Reach, is_built, modules
 __all__ = [
     "Buffers",
     "Evaluations",
-    "Record",
+    "ModuleState",
     "Replay",
     "capture_random",
     "is_built",
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-class Record:
+class ModuleState:
     """The state of modules as it was when each was first seen: buffers, and attributes that are tensors or numbers.
 
     Such attributes are restored like buffers, for people keep hidden states and counters there; flags (bool) are not,
@@ -194,8 +194,8 @@ class Evaluations(AbstractContextManager[None]):
 
     def __init__(self, modules: Sequence[nn.Module], params: Sequence[Parameter]) -> None:
         self._modules, self._params = modules, params
-        self.before = Record(modules, params)
-        self._after: Record | None = None
+        self.before = ModuleState(modules, params)
+        self._after: ModuleState | None = None
 
     def kept(self) -> AbstractContextManager[None]:
         """Run a block with a later evaluation. The state is recorded when the first such block is entered."""
@@ -203,7 +203,7 @@ class Evaluations(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         if self._after is None:
-            self._after = Record(self._modules, self._params)
+            self._after = ModuleState(self._modules, self._params)
         self._after.hide_gradients()
 
     def __exit__(self, *error: object) -> None:
@@ -233,14 +233,14 @@ class Buffers:
         """
         return Evaluations(self._modules(params, closure), params)
 
-    def record(self, params: Sequence[Parameter], closure: Any) -> Record:
+    def state_of(self, params: Sequence[Parameter], closure: Any) -> ModuleState:
         """The state of all modules around these parameters, or within reach of the closure, as it is now."""
-        return Record(self._modules(params, closure), params)
+        return ModuleState(self._modules(params, closure), params)
 
     @contextmanager
     def kept(self, params: Sequence[Parameter], closure: Any) -> Iterator[None]:
         """Run a block after which all state is what it was."""
-        record = self.record(params, closure)
+        record = self.state_of(params, closure)
         record.hide_gradients()
         try:
             yield

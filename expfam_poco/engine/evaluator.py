@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
-from expfam_poco.closures.effects import Buffers, Record, Replay, capture_random, replay_random
+from expfam_poco.closures.effects import Buffers, ModuleState, Replay, capture_random, replay_random
 from expfam_poco.closures.evaluate import Closure
 from expfam_poco.engine.measure import measure_batched, measure_draw, measure_variations, params_of
 from expfam_poco.engine.products import Products
@@ -25,7 +25,7 @@ class Evaluator:
     def __init__(self, products: Products) -> None:
         self.products = products
         self._buffers = Buffers()
-        self._moved: list[Record] = []
+        self._moved: list[ModuleState] = []
         self._evaluations = 0
         self._watched = False
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from expfam_poco.closures.caches import fresh_caches
-from expfam_poco.closures.effects import Record
+from expfam_poco.closures.effects import ModuleState
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 Transform = Callable[[Any], Tensor]
@@ -334,7 +334,7 @@ def left_as_found(model: nn.Module, seed: int | None = None) -> Iterator[Callabl
         a function that puts the buffers back at once.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = Record([model])
+    buffers = ModuleState([model])
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices):
         if seed is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expfam_poco.closures.caches import fresh_caches
-from expfam_poco.closures.effects import Record, capture_random, replay_random
+from expfam_poco.closures.effects import ModuleState, capture_random, replay_random
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.optim.named import IVONPoCo
 from expfam_poco.tools.files import written_aside
@@ -193,7 +193,7 @@ def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iter
     modes = {module: module.training for module in model.modules()}
     state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
     rates = [copy.deepcopy(group["lr"]) for group in groups]
-    buffers = Record([model])
+    buffers = ModuleState([model])
     try:
         with replay_random(capture_random(params)):
             yield
@@ -270,7 +270,7 @@ def suggest_ess(
         raise ValueError("model: it has no trainable parameters; give the model that will be trained.")
     with _put_back(model, None):
         point = [p.detach().clone() for p in params]
-        buffers, random = Record([model]), capture_random(params)
+        buffers, random = ModuleState([model]), capture_random(params)
 
         def loss_at(sigma: float, number: int) -> float:
             generators: dict[torch.device, torch.Generator] = {}
