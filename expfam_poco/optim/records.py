@@ -27,7 +27,8 @@ from expfam_poco.family.registry import name_of
 from expfam_poco.optim.base import Shell
 from expfam_poco.optim.checkpoint import Recorded, check_clock, check_groups, filled, fitted, is_count
 
-CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped")
+CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped", "mega", "every")
+_NEWER = {"mega": 0, "every": 0}  # counters that older checkpoints do not have
 _HEADER: dict[str, Any] = {
     "settings": Mapping,
     "seed": int,
@@ -285,7 +286,7 @@ class Resuming(Recorded, Shell):
         for name, kind in _HEADER.items():
             if not isinstance(header.get(name, ...), kind) or isinstance(header[name], bool):
                 raise CheckpointError(f"{where}[{name!r}]: missing or damaged; use another file.")
-        check_clock(where, header["clock"], CLOCK)
+        check_clock(where, {**_NEWER, **header["clock"]}, CLOCK)
         try:
             NoiseKey(header["seed"])
         except ValueError as error:
@@ -326,7 +327,7 @@ class Resuming(Recorded, Shell):
                 block.drawn = self._state(block)["drawn"]
         self._products.reset()
         self.seed = header["seed"]
-        self._clock = dict(header["clock"])
+        self._clock = {**_NEWER, **header["clock"]}
         self._meter.load(header["meter"])
         self._products.hessian = header["anchor_hessian"]
 
