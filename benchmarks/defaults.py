@@ -229,14 +229,16 @@ SIGNS: dict[str, Setting] = {
     "beta1 = 0.95": {**COLD, "beta1": 0.95},
     "BatchNorm's lr = 0.3": {**COLD, "gaussian": {"lr": 0.3}},
 }
-REAL, SIGNED, ADAM = (0.1, 0.3, 1.0), (3.0, 30.0, 100.0, 300.0), (3e-3, 1e-2, 3e-2)
+REAL, SIGNED, ADAM = (0.1, 0.3, 1.0), (30.0, 100.0, 300.0), (3e-3, 1e-2, 3e-2)
+ALSO_CORRECTED = ("defaults", "ess = 10 N", "beta2 = 0.99", "beta2 = 0.99, hess_init = 100")
 Settings = tuple[dict[str, Setting], tuple[float, ...]]
 
 
 def real(*but: str) -> dict[str, Settings]:
     """What is tried on a task of real weights; some settings left out where runs are long."""
     plain = {label: given for label, given in IVONS.items() if label not in but}
-    corrected = {**plain, "former": {**FORMER_IVON, "alpha": 1.0}, **CORRECTED}
+    corrected = {label: given for label, given in plain.items() if label in ALSO_CORRECTED}
+    corrected = {"former": {**FORMER_IVON, "alpha": 1.0}, **corrected, **CORRECTED}
     return {ADAMW: ({"tuned": {}}, ADAM), "IVON": (plain, REAL), "IVON-PoCoMo": (corrected, REAL)}
 
 
