@@ -1,7 +1,8 @@
 """Do the defaults do? Named optimizers with nothing but `lr` and `ess` said, beside themselves tuned and beside AdamW.
 
     python benchmarks/defaults.py search      # every setting at every rate, a seed of its own, validation part
-    python benchmarks/defaults.py compare     # the former defaults, the defaults and the best setting: three seeds, test
+    python benchmarks/defaults.py compare     # former defaults, defaults and the best setting: three seeds, test
+    python benchmarks/defaults.py long        # IVON in runs fifteen times as long, by β₂
     python benchmarks/defaults.py report      # the tables into RESULTS.md
 
 Every method has the same budget of mini-batch gradients, in which the second one of a corrected step and those of
@@ -99,8 +100,8 @@ def on_text(budget: int) -> Task:
     train = torch.cat([corpus.batch(context, 256, seed=0, stream=TRAINING, index=i) for i in range(rows // 256)])
     return Task(
         lambda: GPT(preset("nano", context=context, vocabulary=corpus.tokenizer.vocabulary)),
-        lambda m, r: m.loss(train[r]),
-        lambda predict, part: classified(predict(parts[part][:, :-1]).flatten(0, 1), parts[part][:, 1:].flatten().long()),
+        lambda m, r: cross_entropy(m(train[r, :-1]).flatten(0, 1), train[r, 1:].flatten()),
+        lambda predict, part: classified(predict(parts[part][:, :-1]).flatten(0, 1), parts[part][:, 1:].flatten()),
         lambda part: parts[part][:, :-1], rows * context, rows, 8, budget,
     )  # fmt: skip
 
@@ -113,7 +114,7 @@ def mlp() -> nn.Module:
 TASKS: dict[str, Callable[[], Task]] = {
     "digits": functools.cache(lambda: on_digits(mlp, 600)),
     "convmixer": functools.cache(lambda: on_digits(functools.partial(conv_mixer, 16), 400)),
-    "language": functools.cache(lambda: on_text(150)),
+    "language": functools.cache(lambda: on_text(100)),
     "binary": functools.cache(
         lambda: on_digits(lambda: network("mlp", torch.Size([1, 8, 8]), 10, 64), 800, centred=True, binary=True)
     ),
@@ -212,13 +213,14 @@ CORRECTED: dict[str, Setting] = {"α = 1": {"alpha": 1.0}, "α = 0.3": {"alpha":
 IVONS: dict[str, Setting] = {
     "former": FORMER_IVON,
     "defaults": {},
-    "ess = 10 N": {"examples": 10.0},
-    "hess_init = 100": {"hess_init": 100.0},
+    "beta2 = 0.999": {"beta2": 0.999},
+    "beta2 = 0.999, ess = 10 N": {"beta2": 0.999, "examples": 10.0},
+    "beta2 = 0.999, hess_init = 100": {"beta2": 0.999, "hess_init": 100.0},
+    "beta2 = 0.999, gradsq": {"beta2": 0.999, "curvature": "gradsq"},
     "beta2 = 0.99": {"beta2": 0.99},
     "beta2 = 0.99, ess = 10 N": {"beta2": 0.99, "examples": 10.0},
     "beta2 = 0.99, hess_init = 100": {"beta2": 0.99, "hess_init": 100.0},
     "beta2 = 0.99, hess_init = 1, clip_radius = 0.01": {"beta2": 0.99, "hess_init": 1.0, "clip_radius": 0.01},
-    "gradsq": {"curvature": "gradsq"},
 }
 SIGNS: dict[str, Setting] = {
     "former": FORMER_SIGNS,
@@ -229,8 +231,14 @@ SIGNS: dict[str, Setting] = {
     "beta1 = 0.95": {**COLD, "beta1": 0.95},
     "BatchNorm's lr = 0.3": {**COLD, "gaussian": {"lr": 0.3}},
 }
-REAL, SIGNED, ADAM = (0.1, 0.3, 1.0), (30.0, 100.0, 300.0), (3e-3, 1e-2, 3e-2)
-ALSO_CORRECTED = ("defaults", "ess = 10 N", "beta2 = 0.99", "beta2 = 0.99, hess_init = 100")
+REAL, SIGNED, ADAM = (0.1, 0.3, 1.0, 3.0), (30.0, 100.0, 300.0), (3e-3, 1e-2, 3e-2)
+ALSO_CORRECTED = (
+    "defaults",
+    "beta2 = 0.999",
+    "beta2 = 0.999, ess = 10 N",
+    "beta2 = 0.99",
+    "beta2 = 0.99, hess_init = 100",
+)
 Settings = tuple[dict[str, Setting], tuple[float, ...]]
 
 
@@ -244,8 +252,10 @@ def real(*but: str) -> dict[str, Settings]:
 
 PLAN: dict[str, dict[str, Settings]] = {
     "digits": real(),
-    "convmixer": real("gradsq"),
-    "language": real("ess = 10 N", "hess_init = 100", "beta2 = 0.99, ess = 10 N", "gradsq"),
+    "convmixer": real("beta2 = 0.999, gradsq"),
+    "language": real(
+        *(label for label in IVONS if label not in ("former", "defaults", "beta2 = 0.999", "beta2 = 0.99"))
+    ),
     "binary": {
         STE: ({"tuned": {}}, ADAM),
         "BayesBiNN": (SIGNS, SIGNED),
@@ -270,15 +280,17 @@ class Runs:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         self.known: dict[str, Any] = dict(map(json.loads, lines))
 
-    def __call__(self, *arguments: Any) -> dict[str, Any]:
+    def __call__(self, name: str, method: str, lr: float, seed: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """One run; see `run`."""
-        key = json.dumps([*arguments, self.share], sort_keys=True)
+        key = json.dumps([name, method, lr, seed, given, self.share], sort_keys=True)
         if key not in self.known:
-            found = self.known[key] = run(*arguments, share=self.share)
+            found = self.known[key] = run(name, method, lr, seed, given, self.share)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, found]) + "\n")
-            print(*arguments, f"{found['validation']['loss']:.3f} {found['seconds']:.1f} s", flush=True)
+            print(
+                name, method, lr, seed, given, f"{found['validation']['loss']:.3f} {found['seconds']:.1f} s", flush=True
+            )
         found = self.known[key]
         return found
 
@@ -314,8 +326,29 @@ def compare(runs: Runs, searched: Mapping[str, Any]) -> list[dict[str, Any]]:
                 setting, lr = best(found, among)
                 given = PLAN[name][method][0][setting]
                 tests = [runs(name, method, float(lr), seed, given)["test"] for seed in SEEDS]
-                rows.append({"task": name, "method": method, "label": label, "setting": setting, "lr": lr, "runs": tests})
+                rows.append(
+                    {"task": name, "method": method, "label": label, "setting": setting, "lr": lr, "runs": tests}
+                )
     return rows
+
+
+def at_rates(runs: Runs) -> list[dict[str, Any]]:
+    """Test losses of former defaults and defaults at the same rates."""
+    return [
+        {
+            "task": name, "method": method, "lr": lr,
+            **{label: [runs(name, method, lr, seed, PLAN[name][method][0][label])["test"] for seed in SEEDS]
+               for label in ("former", "defaults")},
+        }
+        for name in ("digits", "convmixer") for method in ("IVON", "IVON-PoCoMo") for lr in REAL[1:]
+    ]  # fmt: skip
+
+
+def long_runs(runs: Runs) -> dict[str, Any]:
+    """IVON on the digits in runs of 9000 steps: validation losses by β₂ and ess."""
+    given: dict[str, Setting] = {f"beta2 = {beta2:g}": {"beta2": beta2} for beta2 in (0.99999, 0.9999, 0.999)}
+    given["beta2 = 0.999, ess = 100 N"] = {"beta2": 0.999, "examples": 100.0}
+    return {label: runs("digits", "IVON", 0.3, SEARCHED, setting)["validation"] for label, setting in given.items()}
 
 
 # ---- tables --------------------------------------------------------------------------------------------------
@@ -351,20 +384,44 @@ def table_search(searched: Mapping[str, Any]) -> str:
     return _markdown(lines)
 
 
+def table_rates(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Medians and ranges on the test part, at the same rates."""
+    lines = [["task", "method", "lr", "former", "defaults"]]
+    for row in rows:
+        losses = [_spread([found["loss"] for found in row[label]]) for label in ("former", "defaults")]
+        lines.append([row["task"], row["method"], f"{row['lr']:g}", *losses])
+    return _markdown(lines)
+
+
+def table_long(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Losses and accuracies of the long runs."""
+    lines = [["IVON, digits, 9000 steps, lr = 0.3", "validation loss", "accuracy"]]
+    lines += [[label, f"{value['loss']:.3f}", f"{value['accuracy']:.3f}"] for label, value in found.items()]
+    return _markdown(lines)
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "compare": table_compare,
+    "rates": table_rates,
+    "long": table_long,
+    "search": table_search,
+}
+
+
 def report(content: Mapping[str, Any], page: Path) -> None:
     """Put the tables between their marks."""
     text = page.read_text(encoding="utf-8")
-    for part, table in (("compare", table_compare(content["compare"])), ("search", table_search(content["search"]))):
+    for part, table in TABLES.items():
         marks = f"<!-- table defaults-{part} -->\n", "<!-- end -->"
         before, _, rest = text.partition(marks[0])
-        text = f"{before}{marks[0]}\n{table}\n{marks[1]}{rest.partition(marks[1])[2]}"
+        text = f"{before}{marks[0]}\n{table(content[part])}\n{marks[1]}{rest.partition(marks[1])[2]}"
     page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["search", "compare", "report"])
+    parser.add_argument("parts", nargs="*", default=["search", "compare", "long", "report"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--runs", type=Path, default=Path("runs-defaults"), help="folder of finished runs")
     parser.add_argument("--short", action="store_true", help="a twentieth of every budget; writes nothing but runs")
@@ -376,7 +433,9 @@ def main() -> None:
     if "search" in options.parts:
         content["search"] = search(runs, options.tasks)
     if "compare" in options.parts:
-        content["compare"] = compare(runs, content["search"])
+        content["compare"], content["rates"] = compare(runs, content["search"]), at_rates(runs)
+    if "long" in options.parts:
+        content["long"] = long_runs(Runs(options.runs, 15.0 * runs.share))
     if not options.short:
         RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if "report" in options.parts:

@@ -129,7 +129,7 @@ def paced(opt: Any, task: Task, steps: int, every: int, chunks: int, start: int 
 
 @pytest.mark.parametrize("name", ["SVRG", "IVONPoCoMo", "BayesBiNNPoCo", "AlphaSVRG-AdamW"])
 def test_alpha_of_mega_batches_follows_the_pace_of_refreshes(name: str) -> None:
-    """K/(K+M); before the second refresh, and when one is late, M is the age of q_out; the state has all that it needs."""
+    """K/(K+M); before the second refresh, and when one is late, M is the age of q_out; the state has all of it."""
     model = network()
     opt, task = with_alpha(name, model.named_parameters(), "mega_batch"), Task(model)
     found = paced(opt, task, 10, 4, 3)

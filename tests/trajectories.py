@@ -162,7 +162,8 @@ NAMED: dict[str, tuple[Make, Loop]] = {
     "IVONPoCoMo": (named(poco.IVONPoCoMo, **MOMENTUM), corrected),
     "BayesBiNN": (named(poco.BayesBiNN, lr=0.01, ess=24.0, stale_mean=True, curvature="relaxed", seed=1), plain),
     "BayesBiNNPoCo": (
-        named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, alpha=1.0, mc_samples=2, seed=1), corrected,
+        named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, alpha=1.0, mc_samples=2, seed=1),
+        corrected,
     ),
     "AlphaSVRG-SGD": (over(torch.optim.SGD, 0.7, lr=0.05, momentum=0.9), corrected),
     "AlphaSVRG-AdamW": (over(torch.optim.AdamW, "adaptive", lr=0.02, max_grad_norm=1.0), corrected),

@@ -177,10 +177,10 @@ class MegaBatchAlpha:
         α = K / (K + M)
 
     The M steps that share a ḡ_out of variance Var(out)/K move by its error together, which adds up to a variance of
-    α² M²/K, and by their own mini-batches' apart, (1 − α)² M, as long as θ is near θ_out: α is where the sum is least. K
-    is the number of chunks of the last refresh. M counts the steps between the last two refreshes, or those since the
-    last one where they are more (so also before the second): the α of a q_out that nobody refreshes fades. α is 1 where
-    K is unknown: after a refresh from one chunk, and where q_out is a stored posterior.
+    α² M²/K, and by their own mini-batches' apart, (1 − α)² M, as long as θ is near θ_out: α is where the sum is least.
+    K is the number of chunks of the last refresh. M counts the steps between the last two refreshes, or those since
+    the last one where they are more (so also before the second): the α of a q_out that nobody refreshes fades. α is 1
+    where K is unknown: after a refresh from one chunk, and where q_out is a stored posterior.
 
     A refresh from *all* data has no such variance: give alpha=1.
 

@@ -29,7 +29,9 @@ from expfam_poco.family import fields
 if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
 
-Alpha = float | tuple[float, float] | Callable[[int], float | tuple[float, float]] | str | AdaptiveAlpha | MegaBatchAlpha
+Alpha = (
+    float | tuple[float, float] | Callable[[int], float | tuple[float, float]] | str | AdaptiveAlpha | MegaBatchAlpha
+)
 
 
 class Outer(NamedTuple):

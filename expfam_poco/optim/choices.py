@@ -17,7 +17,7 @@ from expfam_poco.optim.optimizer import PosteriorCorrected
 _SGD = {"family": "isotropic_gaussian", "ess": 1.0, "lr_scale": MEAN_LOSS}
 _NEWTON = {"family": "full_gaussian", "curvature": "exact", "hess_init": 1.0, "weight_decay": 1e-4}
 _IVON = {
-    "family": "diagonal_gaussian", "curvature": "reparam", "momentum": 0.9, "precision_lr": 1.0 - 0.999,
+    "family": "diagonal_gaussian", "curvature": "reparam", "momentum": 0.9, "precision_lr": 1.0 - 0.99999,
     "hess_init": 10.0, "weight_decay": 1e-4, "lr_scale": INITIAL_HESSIAN,
 }  # fmt: skip
 _SIGNS = {"family": "bernoulli", "curvature": "straight_through", "momentum": 0.9, "prior_in_momentum": True}

@@ -143,11 +143,12 @@ class IVONPoCo(Named):
     Args:
         params: parameters or groups.
         lr: η; multiplied by (hess_init + weight_decay) unless `rescale_lr` is off, as in `ivon-opt`: a first step is
-            that of SGD with momentum and rate lr. 0.3 to 1 for small networks; `find_lr` finds one.
+            that of SGD with momentum and rate lr. 0.3 to 3 did best for small networks; `find_lr` finds one.
         ess: κ, the effective sample size.
         hess_init: h₀. Larger than the loss's curvature, it keeps the first draws near the mean.
         beta1: β₁, the momentum of the gradient.
-        beta2: β₂; the rate of the precision is 1−β₂. h₀ is forgotten in 1/(1−β₂) steps; the papers' 0.99999 is for 10⁵.
+        beta2: β₂; the rate of the precision is 1−β₂. A smaller one learns faster in runs of fewer than 1/(1−β₂) steps;
+            in far longer ones h forgets h₀ = 10 and can become so small that training breaks down.
         weight_decay: δ; the prior's precision is ess·δ.
         mc_samples: draws per evaluation.
         hess_approx: `ivon-opt`'s name for the curvature estimator: "price" is "reparam", "gradsq" itself.
@@ -175,7 +176,7 @@ class IVONPoCo(Named):
     chosen = CHOICES["IVONPoCo"]
 
     def __init__(
-        self, params: Any, lr: float, ess: float, hess_init: float = 10.0, beta1: float = 0.9, beta2: float = 0.999,
+        self, params: Any, lr: float, ess: float, hess_init: float = 10.0, beta1: float = 0.9, beta2: float = 0.99999,
         weight_decay: float = 1e-4, mc_samples: int = 1, hess_approx: str = "price", clip_radius: float = math.inf,
         debias: bool = True, rescale_lr: bool = True, *, alpha: Alpha | None = None,
         curvature: str | Estimator | None = None, **choices: Any,
@@ -226,7 +227,7 @@ class IVONPoCoMo(IVONPoCo):
 class IVON(IVONPoCo):
     """IVON (Shen et al. 2024): `IVONPoCo` with α = 0. Same arguments, which have the names of `ivon-opt`.
 
-    `IVON.like_ivon_opt` has the defaults of that package, too (hess_init 1, beta2 0.99999).
+    `IVON.like_ivon_opt` has the defaults of that package, too (hess_init 1).
 
     Example:
         >>> import torch, expfam_poco as poco
