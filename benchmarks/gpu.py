@@ -1,16 +1,18 @@
 """What the optimizers do and cost on a CUDA device, in one run of under four minutes.
 
     python benchmarks/gpu.py                     # every part
-    python benchmarks/gpu.py same cycle          # some of them: same, cycle, network, small, tests
+    python benchmarks/gpu.py same cycle          # some of them: cycle, variants, launches, small, same, network, tests
 
-* same     every leafwise family and every optimizer gives the CPU's numbers (float64)
-* cycle    all but forward and backward: 124 M weights in GPT-2's tensors, beside fused AdamW and ivon-opt
-* network  a whole step of GPT-2 (124 M, bfloat16), beside AdamW
+* cycle    all but forward and backward: 124 M weights in GPT-2's tensors, beside fused AdamW
+* variants the same for IVON by kernels of other shapes, and by torch.compile
+* launches the events and waits of a step of 10 and of 1,000 tensors
 * small    a whole step of an MLP of 6 tensors
+* same     every leafwise family and every optimizer gives the CPU's numbers (float64; float32 up to rounding)
+* network  a whole step of GPT-2 (124 M, bfloat16), beside AdamW
 * tests    the tests marked `cuda`
 
-Times are medians of interleaved rounds in one process; "events" are kernels, copies and fills of one step, and
-"waits" the times that the host waits for the device in it.
+Times are medians of interleaved rounds in one process; "events" are kernels, copies and fills of one step, "busy" is
+what they take together, "waits" the times that the host waits for the device, "host" the time until it is free again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import expfam_poco as poco
+from expfam_poco.engine import fused
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from gpt import GPT, preset
@@ -79,6 +83,34 @@ def medians(runs: dict[str, Run], rounds: int, warm: int = 3) -> dict[str, float
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
+
+
+def waits(run: Run) -> str:
+    """Where, in one run, the host waits for the device, as torch sees it."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    return ", ".join(f"{place} ({places.count(place)})" for place in sorted(set(places))) or "nowhere"
+
+
+def host(run: Run, rounds: int = 5) -> float:
+    """Seconds until a run returns, with nothing before it in the queue."""
+    found = []
+    for _ in range(rounds):
+        synchronise()
+        begun = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begun)
+    synchronise()
+    return statistics.median(found)
+
+
 def counts(run: Run) -> str:
     """The device's events in one run, and the host's waits for it."""
     from torch.profiler import ProfilerActivity, profile
@@ -88,13 +120,14 @@ def counts(run: Run) -> str:
         synchronise()
     events = found.events()
     device = [event for event in events if str(event.device_type).endswith("CUDA")]
-    waits = [e for e in events if e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")]
+    waited = [e.name for e in events if e.name in WAITS]
     times: dict[str, float] = {}
     for event in device:
         times[event.name] = times.get(event.name, 0.0) + event.self_device_time_total / 1e3
-    longest = sorted(times.items(), key=lambda pair: -pair[1])[:5]
+    longest = sorted(times.items(), key=lambda pair: -pair[1])[:6]
     shown = "".join(f"\n      {milliseconds:8.3f} ms {name[:90]}" for name, milliseconds in longest)
-    return f"{len(device)} events, {max(0, len(waits) - 1)} waits{shown}"
+    busy = f"busy {sum(times.values()):.3f} ms, host {host(run) * 1e3:.3f} ms"
+    return f"{len(device)} events, {max(0, len(waited) - 1)} waits ({waits(run)}), {busy}{shown}"
 
 
 # ---- the same numbers --------------------------------------------------------------------------------------
@@ -155,6 +188,8 @@ def same(arguments: argparse.Namespace) -> None:
     cases["VSGD"] = (lambda p: poco.VSGD(p, lr=1e-2)), real, False
     cases["full_gaussian 20"] = (
         lambda p: poco.VONPoCo(p, lr=0.5, ess=10.0, seed=1)), real[:4, :5].clone(), True  # fmt: skip
+    single = ("IVON", "IVONPoCoMo", "BayesBiNN", "log_normal 700²")
+    cases.update({f"{name} float32": (cases[name][0], cases[name][1].float(), cases[name][2]) for name in single})
     for name, (make, weights, refreshing) in cases.items():
         with reported(name):
             begun = time.perf_counter()
@@ -162,7 +197,7 @@ def same(arguments: argparse.Namespace) -> None:
             seconds = time.perf_counter() - begun
             here = trained("cpu", lambda p, make=make: make(p), weights, refreshing)
             difference = float((here - there).abs().max())
-            verdict = "" if difference < 1e-9 else "   DIFFERS"
+            verdict = "" if difference < (1e-4 if "float32" in name else 1e-9) else "   DIFFERS"
             print(f"  {name:22} {difference:8.1e}  {seconds:5.1f} s{verdict}", flush=True)
 
 
@@ -180,49 +215,64 @@ def table(found: dict[str, float], runs: dict[str, Run], base: str, bars: dict[s
             )
 
 
-def cycle(arguments: argparse.Namespace) -> None:
-    """Everything but forward and backward."""
-    shapes = [tuple(p.shape) for p in GPT(preset("125m", vocabulary=VOCABULARY)).parameters()]
-    size = sum(torch.Size(shape).numel() for shape in shapes)
-    grads = [torch.randn(shape, device=DEVICE) * 1e-3 for shape in shapes]
-    one = torch.ones((), device=DEVICE)
+COMMON: dict[str, Any] = dict(lr=1e-4, ess=1e7, seed=0)
+WARM = 20  # steps; the first ones look at weights more closely
 
-    def params() -> list[nn.Parameter]:
-        return [nn.Parameter(torch.randn(shape, device=DEVICE) * 0.02) for shape in shapes]
 
-    def ours(make: Callable[[Any], Any], refreshing: bool = False) -> Run:
-        own = params()
+class Gradients:
+    """Optimizers of tensors of these shapes, whose gradients are given."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.size = sum(torch.Size(shape).numel() for shape in shapes)
+        self._grads = [torch.randn(shape, device=DEVICE) * 1e-3 for shape in shapes]
+        self._one = torch.ones((), device=DEVICE)
+
+    def _params(self) -> list[nn.Parameter]:
+        return [nn.Parameter(torch.randn(shape, device=DEVICE) * 0.02) for shape in self.shapes]
+
+    def ours(self, make: Callable[[Any], Any], refreshing: bool = False) -> Run:
+        """A step of an optimizer that takes a closure."""
+        own = self._params()
 
         def closure() -> Tensor:
-            for p, grad in zip(own, grads, strict=True):
+            for p, grad in zip(own, self._grads, strict=True):
                 p.grad = grad
-            return one
+            return self._one
 
         opt = make(own)
         if refreshing:
             opt.refresh([closure])
         return lambda: opt.step(closure)
 
-    def on_gradients(make: Callable[[Any], Any]) -> Run:
-        own = params()
+    def on_gradients(self, make: Callable[[Any], Any]) -> Run:
+        """A step of an optimizer that finds gradients in place."""
+        own = self._params()
         opt = make(own)
-        for p, grad in zip(own, grads, strict=True):
+        for p, grad in zip(own, self._grads, strict=True):
             p.grad = grad
         return lambda: opt.step()
 
-    first, second = (torch.empty(size, device=DEVICE) for _ in range(2))
-    common: dict[str, Any] = dict(lr=1e-4, ess=1e7, seed=0)
-    runs: dict[str, Run] = {
-        "AdamW fused": on_gradients(lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True)),
-        "copy": lambda: first.copy_(second),
-    }
-    makers: dict[str, Callable[[], Run]] = {
-        "IVON": lambda: ours(lambda p: poco.IVON(p, hess_init=1e-3, **common)),
-        "IVONPoCoMo": lambda: ours(lambda p: poco.IVONPoCoMo(p, hess_init=1e-3, **common), True),
-        "gradsq": lambda: ours(lambda p: poco.PosteriorCorrected(p, "diagonal_gaussian", curvature="gradsq", **common)),
-        "bernoulli": lambda: ours(lambda p: poco.BayesBiNN(p, **common)),
-        "VSGD": lambda: on_gradients(lambda p: poco.VSGD(p, lr=1e-4)),
-    }
+    def adam(self) -> Run:
+        """The base."""
+        return self.on_gradients(lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True))
+
+    def ivon(self, **more: Any) -> Run:
+        """IVON."""
+        return self.ours(lambda p: poco.IVON(p, hess_init=1e-3, **COMMON, **more))
+
+    def pocomo(self) -> Run:
+        """IVON-PoCoMo."""
+        return self.ours(lambda p: poco.IVONPoCoMo(p, hess_init=1e-3, **COMMON), True)
+
+
+def gpt_shapes() -> list[tuple[int, ...]]:
+    """GPT-2's."""
+    return [tuple(p.shape) for p in GPT(preset("125m", vocabulary=VOCABULARY)).parameters()]
+
+
+def started(makers: dict[str, Callable[[], Run]], runs: dict[str, Run]) -> None:
+    """Make the runs, and say how long each takes before its second step."""
     for name, maker in makers.items():
         with reported(name):
             begun = time.perf_counter()
@@ -230,11 +280,82 @@ def cycle(arguments: argparse.Namespace) -> None:
             runs[name]()
             synchronise()
             print(f"  {name:22} first step {time.perf_counter() - begun:.1f} s", flush=True)
-    found = medians(runs, arguments.rounds)
+
+
+def cycle(arguments: argparse.Namespace) -> None:
+    """Everything but forward and backward."""
+    gpt = Gradients(gpt_shapes())
+    first, second = (torch.empty(gpt.size, device=DEVICE) for _ in range(2))
+    runs: dict[str, Run] = {"AdamW fused": gpt.adam(), "copy": lambda: first.copy_(second)}
+    makers: dict[str, Callable[[], Run]] = {
+        "IVON": gpt.ivon,
+        "IVON one_pass": lambda: gpt.ivon(one_pass=True),
+        "IVONPoCoMo": gpt.pocomo,
+        "gradsq": lambda: gpt.ours(
+            lambda p: poco.PosteriorCorrected(p, "diagonal_gaussian", curvature="gradsq", **COMMON)
+        ),
+        "max_grad_norm": lambda: gpt.ivon(max_grad_norm=1.0),
+        "bernoulli": lambda: gpt.ours(lambda p: poco.BayesBiNN(p, **COMMON)),
+        "VSGD": lambda: gpt.on_gradients(lambda p: poco.VSGD(p, lr=1e-4)),
+    }
+    started(makers, runs)
+    found = medians(runs, arguments.rounds, WARM)
     bars = {"IVON": 1.3, "IVONPoCoMo": 2.2, "gradsq": 3.0, "bernoulli": 3.0, "VSGD": 3.0}
     table(found, runs, "AdamW fused", bars)
-    print(f"  copy {8 * size / found['copy'] / 1e12:.2f} TB/s; {size / 1e6:.0f} M weights in {len(shapes)} tensors")
-    print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, all of the above together")
+    print(f"  copy {8 * gpt.size / found['copy'] / 1e12:.2f} TB/s; {gpt.size / 1e6:.0f} M in {len(gpt.shapes)} tensors")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    runs["IVON"]()
+    beside = torch.cuda.max_memory_allocated() - before
+    print(f"  a step of IVON takes {beside / gpt.size:.2f} bytes a weight beside the state")
+
+
+def variants(arguments: argparse.Namespace) -> None:
+    """IVON by kernels of other shapes, and as torch.compile does it."""
+    gpt, usual = Gradients(gpt_shapes()), (fused.BLOCKS, fused.WARPS)
+    runs: dict[str, Run] = {"AdamW fused": gpt.adam()}
+
+    def shaped(blocks: int, warps: int) -> Run:
+        fused.BLOCKS, fused.WARPS = blocks, warps
+        own, pair = gpt.ivon(), gpt.pocomo()  # their programs are dealt out at the first step
+
+        def run() -> None:
+            fused.WARPS = warps
+            own()
+            pair()
+
+        return run
+
+    def plain() -> Run:
+        run, usually = gpt.ivon(), fused.is_at_hand
+
+        def without() -> None:
+            fused.is_at_hand = lambda device: False
+            try:
+                run()
+            finally:
+                fused.is_at_hand = usually
+
+        return without
+
+    shapes = [(64, 2), (128, 4), (256, 4), (512, 4)]
+    makers = {f"{4 * b} weights, {w} warps": (lambda b=b, w=w: shaped(b, w)) for b, w in shapes}
+    for name, maker in makers.items():  # one after the other, for the shape is a setting of the module
+        started({name: maker}, runs)
+    fused.BLOCKS, fused.WARPS = usual
+    started({"torch.compile": plain}, runs)
+    table(medians(runs, arguments.rounds, 3), runs, "AdamW fused", {})
+
+
+def launches(arguments: argparse.Namespace) -> None:
+    """What a step asks of the device whatever the number of tensors."""
+    for count in (10, 1000):
+        model = Gradients([(500, 600)] * 10 if count == 10 else [(50, 60)] * count)
+        for name, run in {"IVON": model.ivon(), "IVONPoCoMo": model.pocomo()}.items():
+            with reported(name):
+                for _ in range(WARM + 1):
+                    run()
+                print(f"  {name} of {count} tensors: {counts(run)}", flush=True)
 
 
 # ---- whole steps -------------------------------------------------------------------------------------------
@@ -271,7 +392,7 @@ def network(arguments: argparse.Namespace) -> None:
                 def run(closure: Run = closure, opt: Any = own) -> None:
                     opt.step(closure)
 
-            found.update(medians({name: run}, arguments.rounds))
+            found.update(medians({name: run}, arguments.rounds, WARM))
             runs[name] = run
             print(f"  {name:22} peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
     table(found, runs, "AdamW", {"IVON": 1.06, "IVONPoCoMo": 2.1})
@@ -306,7 +427,7 @@ def small(arguments: argparse.Namespace) -> None:
                     opt.step(closure)
 
             runs[name] = run
-    table(medians(runs, 10 * arguments.rounds, 10), runs, "AdamW", {"IVON": 3.0})
+    table(medians(runs, 10 * arguments.rounds, WARM), runs, "AdamW", {"IVON": 3.0})
 
 
 def tests(arguments: argparse.Namespace) -> None:
@@ -317,7 +438,10 @@ def tests(arguments: argparse.Namespace) -> None:
     )
 
 
-PARTS = {"cycle": cycle, "small": small, "same": same, "network": network, "tests": tests}
+PARTS = {
+    "cycle": cycle, "launches": launches, "small": small, "variants": variants, "same": same, "network": network,
+    "tests": tests,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -331,7 +455,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu.py: no CUDA device here.")
     torch._inductor.config.compile_threads = 8  # type: ignore[attr-defined]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    versions = f"torch {torch.__version__}, triton {metadata.version('triton')}"
+    print(f"{torch.cuda.get_device_name()}, {versions}", flush=True)
     for name in arguments.parts or PARTS:
         begun = time.perf_counter()
         print(f"== {name}", flush=True)

@@ -47,3 +47,8 @@ class ProductDistribution(FamilyDistribution):
     def mean(self) -> Tensor:
         """E_q[θ]."""
         return torch.cat([part.mean for part in self._parts], -1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var_q(θ) of every entry."""
+        return torch.cat([part.variance for part in self._parts], -1)

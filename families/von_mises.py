@@ -144,6 +144,11 @@ class VonMises(ExponentialFamily):
         """Direction θ, the concentration kept (where it is 0, as little as shows the direction)."""
         return self.centred_at(theta, torch.hypot(state.cos, state.sin).clamp_min(torch.finfo(theta.dtype).tiny ** 0.5))
 
+    def variance(self, state: Any) -> Tensor:
+        """The circular one, 1 − ρ(κ), as torch's von Mises has it."""
+        mean = self.to_mean(_wide(state))
+        return (1.0 - torch.hypot(mean.cos, mean.sin)).to(state.cos.dtype)
+
     def log_prob(self, state: Any, theta: Tensor) -> Tensor:
         """⟨λ, T(θ)⟩ − A(λ): in float64, for both are large."""
         return super().log_prob(_wide(state), theta.double()).to(theta.dtype)

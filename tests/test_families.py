@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 import expfam_poco as poco
 from expfam_poco.families import (
@@ -359,6 +360,28 @@ def test_distributions_of_posteriors_are_sampled_in_pyro(name: str) -> None:
     trace = poutine.trace(model).get_trace()
     total = family.log_prob(state, trace.nodes["w"]["value"]).sum()
     torch.testing.assert_close(trace.log_prob_sum(), total)
+
+
+@pytest.mark.parametrize("name", poco.families_available())
+def test_distributions_of_posteriors_keep_the_contract_of_distributions(name: str) -> None:
+    """Variances against samples (6 standard errors), divergences against the family's, values off the support."""
+    torch.manual_seed(0)
+    family = poco.resolve_family(name)
+    numbers = torch.tensor([0.4, -0.8, 1.2], dtype=torch.float64)
+    numbers = numbers.expand(2, 3) if family.event_dim == 2 else numbers
+    family = family.for_shape(numbers.shape)
+    point = torch.distributions.transform_to(family.support)(numbers)
+    state, other = family.centred_at(point, None), family.centred_at(point.roll(1, -1), None)
+    q, p = family.distribution(state), family.distribution(other)
+    draws = q.sample((20_000,))
+    off = torch.angle(torch.exp(1j * (draws - family.point(state)))) if name == "von_mises" else draws - draws.mean(0)
+    squares = 2.0 - 2.0 * off.cos() if name == "von_mises" else off.square()  # 1 − E cos, the circular one, is half
+    measured, error = squares.mean(0), squares.std(0) / 20_000**0.5
+    expected = q.variance * (2.0 if name == "von_mises" else 1.0)
+    assert ((measured - expected).abs() <= 6.0 * error + 1e-12).all()
+    torch.testing.assert_close(kl_divergence(q, p), family.kl(state, other).sum())
+    with pytest.raises(ValueError, match=r"support|within"):
+        q.log_prob(torch.full(q.event_shape, math.nan, dtype=torch.float64))
 
 
 # ---- wrong arguments --------------------------------------------------------------------------------------

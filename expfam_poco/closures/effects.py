@@ -120,6 +120,7 @@ class Record:
         for value, copy in _changed(self._copies) if self._copies else ():
             with torch.no_grad():
                 value.detach().copy_(copy)
+        _rewrite([pair for pair in self._copies if pair[0].is_cuda])
         for module, name, value in self._buffers:
             # One of another shape is a cache that has grown with the inputs, of which the module keeps count.
             now = module._buffers.get(name)
@@ -146,12 +147,19 @@ def is_waiting(grad: Tensor | None) -> bool:
 
 def _changed(copies: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """The pairs that are not equal. To write the others too might spoil what autograd has saved of them."""
-    pairs = [(value, copy) for value, copy in copies if not value.is_meta]
-    if not any(value.is_cuda for value, _ in pairs):
-        return [(value, copy) for value, copy in pairs if not torch.equal(value, copy)]
-    differ = [(value != copy).any() for value, copy in pairs]
-    found = torch.stack([flag.to(differ[0].device) for flag in differ]).tolist()  # a device is asked only once
-    return [pair for pair, differs in zip(pairs, found, strict=True) if differs]
+    return [(v, copy) for v, copy in copies if not v.is_meta and not v.is_cuda and not torch.equal(v, copy)]
+
+
+def _rewrite(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Put all copies back, without asking the device which values have changed: one does not wait for it.
+
+    Through `data`, so that autograd, which may have saved some, does not take an unchanged value for another.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for value, copy in copies:
+        alike.setdefault((value.device, value.dtype), []).append((value.data, copy))
+    for pairs in alike.values():
+        torch._foreach_copy_([value for value, _ in pairs], [copy for _, copy in pairs])
 
 
 def _restore_attributes(own: dict[str, Any], before: dict[str, Any], *, numbers: bool) -> None:

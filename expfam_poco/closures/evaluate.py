@@ -341,15 +341,6 @@ def unused_error() -> Exception:
     )
 
 
-def waiting_error(name: str) -> Exception:
-    """The error for gradients that somebody has made to be used at the next step."""
-    return RuntimeError(
-        f"closure: gradients wait in .grad (of {name!r}), which would be thrown away, for the optimizer evaluates the "
-        "loss itself, at weights of its own; accumulate micro-batches by step([closure, closure, …]), or call "
-        "zero_grad() first."
-    )
-
-
 def parts_of(
     closure: Any, weights: Sequence[float] | None, *, fresh_noise: bool = False, scaler: Any = None
 ) -> list[tuple[Closure, float]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from expfam_poco.correction.alpha import AdaptiveAlpha
 from expfam_poco.correction.snapshot import VarianceTerms, optimal_alpha, variance_ratio
+from expfam_poco.family.transfer import Later, is_ahead
 
 # Prime, so that refreshes every 10 or 20 steps do not always show it the same step after them.
 EVERY = 11
@@ -30,6 +32,13 @@ class VarianceMeter:
         self._averages: dict[str, dict[str, list[float]]] = {}
         self._squares: dict[str, float] = {}
         self._square_step = 0
+        # What has been measured on an accelerator, which is not waited for, and who takes it in.
+        self._waiting: list[tuple[Later, Callable[[Any], None]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With all that has been measured."""
+        self._take_in()
+        return self.__dict__
 
     @staticmethod
     def samples(step: int, adaptive: bool = False) -> bool:
@@ -38,23 +47,42 @@ class VarianceMeter:
 
     def add(self, name: str, terms: Any, alphas: Iterable[float], keep: float | None = None) -> None:
         """Take in one tensor's `VarianceTerms` of every field, and the α that was used for each."""
-        keep = KEEP if keep is None else keep
-        numbers = torch.stack([torch.stack([value.double().cpu() for value in term]) for term in terms]).tolist()
+        values = [value if is_ahead(value.device) else value.cpu() for term in terms for value in term]
+        numbers = torch.stack([value.double() for value in values]).view(len(terms), SUMS)
+        self._wait(numbers, partial(self._add, name, terms._fields, tuple(alphas), KEEP if keep is None else keep))
+
+    def _add(
+        self, name: str, names: Iterable[str], alphas: Iterable[float], keep: float, numbers: list[list[float]]
+    ) -> None:
         known = self._averages.setdefault(name, {})
-        for field, (plain, cross, outer), alpha in zip(terms._fields, numbers, alphas, strict=True):
+        for field, (plain, cross, outer), alpha in zip(names, numbers, alphas, strict=True):
             corrected = variance_ratio(plain, cross, outer, alpha) * plain if plain > 0.0 else 0.0
             new = [plain, cross, outer, corrected]
             old = known.get(field, new)
             known[field] = [keep * a + (1.0 - keep) * b for a, b in zip(old, new, strict=True)]
 
-    def add_square(self, step: int, name: str, square: Tensor | float) -> None:
-        """Take in ‖corrected gradient‖² of one tensor."""
+    def add_square(self, step: int, name: str, square: Tensor, scale: float = 1.0) -> None:
+        """Take in ‖corrected gradient‖² of one tensor, times `scale`."""
+        self._wait(square, partial(self._add_square, step, name, scale))
+
+    def _add_square(self, step: int, name: str, scale: float, square: float) -> None:
         if step != self._square_step:
             self._squares, self._square_step = {}, step
-        self._squares[name] = float(square)
+        self._squares[name] = square * scale
+
+    def _wait(self, values: Tensor, take: Callable[[Any], None]) -> None:
+        """Take in values in the order in which they were measured, as soon as they can be had without waiting."""
+        self._waiting.append((Later(values), take))
+        self._take_in(waiting=False)
+
+    def _take_in(self, *, waiting: bool = True) -> None:
+        while self._waiting and (waiting or self._waiting[0][0].arrived):
+            values, take = self._waiting.pop(0)
+            take(values.read())
 
     def alpha(self, name: str, momentum_block: Iterable[str], adaptive: AdaptiveAlpha) -> tuple[float, float]:
         """α* of a tensor's gradient (the fields that momentum averages) and of its curvature; 0 before any look."""
+        self._take_in()
         first = set(momentum_block)
         pair = []
         for belongs in (lambda field: field in first, lambda field: field not in first):
@@ -69,6 +97,7 @@ class VarianceMeter:
 
     def read(self) -> dict[str, float]:
         """For every field, over all tensors: the ratio corrected/plain and the α that would minimise it; norms."""
+        self._take_in()
         totals: dict[str, list[float]] = {}
         for fields in self._averages.values():
             for field, values in fields.items():
@@ -84,11 +113,13 @@ class VarianceMeter:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
+        self._take_in()
         averages = {name: {f: list(v) for f, v in fields.items()} for name, fields in self._averages.items()}
         return {"averages": averages, "squares": dict(self._squares), "square_step": self._square_step}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
+        self._waiting = []
         self._averages = {name: {f: list(v) for f, v in fs.items()} for name, fs in state["averages"].items()}
         self._squares, self._square_step = dict(state["squares"]), state["square_step"]
 

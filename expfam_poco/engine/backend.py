@@ -16,15 +16,17 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from expfam_poco.engine import kernels
+from expfam_poco.engine import fused, kernels, passes
+from expfam_poco.engine.fused import Pass, Places, Programs
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
+from expfam_poco.engine.triton_code import Unprintable
 from expfam_poco.family import fields
 from expfam_poco.family.ahead import Ahead
 from expfam_poco.family.base import ExponentialFamily
@@ -86,6 +88,7 @@ class Backend:
         self.compile_seconds = 0.0
         self.fallback: str | None = None
         self._ahead = Ahead()
+        self._unprintable: set[Hashable] = set()
 
     def in_place(self, weights: int) -> bool:
         """Whether a model of so many leafwise weights is stepped tile by tile, in place."""
@@ -128,10 +131,63 @@ class Backend:
         key = (kernel.__name__, *constants, out.device.type, *dtypes)
         return self._compiled(key, kernel, *constants)(out, *arguments)
 
+    # ---- passes over a whole block as kernels of their own ------------------------------------------------------
+
+    def makes_noise(self, constants: Constants, device: torch.device) -> bool:
+        """Whether the noise of whole blocks of this family can be made by a kernel of `fused`."""
+        return self.mode == "compiled" and kernels.is_flat(constants.family) and fused.is_at_hand(device)
+
+    def fuses(self, constants: Constants, device: torch.device) -> bool:
+        """Whether all passes over whole blocks of this family are kernels of `fused`, as far as is known."""
+        return self.makes_noise(constants, device) and _family_of(constants) not in self._unprintable
+
+    def fused(
+        self,
+        function: Callable[..., Any],
+        constants: Constants,
+        programs: Programs,
+        dtype: torch.dtype,
+        targets: Sequence[Tensor | Places],
+        *arguments: Any,
+    ) -> Tensor | None:
+        """Run one of `passes` over a whole block (`fused.run`); None, and a warning, where that cannot be done."""
+        begun, known = time.perf_counter(), len(fused.KERNELS)
+        key = (function.__name__, constants, _identity(constants.family), _identity(constants.estimator))
+        what = Pass(functools.partial(function, constants), key, constants.family.noise_kind, dtype)
+        try:
+            sums = fused.run(what, programs, targets, *arguments)
+        except Unprintable as error:
+            self._unprintable.add(_family_of(constants))
+            warnings.warn(
+                f"backend={self.name!r}: {type(constants.family).__name__} gets no kernel of its own ({error}); steps "
+                "are left to torch.compile, which is slower on a GPU.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        if len(fused.KERNELS) > known:
+            self.compile_seconds += time.perf_counter() - begun
+        return sums
+
     # ---- noise and compiling -------------------------------------------------------------------------------
 
-    def noise(self, constants: Constants, key: NoiseKey, like: Tensor, tiles: Tensor | None = None) -> Tensor | Address:
-        """Where a kernel finds one draw's noise for weights `like`: its address when compiled, else the noise."""
+    def noise(
+        self,
+        constants: Constants,
+        key: NoiseKey,
+        like: Tensor,
+        tiles: Tensor | None = None,
+        programs: Programs | None = None,
+    ) -> Tensor | Address:
+        """Where a kernel finds one draw's noise for weights `like`: its address when compiled, else the noise.
+
+        Args:
+            constants: of the kernel.
+            key: of the noise.
+            like: a tensor of the weights' shape, dtype and device.
+            tiles: those of a flat block.
+            programs: those of a block of which these are all weights, where the noise is to be made by them.
+        """
         if constants.noise == "zero":
             return like.new_empty(0)
         size, kind = like.numel() * kernels.numbers_of(constants.family), constants.family.noise_kind
@@ -143,6 +199,10 @@ class Backend:
                 return family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
             shape = (*like.shape, *family.noise_dims)
             return self._ahead.noise(kind, shape, 1, key, dtype=like.dtype, device=like.device)[0]
+        if programs is not None:
+            made = constants.family.neutral_noise(like)  # in the gaps of a flat block
+            if self.fused(passes.noised, constants, programs, like.dtype, [made], key) is not None:
+                return made
         address = address_of(key, like.device, tiles)
         if self.mode == "compiled":
             return address
@@ -257,6 +317,10 @@ def _kind_of(argument: Any) -> Hashable:
     return type(argument).__name__, tuple(part is None or (isinstance(part, tuple) and not part) for part in argument)
 
 
+def _family_of(constants: Constants) -> Hashable:
+    return constants.family, constants.estimator, constants.correction
+
+
 def _identity(thing: Any) -> Hashable:
     """The object's id where it holds more than the fields by which it is compared, else None."""
     known = {entry.name for entry in dataclasses.fields(thing)}
@@ -287,8 +351,8 @@ def _collect(
     numbers: Pair | Tensor,
 ) -> None:
     weight, ess = numbers.unbind() if isinstance(numbers, Tensor) else numbers
-    for value, new in zip(total, kernels.site(constants, state, evidence, like, ess), strict=True):
-        value.add_(new * weight)
+    for value, new in zip(total, kernels.added(constants, state, evidence, weight, ess, like), strict=True):
+        value.add_(new)
 
 
 def _advance(
@@ -309,7 +373,7 @@ def _advance(
     """
     like = _like(out, dtype)
     moved = kernels.advance(constants, weights, first, second, numbers, like)
-    sound = kernels.sound(constants.family, moved, like)
+    sound = kernels.noticed(constants, kernels.sound(constants, moved, like), first, second)
     old = fields.leaves((weights.state, weights.momentum, weights.memory))
     new = kernels.unshared(old, fields.leaves((moved.state, moved.momentum, moved.memory)))
     for place, value in zip(old, new, strict=True):
@@ -320,7 +384,7 @@ def _advance(
     else:
         out.copy_(kernels.draw(constants, weights.state, None, 1.0, following, like))
     if sound is None:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device=out.device)
     return (~sound).sum() if real is None else (real & ~sound).view(-1, 4 * TILE).sum(1)
 
 

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco.closures.effects import is_waiting
 from expfam_poco.engine.backend import plainly
+from expfam_poco.engine.fused import Programs
 from expfam_poco.engine.settings import Settings
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
 
-LOOKED_AT = 4096  # weights of a tensor that are compared with the posterior's point
+LOOKED_AT = 2**20  # weights of a tensor that are compared with the posterior's point
 LOOKS, LOOK_AGAIN = 16, 128  # on an accelerator: at so many first uses, and every so many afterwards
 _DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -84,6 +86,7 @@ class Block:
         self._looks = 0
         self._fitted: ExponentialFamily | None = None
         self.known_prior: tuple[Any, Any] | None = None
+        self._programs: Programs | None = None
         self.record = new_record(None)
         self.constants: dict[str, Any] = {}
         self.adopt(settings)
@@ -121,6 +124,16 @@ class Block:
     def active(self) -> bool:
         """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step."""
         return self.numel > 0 and all([p.requires_grad for p in self.params])
+
+    def check_gradients(self) -> None:
+        """Refuse gradients that wait for a step, which would be thrown away."""
+        for p in self.params:
+            if p.grad is not None and is_waiting(p.grad):
+                raise RuntimeError(
+                    f"closure: gradients wait in .grad (of {self.name!r}), which would be thrown away, for the "
+                    "optimizer evaluates the loss itself, at weights of its own; accumulate micro-batches by "
+                    "step([closure, closure, …]), or call zero_grad() first."
+                )
 
     def check_members(self, params: Sequence[Parameter]) -> None:
         """A joint posterior is over the parameters that were trainable when it was made; refuse another set."""
@@ -181,6 +194,33 @@ class Block:
             torch.autograd.graph.increment_version(p)
             self.note_weights()
 
+    @property
+    def programs(self) -> Programs:
+        """How a kernel deals out the weights of a leafwise block."""
+        if self._programs is None or self._programs.device != self.device:
+            self._programs = Programs(*self._members_laid(), self.device)
+        return self._programs
+
+    def _members_laid(self) -> tuple[list[int], list[int], list[int]]:
+        """Where the members begin, their numbers of weights, and of their parameters."""
+        return [0], [self.numel], [self.index]
+
+    @contextmanager
+    def rewritten_apart(self) -> Iterator[list[Tensor]]:
+        """A contiguous tensor for every parameter of a leafwise block, to write its weights into."""
+        for block in (self, *self.members):
+            block.at_point, block.drawn = False, None
+        dense = [p.is_contiguous() for p in self.params]
+        pairs = zip(self.params, dense, strict=True)
+        out: list[Tensor] = [p if ok else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p, ok in pairs]
+        yield out
+        for p, value, ok in zip(self.params, out, dense, strict=True):
+            if not ok:
+                p.data.copy_(value)
+        torch.autograd.graph.increment_version(self.params)
+        for block in self.members:
+            block.note_weights()
+
     def note_weights(self) -> None:
         """Remember that the present weights are known here, to notice later changes from outside."""
         self._seen = [(p._version, p.data_ptr()) for p in self.params]
@@ -197,8 +237,8 @@ class Block:
     def weights_differ(self, state: Any) -> bool:
         """Whether the model holds another point than q's, by a write that leaves no trace (through `p.data`).
 
-        Looks at some weights of a large tensor; on an accelerator, which would have to be waited for, at the first
-        uses and then now and again.
+        Looks at some weights of a large tensor, each time at others; on an accelerator, which would have to be waited
+        for, at the first uses and then now and again.
         """
         if not self.at_point:
             return False
@@ -208,18 +248,20 @@ class Block:
         if self.family.joint or not self.batch:
             pairs = zip(self.split(self.family.point(state)), self.params, strict=True)
             return not all([torch.equal(point, p) for point, p in pairs])
-        stride = max(1, self.batch.numel() // LOOKED_AT)
+        stride = self.batch.numel() // LOOKED_AT + 1 | 1  # odd, or it would meet the same columns again and again
         point, (p,) = self.family.point(self._every(state, stride)), self.params
-        return not torch.equal(point.to(p.dtype), self._every(p.detach(), stride))
+        point, present = point.to(p.dtype), self._every(p.detach(), stride)
+        near = 16 * torch.finfo(p.dtype).eps  # a compiled kernel may have rounded otherwise
+        return not (torch.equal(present, point) or torch.allclose(present, point, rtol=near, atol=0.0))
 
     def _every(self, values: Any, stride: int) -> Any:
-        """Every so many weights of tensors that have them along their first axes."""
+        """Every so many weights of tensors that have them along their first axes, beginning elsewhere each time."""
         dims = len(self.batch)
 
         def some(value: Tensor) -> Tensor:
             if stride == 1 or value.shape[:dims] != self.batch:
                 return value
-            return value.reshape(-1, *value.shape[dims:])[::stride]
+            return value.reshape(-1, *value.shape[dims:])[self._looks % stride :: stride]
 
         return fields.map_leaves(some, values)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from expfam_poco.engine.measure import measure_batched, measure_draw, measure_va
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
 
-FIRST = 3  # evaluations, that are looked at more closely
+FIRST, AGAIN = 3, 61  # evaluations that are looked at more closely: so many, and every so many
 
 
 class Evaluator:
@@ -27,10 +27,24 @@ class Evaluator:
         self._buffers = Buffers()
         self._moved: list[Record] = []
         self._evaluations = 0
+        self._watched = False
 
-    def undone_on_error(self) -> AbstractContextManager[None]:
-        """If the block raises, the buffers that its evaluations have moved go back."""
-        return _UndoneOnError(self._moved)
+    @contextmanager
+    def undone_on_error(self, *, watched: bool = False) -> Iterator[None]:
+        """If the block raises, the buffers that its evaluations have moved go back.
+
+        `watched`: steps follow, whose kernels notice what is not finite where the host does not wait for the device.
+        """
+        self._watched = watched
+        try:
+            yield
+        except BaseException:
+            for record in reversed(self._moved):
+                record.restore()
+            raise
+        finally:
+            self._watched = False
+            self._moved.clear()
 
     @contextmanager
     def undone(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> Iterator[None]:
@@ -104,7 +118,8 @@ class Evaluator:
         """One draw of all trials, added to the totals of those that keep one."""
         varying = [trial for trial in trials if trial.estimator.needs == "variations"]
         random = capture_random(params_of(trials)) if varying else None
-        measured = measure_draw(closure, trials, draw, product_with)
+        check = not self._watched or not all(trial.watched for trial in trials)
+        measured = measure_draw(closure, trials, draw, product_with, check=check)
         self._require_untouched(trials, draw)
         if random is not None:
             with self._buffers.kept(params_of(trials), closure):
@@ -123,8 +138,9 @@ class Evaluator:
         self._evaluations += 1
         for trial in trials:
             members = trial.block.members
-            # Writes through `p.data` leave no trace: the first evaluations look at the weights themselves.
-            if self._evaluations <= FIRST or any([member.weights_changed() for member in members]):
+            # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
+            looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0
+            if looks or any([member.weights_changed() for member in members]):
                 if trial.is_there(draw):
                     for member in members:
                         member.note_weights()
@@ -134,15 +150,3 @@ class Evaluator:
                     "is lost (nn.Embedding(max_norm=…), clipping or pruning in forward?); write between steps, under "
                     "torch.no_grad(), when the model holds the posterior's point."
                 )
-
-
-class _UndoneOnError(AbstractContextManager[None]):
-    """The context of `undone_on_error`."""
-
-    def __init__(self, moved: list[Record]) -> None:
-        self._moved = moved
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        for record in reversed(self._moved) if kind is not None else ():
-            record.restore()
-        self._moved.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,17 +17,17 @@ from torch import Tensor
 from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, new_record
+from expfam_poco.engine.kernels import is_flat
 from expfam_poco.engine.settings import Settings
 from expfam_poco.engine.tiles import TILE, Tile, Whole, is_leafwise, padded, spread
 from expfam_poco.family import fields
-from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import tiles_of
 
 # Entries below which a block is laid beside others, and those of a flat block. On an accelerator launches are what
 # costs, and a flat block is as large as memory beside the state may be.
 SMALL = 2**17
 LARGEST = 2**18
-SMALL_ELSEWHERE = 2**24
+SMALL_ELSEWHERE = 2**26
 LARGEST_ELSEWHERE = 2**26
 ROLES = ("posterior", "momentum", "memory")
 
@@ -36,7 +37,6 @@ class FlatBlock(Block):
 
     Attributes:
         tiles: the addresses of the tiles of noise (`noise.tiles_of`).
-        real: which entries are weights.
         indices: the members'.
         record: the members' records as one of flat tensors, after `bind`.
     """
@@ -52,7 +52,6 @@ class FlatBlock(Block):
         super().__init__([b.params[0] for b in members], first.settings, first.index, first.name, first.group_number)
         self.shape = self.batch = torch.Size([sum(lengths)])
         self.tiles = tiles_of([b.index for b in members], self._sizes).to(first.device)
-        self.real = self.beside([torch.ones(b.shape, dtype=torch.bool, device=b.device) for b in members])
         gaps = [padded(size) - size for size in self._sizes]
         zeros = torch.zeros(max(gaps), dtype=self.params[0].dtype, device=first.device)  # `cat` likes them contiguous
         self._gaps = [zeros[:gap] for gap in gaps]
@@ -75,25 +74,36 @@ class FlatBlock(Block):
         """The dtype of the posteriors."""
         return self._dtype
 
+    @cached_property
+    def real(self) -> Tensor:
+        """Which entries are weights."""
+        return self.beside([torch.ones(b.shape, dtype=torch.bool, device=b.device) for b in self._members])
+
     def addresses(self, tile: Tile | Whole) -> Tensor:
         """Those of the tiles of noise of a tile of weights."""
         stop = tile.start + tile.shape[0]
         return self.tiles if stop == self.shape[0] else self.tiles[:, tile.start // TILE : -(-stop // TILE)]
+
+    def _members_laid(self) -> tuple[list[int], list[int], list[int]]:
+        return self._starts, self._sizes, [block.index for block in self._members]
 
     # ---- weights and gradients -----------------------------------------------------------------------------
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The members' parts of flat storage, in their shapes."""
         parts = zip(self._starts, self._sizes, self.members, strict=True)
-        return [flat[start : start + size].view(block.params[0].shape) for start, size, block in parts]
+        stop = len(flat)
+        return [flat[start : start + size].view(b.params[0].shape) for start, size, b in parts if start < stop]
 
-    def beside(self, values: Sequence[Tensor | None]) -> Tensor:
-        """A copy of the members' tensors in flat storage; the gaps, and what is None, are zero."""
+    def beside(self, values: Sequence[Tensor | None], stop: int | None = None) -> Tensor:
+        """A copy of the members' tensors in flat storage, of those that begin before `stop`; what is None is zero."""
         present = next(value for value in values if value is not None)
-        flat = torch.zeros(self.shape, dtype=present.dtype, device=present.device)
-        pairs = zip(self.views(flat), values, strict=True)
-        places, given = zip(*((place, value) for place, value in pairs if value is not None), strict=True)
-        torch._foreach_copy_(list(places), list(given))
+        count = len(self._starts) if stop is None else sum(start < stop for start in self._starts)
+        length = self._starts[count - 1] + padded(self._sizes[count - 1])
+        flat = torch.zeros(length, dtype=present.dtype, device=present.device)
+        pairs = [(place, v) for place, v in zip(self.views(flat), values, strict=False) if v is not None]
+        if pairs:
+            torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
         return flat
 
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -227,16 +237,11 @@ class FlatBlock(Block):
         """The members with a weight that is not sound."""
         return [b for b, view in zip(self.members, self.views(sound), strict=True) if not bool(view.all())]
 
-    def worst(self, counts: Tensor) -> tuple[Block, int]:
-        """The member with the most of what is counted for each tile of noise, and its count."""
-        parts = counts.split([padded(size) // TILE for size in self._sizes])
+    def worst(self, counts: Tensor, each: int) -> tuple[Block, int]:
+        """The member with the most of what is counted for `each` so many entries of every member, and its count."""
+        parts = counts.split([-(-size // each) for size in self._sizes])
         count, number = max((int(part.sum()), number) for number, part in enumerate(parts))
         return self.members[number], count
-
-
-def _is_flat(family: ExponentialFamily) -> bool:
-    """Whether every number of a posterior, and of the noise, belongs to one entry of the parameter."""
-    return family.event_dim == 0 and not any(family.statistic_dims) and not family.noise_dims
 
 
 def laid_side_by_side(blocks: Sequence[Block]) -> list[Block | FlatBlock]:
@@ -251,7 +256,7 @@ def laid_side_by_side(blocks: Sequence[Block]) -> list[Block | FlatBlock]:
     for block in blocks:
         cpu = block.device.type == "cpu"
         small, largest = (SMALL, LARGEST) if cpu else (SMALL_ELSEWHERE, LARGEST_ELSEWHERE)
-        fits = block.numel < small and block.settings.adaptive is None and _is_flat(block.family)
+        fits = block.numel < small and block.settings.adaptive is None and is_flat(block.family)
         if not fits or not is_leafwise(block):
             found.append(block)
             continue

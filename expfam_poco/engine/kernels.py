@@ -26,7 +26,8 @@ from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
-from expfam_poco.family.noise import Address, on_device, traced
+from expfam_poco.family.noise import Address, traced
+from expfam_poco.family.transfer import is_ahead, on_device
 from expfam_poco.rule import blr
 
 
@@ -44,6 +45,8 @@ class Constants:
         anchor_weight: of the anchor term.
         noise: "random", "reflected" (the antithetic partner) or "zero".
         prior_in_momentum: whether momentum averages the prior's pull, too.
+        watched: whether losses and gradients that are not finite are noticed here, as unsound weights.
+        largest: number of the weights' dtype, where that is less than the posterior's.
     """
 
     family: ExponentialFamily
@@ -55,6 +58,8 @@ class Constants:
     anchor_weight: float
     noise: str = "random"
     prior_in_momentum: bool = False
+    watched: bool = False
+    largest: float = math.inf
 
     def noise_of(self, source: Tensor | Address, like: Tensor) -> Tensor:
         """ε for the weights `like`: `source` is the noise itself, or the address to look it up."""
@@ -71,6 +76,11 @@ class Constants:
         if memory is None or not self.correction.moves:
             return state
         return self.correction.where(self.family, state, memory, share)
+
+
+def is_flat(family: ExponentialFamily) -> bool:
+    """Whether every number of a posterior, and of the noise, belongs to one entry of the parameter."""
+    return family.event_dim == 0 and not any(family.statistic_dims) and not family.noise_dims
 
 
 def numbers_of(family: ExponentialFamily) -> int:
@@ -102,7 +112,12 @@ class Numbers(NamedTuple):
 
     def packed(self, device: torch.device) -> Tensor:
         """As one float64 tensor."""
-        return on_device([*self.rates, *self.alpha, *self[2:]], torch.float64, device)
+        known = isinstance(self.factor, float)
+        values = [*self.rates, *self.alpha, *self[2:-1], self.factor if known else 1.0]
+        packed = on_device(values, torch.float64, device)
+        if not known:  # it comes of a norm that the host has not waited for
+            packed[-1:].copy_(self.factor)
+        return packed
 
 
 def unpacked(constants: Constants, numbers: Numbers | Tensor) -> Numbers:
@@ -149,6 +164,14 @@ def site(constants: Constants, state: Any, evidence: Evidence, like: Tensor, ess
     theta = estimator.points(family, state, noise)
     draws = Draws(noise, theta, evidence.loss.to(like.dtype).reshape(1), grad.unsqueeze(0), None, pairs)
     return estimator.natural_gradient(family, state, draws)
+
+
+def added(constants: Constants, state: Any, evidence: Evidence, weight: Any, ess: Any, like: Tensor) -> list[Tensor]:
+    """What is added to a total, `weight` · natural gradient; a loss that is not finite shows in it."""
+    parts = [value * weight for value in site(constants, state, evidence, like, ess)]
+    if not constants.watched:
+        return parts
+    return [part + evidence.loss.to(part.dtype) * 0.0 for part in parts]
 
 
 def site_pair(
@@ -223,27 +246,48 @@ def advance(
 
 def clipped(family: ExponentialFamily, site: Any, factor: Any) -> Any:
     """The site with its momentum block times the factor of clipping by norm; eagerly, 1 costs nothing."""
-    if not torch.compiler.is_compiling() and float(factor) == 1.0:
+    if isinstance(factor, float) and factor == 1.0:
         return site
     return fields.weigh(site, family.per_block(factor, 1.0))
 
 
-def sound(family: ExponentialFamily, moved: Moved, like: Tensor) -> Tensor | None:
-    """For every weight of a tile: all its numbers are finite and in the domain; None where they all are."""
+def sound(constants: Constants, moved: Moved, like: Tensor) -> Tensor | None:
+    """For every weight of a tile: all its numbers are finite and in the domain, and the model's dtype can hold it.
+
+    None where that is so for all.
+    """
+    family = constants.family
     constrained = [(getattr(moved.state, name), constraint) for name, constraint in family.domain.items()]
     values = (*moved.state, *moved.momentum)
     weights = like.shape[: like.ndim - family.event_dim]
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not is_ahead(like.device):
         # A NaN or infinity survives summing: a look at sums is cheaper than one at every number.
         finite = math.isfinite(sum([(value.sum() if value.ndim else value).item() for value in values]))
-        if finite and all([bool(constraint.check(value).all()) for value, constraint in constrained]):
+        inside = finite and all([bool(constraint.check(value).all()) for value, constraint in constrained])
+        if inside and constants.largest < math.inf:
+            inside = bool((family.point(moved.state).abs() <= constants.largest).all())
+        if inside:
             return None
     result = torch.ones(weights, dtype=torch.bool, device=like.device)
     for value in values:
         result = result & _per_weight(torch.isfinite(value), result.ndim)
     for value, constraint in constrained:
         result = result & _per_weight(constraint.check(value), result.ndim)
+    if constants.largest < math.inf:
+        result = result & _per_weight(family.point(moved.state).abs() <= constants.largest, result.ndim)
     return result
+
+
+def noticed(constants: Constants, sound: Tensor | None, *measured: Any) -> Tensor | None:
+    """Of the sound weights those for which what was `measured` (`Evidence` or averaged Sites) is finite, too."""
+    if not constants.watched or sound is None:
+        return sound
+    for given in measured:
+        values = (given.grad, given.loss) if isinstance(given, Evidence) else given or ()
+        for value in values:
+            finite = torch.isfinite(value)
+            sound = sound & (_per_weight(finite, sound.ndim) if value.ndim else finite)
+    return sound
 
 
 def kept(sound: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

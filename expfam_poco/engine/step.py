@@ -17,17 +17,20 @@ from torch import Tensor
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.correction.variance import VarianceMeter
-from expfam_poco.engine import kernels
+from expfam_poco.engine import kernels, passes
 from expfam_poco.engine.backend import plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flat import ROLES, FlatBlock
+from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Weights
-from expfam_poco.engine.tiles import spread, tiles
+from expfam_poco.engine.tiles import TILE, spread, tiles
 from expfam_poco.engine.trial import Trial, empty_site
+from expfam_poco.engine.watch import Unsound
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
+from expfam_poco.family.transfer import read_now
 from expfam_poco.rule import blr
 
 METER_WEIGHTS = 2**12  # of each large block; the meter's ratios need no more
@@ -38,7 +41,7 @@ class Step:
 
     Attributes:
         begun: whether `commit` has changed anything.
-        unsound: how many weights have kept their values, as their new ones were not finite.
+        unsound: after a step in place, how many weights have kept their values, as their new ones were not finite.
 
     Args:
         record: the block's.
@@ -47,8 +50,7 @@ class Step:
         anchor: the anchor term, where it comes from Hessian-vector products.
     """
 
-    unsound = 0
-    unsound_tiles: Tensor
+    unsound: Unsound | None = None
     begun = False
 
     def __init__(self, record: Record, first: Trial, second: Trial | None, anchor: Any = None) -> None:
@@ -60,14 +62,19 @@ class Step:
     @plainly
     def gradient_square(self) -> Tensor:
         """‖corrected gradient‖² of the momentum block."""
+        if self.first.fused:
+            squares = self.first.run_fused(passes.squared, [], *self._measured_apart(), self.numbers)
+            if squares is not None:
+                total: Tensor = squares.sum()
+                return total
         values = []
         for tile, weights, first, second in self._measured():
             arguments = (weights, first, second, self.numbers, self._real(tile))
-            values.append(self.first.runner.square(self.constants, self.first.like(tile), *arguments).cpu())
+            values.append(self.first.runner.square(self.constants, self.first.like(tile), *arguments))
         return torch.stack(values).sum()
 
     @plainly
-    def prepare(self, factor: float, following: NoiseKey | None = None) -> None:
+    def prepare(self, factor: float | Tensor, following: NoiseKey | None = None) -> None:
         """Compute the new posterior of a block that is one tile, with the gradient times `factor`.
 
         Args:
@@ -84,18 +91,16 @@ class Step:
         like = self.first.like(tile)
         self.moved = kernels.advance(self.constants, weights, first, second, self.numbers, like, self.anchor)
         family = self.block.family
-        leaves = (
-            not bool(family.in_domain(self.moved.state)) if family.joint else kernels.sound(family, self.moved, like)
-        )
-        if leaves is not None and leaves is not False:
+        sound = family.in_domain(self.moved.state) if family.joint else kernels.sound(self.constants, self.moved, like)
+        if sound is not None and not bool(sound.all()):
             self.moved = self._with_sound_gaps(like)
 
     def _with_sound_gaps(self, like: Tensor) -> kernels.Moved:
         """The new posterior of a flat block in which nothing but gaps has left the domain; else the error."""
-        flat, family = self.block, self.block.family
+        flat = self.block
         if not isinstance(flat, FlatBlock):
             raise domain_error(flat, self.moved.state)
-        sound = kernels.sound(family, self.moved, like)
+        sound = kernels.sound(self.constants, self.moved, like)
         wrong = [] if sound is None else flat.unsound_members(sound)
         if wrong:
             number = flat.members.index(wrong[0])
@@ -131,7 +136,23 @@ class Step:
         pairs = [(place, value) for place, value in zip(old, new, strict=True) if place.ndim and value is not place]
         torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
+    def _advance_fused(self) -> bool:
+        """Step the block by one kernel, if there is one."""
+        record, block = self.record, self.block
+        with block.rewritten_apart() as out:
+            targets: list[Any] = [
+                Places(out, out[0].dtype),
+                *fields.leaves((record["posterior"], record["momentum"], record["memory"])),
+            ]
+            arguments = *self._measured_apart(), self.numbers, self.following
+            counts = self.first.run_fused(passes.advanced, targets, *arguments)
+        if counts is not None:
+            self.unsound, self.begun = Unsound(block, counts, block.programs.each, block.settings.lr_given), True
+        return counts is not None
+
     def _advance_in_place(self) -> None:
+        if self.first.fused and self._advance_fused():
+            return
         block = self.block
         real = block.real if isinstance(block, FlatBlock) else None
         following = None if self.following is None else replace(self.first, key=self.following)
@@ -140,11 +161,10 @@ class Step:
             for tile, weights, first, second in self._measured():
                 after = None if following is None else following.source(tile, self.constants, 0)
                 arguments = (weights, first, second, self.numbers, real, after)
-                count = self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments)
-                unsound.append(count.cpu())
+                unsound.append(self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments))
                 self.begun = True
-        self.unsound_tiles = unsound[0]
-        self.unsound = int(torch.stack(unsound).sum())
+        counts = unsound[0] if len(unsound) == 1 else torch.stack(unsound).sum()
+        self.unsound = Unsound(block, counts, TILE, block.settings.lr_given)
 
     def meter(self, meter: VarianceMeter, number: int) -> None:
         """Show the meter the weights, of large blocks some; an adaptive α looks at every pair."""
@@ -169,7 +189,7 @@ class Step:
         if meter.samples(number):
             site = kernels.without_gaps(found.site, real)
             square = blr.square_of([getattr(site, name) for name in family.momentum_block])
-            meter.add_square(number, self.block.name, float(square) * self.block.shape.numel() / like.numel())
+            meter.add_square(number, self.block.name, square, self.block.shape.numel() / like.numel())
 
     def _real(self, tile: Any) -> Tensor | None:
         """Which entries of a flat block's tile are weights."""
@@ -207,11 +227,25 @@ class Step:
             second = None if self.second is None else self.second.evidence(tile, self.constants, beside=self.first)
             yield tile, weights, self.first.evidence(tile, self.constants), second
 
+    def _measured_apart(self) -> tuple[Weights, Any, Any]:
+        """`_measured` of the whole block, as `passes` want it."""
+        record, first, second = self.record, self.first, self.second
+        found = first.evidence_apart(0) if first.total is None else first.total
+        other = None if second is None else second.total
+        if second is not None and other is None:
+            other = second.evidence_apart(0, beside=first)
+        return Weights(record["posterior"], record["momentum"], record["memory"], self._prior()), found, other
+
     def _prior(self) -> Any:
         if isinstance(self.block, FlatBlock):
             return self.block.prior()
         prior = prior_of(self.block)
         return spread(prior, self.record["posterior"], self.block) if self.first.in_place else prior
+
+
+def clip_factor(steps: Sequence[Step], max_norm: float) -> float | Tensor:
+    """The factor of clipping by the norm of all gradients together; a tensor where the host would have to wait."""
+    return read_now(blr.norm_clip_factor([step.gradient_square() for step in steps], max_norm))
 
 
 def age_of(block: Block, record: Record) -> int:
@@ -293,6 +327,11 @@ def domain_error(block: Block, state: Any) -> Exception:
     where = f"the posterior of {block.name!r} ({type(block.family).__name__})"
     bounded = [getattr(state, name) for name in block.family.domain]
     finite = fields.all_finite(tuple(bounded)) if bounded else fields.all_finite(state)
+    if bool(finite) and any(p.dtype is torch.float16 for p in block.params) and bool(block.family.in_domain(state)):
+        return NonFiniteError(
+            f"lr={block.settings.lr_given}: the step would take weights of {block.name!r} beyond 65504, the largest "
+            "number of float16; lower lr, or use bfloat16. Nothing was changed."
+        )
     if not bool(finite) or bool(block.family.in_domain(state)):
         return NonFiniteError(
             f"lr={block.settings.lr_given}: the step would make {where} infinite or NaN; lower lr or precision_lr, or "
@@ -307,21 +346,3 @@ def domain_error(block: Block, state: Any) -> Exception:
         f"precision_lr: the step would take {where} out of its domain by rounding in {block.dtype}; lower lr or "
         "precision_lr, or use float64 parameters. Nothing was changed."
     )
-
-
-def unsound_error(steps: Sequence[Step]) -> NonFiniteError | None:
-    """The error after a step in which some weights had to keep their values."""
-    for step in steps:
-        if step.unsound:
-            block, count = step.block, step.unsound
-            if isinstance(block, FlatBlock):
-                block, count = block.worst(step.unsound_tiles)
-            error = NonFiniteError(
-                f"lr={block.settings.lr_given}: the step would have made {count} of {block.numel} weights of "
-                f"{block.name!r} infinite or NaN; these kept their values, all others were stepped. Lower lr or "
-                "precision_lr, or clip "
-                "(clip_radius, max_grad_norm)."
-            )
-            error.stepped = True
-            return error
-    return None

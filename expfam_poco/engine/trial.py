@@ -7,6 +7,7 @@ keeps what all its draws have measured, so that estimators may compare them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from expfam_poco.closures.evaluate import Measured
 from expfam_poco.correction.base import Correction
-from expfam_poco.engine.backend import EAGER, Backend, plainly, tile_size
+from expfam_poco.engine import passes
+from expfam_poco.engine.backend import EAGER, SHORTEST, Backend, plainly, tile_size
 from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
 from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
 from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
 from expfam_poco.family.noise import Address, NoiseKey, noise
+from expfam_poco.family.transfer import is_ahead, on_device
 
 
 @dataclass
@@ -93,6 +97,23 @@ class Trial:
         return self.backend is not None
 
     @property
+    def watched(self) -> bool:
+        """Whether the host does not wait to see that what was measured is finite: the kernels of its steps notice."""
+        return self.in_place and is_ahead(self.block.device)
+
+    @property
+    def fused(self) -> bool:
+        """Whether passes over the whole block are kernels of their own (`passes`), without tiles."""
+        if self.backend is None or self.block.shape.numel() < SHORTEST:
+            return False
+        return self.backend.fuses(self.constants(), self.block.device)
+
+    def run_fused(self, function: Any, targets: Sequence[Tensor | Places], *arguments: Any, draw: int = 0) -> Any:
+        """Run one of `passes` over the whole block: its sums, or None where it turns out that it cannot."""
+        where = self.constants(draw), self.block.programs, self.block.dtype
+        return self.runner.fused(function, *where, targets, *arguments)
+
+    @property
     def runner(self) -> Backend:
         """What runs the kernels."""
         return self.backend or EAGER
@@ -115,7 +136,8 @@ class Trial:
         reflected = self.mode == "antithetic" and draw % 2 == 1
         noise = "zero" if self.mode == "zero" else "reflected" if reflected else "random"
         known = self.block.constants.get(noise)
-        if known is None or known.estimator is not self.estimator or known.correction is not self.correction:
+        fits = known is not None and known.estimator is self.estimator and known.correction is self.correction
+        if known is None or not fits or known.watched is not self.watched:
             settings = self.block.settings
             known = self.block.constants[noise] = Constants(
                 self.block.family,
@@ -127,6 +149,8 @@ class Trial:
                 settings.anchor_weight,
                 noise,
                 settings.prior_in_momentum,
+                self.watched,
+                torch.finfo(torch.float16).max if self.block.params[0].dtype is torch.float16 else math.inf,
             )
         return known
 
@@ -134,11 +158,15 @@ class Trial:
         """One draw's noise on a tile, or its address."""
         if constants.noise == "zero":
             return torch.empty(0, dtype=self.block.dtype, device=self.block.device)
-        number = draw // 2 if self.mode == "antithetic" else draw
         start = tile.start * tile.event.numel() * numbers_of(self.block.family)
-        key = self.key.at(parameter=self.block.index, draw=self.key.draw + number, offset=start)
+        key = self.key_of(draw).at(parameter=self.block.index, offset=start)
         addresses = self.block.addresses(tile) if isinstance(self.block, FlatBlock) else None
-        return self.runner.noise(constants, key, self.like(tile), addresses)
+        whole = tile.shape.numel() == self.block.shape.numel() and self.runner.makes_noise(constants, self.block.device)
+        return self.runner.noise(constants, key, self.like(tile), addresses, self.block.programs if whole else None)
+
+    def key_of(self, draw: int) -> NoiseKey:
+        """The key of one draw's noise."""
+        return self.key.at(draw=self.key.draw + (draw // 2 if self.mode == "antithetic" else draw))
 
     def noise(self) -> Tensor:
         """The noise of all draws of a whole block, K × P."""
@@ -188,19 +216,31 @@ class Trial:
             return
         if draw == 0 and self._take_first_draw():
             return
+        if self.fused:
+            with self.block.rewritten_apart() as out:
+                if self._draw_fused(out, draw):
+                    return
         constants = self.constants(draw)
-        with self.block.rewritten() as out:
+        with self.block.rewritten() as flat:
             for tile in self.tiles():
                 source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
-                self.runner.draw(constants, tile.cut(out), self.block.dtype, *own, self.numbers, source)
+                self.runner.draw(constants, tile.cut(flat), self.block.dtype, *own, self.numbers, source)
+
+    def _draw_fused(self, out: Sequence[Tensor], draw: int) -> bool:
+        """Put a draw into one tensor for each parameter, if there is a kernel for that."""
+        places, arguments = Places(out, out[0].dtype), (self.state, self.memory, self.numbers, self.key_of(draw))
+        return self.run_fused(passes.drawn, [places], *arguments, draw=draw) is not None
 
     @plainly
     def is_there(self, draw: int) -> bool:
-        """Whether the model still holds draw number `draw`, which has been written into it."""
+        """Whether the model still holds, up to rounding, draw number `draw`, which has been written into it."""
         if self.backend is None:
             parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
-            return all([torch.equal(part.to(p.dtype), p) for part, p in parts])
+            return all([_are_near(part.to(p.dtype), p.detach()) for part, p in parts])
         constants, params = self.constants(draw), self.block.params
+        drawn_apart = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params if self.fused]
+        if drawn_apart and self._draw_fused(drawn_apart, draw):
+            return all([_are_near(drawn, p.detach()) for drawn, p in zip(drawn_apart, params, strict=True)])
         present = self.block.beside(params) if isinstance(self.block, FlatBlock) else params[0].detach()
         for tile in self.tiles():
             source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
@@ -208,7 +248,7 @@ class Trial:
             self.runner.draw(constants, drawn, self.block.dtype, *own, self.numbers, source)
             if isinstance(self.block, FlatBlock):
                 drawn = torch.where(tile.cut(self.block.real), drawn, 0.0)
-            if not torch.equal(drawn, tile.cut(present)):
+            if not _are_near(drawn, tile.cut(present)):
                 return False
         return True
 
@@ -273,6 +313,8 @@ class Trial:
             before = self.used or [losses_alone] * len(grads)
             self.used = [a or grad is not None for a, grad in zip(before, grads, strict=True)]
         if self.in_place:
+            if loss.is_cpu and self.block.device.type != "cpu":  # a closure may return a plain number
+                loss = on_device([float(loss)], loss.dtype, self.block.device)[0]
             self.raw, self.losses = grads, [loss]
         else:
             self.grads.append(None if losses_alone else self.block.gather(grads))
@@ -300,19 +342,32 @@ class Trial:
         """In place: add the natural gradient of the draw just recorded to the total, if there is one."""
         if self.total is None or not self.in_place:
             return
-        grad, constants = self._raw_gradient(), self.constants(draw)
-        for tile in self.tiles() if grad is not None else ():
+        if self.fused:
+            evidence = self.evidence_apart(draw)
+            own = self.state, self.memory, self.numbers, evidence, self.total, self.weight
+            if self.run_fused(passes.collected, fields.leaves(self.total), *own, draw=draw) is not None:
+                self.raw, self.losses = (), []
+                return
+        constants = self.constants(draw)
+        for tile in self.tiles():
+            grad = self._raw_gradient(tile)
+            if grad is None:
+                break
             where = constants.where(tile.cut(self.state), tile.cut(self.memory), self.numbers.share)
-            evidence = Evidence(self.source(tile, constants, draw), tile.cut(grad), self.losses[0])
+            evidence = Evidence(self.source(tile, constants, draw), grad, self.losses[0])
             arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
             self.runner.collect(*arguments, self.block.settings.ess, self.like(tile))
         self.raw, self.losses = (), []
 
-    def _raw_gradient(self) -> Tensor | None:
-        """In place: the last gradient in its own dtype, or None."""
-        if isinstance(self.block, FlatBlock):
-            return self.block.beside(self.raw) if any(grad is not None for grad in self.raw) else None
-        return self.raw[0] if self.raw else None
+    def _raw_gradient(self, tile: Tile | Whole) -> Tensor | None:
+        """In place: the last gradient on a tile, in its own dtype, or None."""
+        if all(grad is None for grad in self.raw):
+            return None
+        if not isinstance(self.block, FlatBlock):
+            cut: Tensor = tile.cut(self.raw[0])
+            return cut
+        stop = tile.start + tile.shape.numel()
+        return self.block.beside(self.raw, stop)[tile.start : stop]
 
     @plainly
     def settled(self) -> Any:
@@ -347,10 +402,18 @@ class Trial:
         if not self.in_place or self.total is not None:
             return tile.cut(self.settled())
         source = None if beside is not None and self.key == beside.key else self.source(tile, constants, 0)
-        grad = self._raw_gradient()
+        grad = self._raw_gradient(tile)
         if grad is None:
             return Evidence(source, torch.zeros_like(self.like(tile)), torch.zeros((), device=self.block.device))
-        return Evidence(source, tile.cut(grad), self.losses[0])
+        return Evidence(source, grad, self.losses[0])
+
+    def evidence_apart(self, draw: int, *, beside: Trial | None = None) -> Evidence:
+        """`evidence` of one draw for `passes`, on the whole block: noise by its key, gradients where they are."""
+        grads = self.raw or [None] * len(self.block.params)
+        loss = self.losses[0] if self.losses else torch.zeros((), device=self.block.device)
+        places: Any = Places(grads, self.block.params[0].dtype)
+        key: Any = None if beside is not None and self.key == beside.key else self.key_of(draw)
+        return Evidence(key, places, loss)
 
     def apart(self, records: list[Record], states: list[Any]) -> list[Trial]:
         """The trials of a flat block's members, with what was measured for each.
@@ -375,6 +438,12 @@ class Trial:
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
             made.append(trial)
         return made
+
+
+def _are_near(first: Tensor, second: Tensor) -> bool:
+    """Equal up to what adding and subtracting a step leaves (sharpness-aware minimisation does that)."""
+    near = max(1e-4, 4.0 * torch.finfo(first.dtype).eps)
+    return torch.equal(first, second) or torch.allclose(first, second, rtol=near, atol=1e-2 * near)
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:

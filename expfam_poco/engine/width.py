@@ -30,14 +30,15 @@ class StartingWidth:
 
         Args:
             parts: closures and their shares of the batch.
-            blocks: that are stepped; those count whose width is set by ess and hess_init.
+            blocks: that are stepped; None is returned, too, where ess and hess_init do not set the width of all.
             evaluator: of closures.
         """
         if self._is_known:
             return None
         self._is_known = True
         scaled = any(getattr(closure, "scaling", None) is not None for closure, _ in parts)
-        if scaled or not self._is_suspicious([block for block in blocks if block.settings.hess_init is not None]):
+        others = any(block.settings.hess_init is None for block in blocks)  # as binary ones, whose draws are far anyway
+        if scaled or others or not self._is_suspicious(blocks):
             return None
         params = [p for block in blocks for p in block.params]
         with evaluator.undone(params, [closure for closure, _ in parts]):

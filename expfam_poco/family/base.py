@@ -351,6 +351,14 @@ class ExponentialFamily(ABC):
         """∇_λ log q(θ) = T(θ) − μ."""
         return fields.subtract(self.statistics(theta), self.to_mean(self.to_nat(state)))
 
+    def variance(self, state: Any) -> Tensor:
+        """Var_q(θ) of every entry: where θ is a statistic, ∂²A/∂λ² for its natural parameter.
+
+        Raises:
+            NotImplementedError: where it is none, and the family says nothing else.
+        """
+        return derived.variance(self, state)
+
     def fisher_vector_product(self, nat: Any, vector: Any) -> Any:
         """∇²A(λ) v, by differentiating ⟨∇A(λ), v⟩."""
         return derived.fisher_vector_product(self, nat, vector)

@@ -71,6 +71,20 @@ def fisher_vector_product(family: ExponentialFamily, nat: Any, vector: Any) -> A
     return family.Nat(*torch.func.grad(slope)(nat))
 
 
+def variance(family: ExponentialFamily, state: Any) -> Tensor:
+    """The entries of the Fisher matrix's diagonal that belong to the statistic θ."""
+    nat = family.to_nat(state)
+    if "theta" not in nat._fields:
+        raise NotImplementedError(f"{type(family).__name__} has no statistic named theta; average samples.")
+    if not family.event_dim:
+        unit = type(nat)(*[torch.full_like(v, float(name == "theta")) for name, v in nat._asdict().items()])
+        return torch.as_tensor(family.fisher_vector_product(nat, unit).theta)
+    sizes = [value[(0,) * (value.ndim - dims)].numel() for value, dims in zip(nat, family.statistic_dims, strict=True)]
+    start = sum(sizes[: nat._fields.index("theta")])
+    entries = fisher(family, nat).diagonal(dim1=-2, dim2=-1)[..., start : start + nat.theta[0].numel()]
+    return entries.reshape(nat.theta.shape)
+
+
 def fisher_solve(family: ExponentialFamily, nat: Any, gradient: Any) -> Any:
     """F(λ)⁻¹ g: a gradient in λ becomes a natural gradient (PC Eq. 5). A division when k = 1."""
     vector, shapes = _flatten(family, gradient)

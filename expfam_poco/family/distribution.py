@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.kl import register_kl
 
 from expfam_poco.family.draws import LOSSES_ALONE
 from expfam_poco.family.noise import quantile
@@ -38,7 +39,7 @@ class FamilyDistribution(dist.TorchDistribution):
         self.family = family
         self.state = state
         self._like = family.point(state) if family.curved else family.middle(family.to_nat(state))
-        super().__init__(torch.Size(), self._like.shape, validate_args=False)
+        super().__init__(torch.Size(), self._like.shape)
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
@@ -83,7 +84,13 @@ class FamilyDistribution(dist.TorchDistribution):
         return theta.reshape((*torch.Size(sample_shape), *self._like.shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The sum of the weights' log densities."""
+        """The sum of the weights' log densities.
+
+        Raises:
+            ValueError: off the support, unless distributions are told not to validate.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
         each = self.family.log_prob(self.state, value)
         axes = self._like.ndim - self.family.event_dim
         return each.flatten(-axes).sum(-1) if axes else each
@@ -98,9 +105,24 @@ class FamilyDistribution(dist.TorchDistribution):
             raise NotImplementedError(f"{type(self.family).__name__} has no statistic named theta; average samples.")
         return torch.as_tensor(mean.theta)
 
+    @property
+    def variance(self) -> Tensor:
+        """Var_q(θ) of every entry."""
+        return self.family.variance(self.state)
+
     def entropy(self) -> Tensor:
         """The sum of the weights' entropies."""
         return self.family.entropy(self.state).sum()
+
+
+@register_kl(FamilyDistribution, FamilyDistribution)
+def _kl(first: FamilyDistribution, second: FamilyDistribution) -> Tensor:
+    """The sum of the weights' divergences, of two members of one family."""
+    if first.family != second.family:
+        raise NotImplementedError(
+            f"kl_divergence: {first.family!r} and {second.family!r} have no closed form; average log_prob over samples."
+        )
+    return first.family.kl(first.state, second.state).sum()
 
 
 def reparameterised(family: ExponentialFamily, state: Any) -> bool:

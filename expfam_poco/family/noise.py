@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from expfam_poco.family.philox import MASK, MULTIPLIERS, ROUNDS, WORD, philox, rounds, schedule_of
+from expfam_poco.family.transfer import on_device
 
 __all__ = [
     "Address",
@@ -338,13 +339,6 @@ def address_of(key: NoiseKey, device: torch.device | str = "cpu", tiles: Tensor 
     schedule = [word for pair in schedule_of((key.seed & MASK, key.seed >> 32)) for word in pair]
     words = [*counters, *schedule, *MULTIPLIERS, MASK]
     return Address(on_device(words, torch.int64, torch.device(device)), tiles)
-
-
-def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Some numbers as a tensor; a device's arrive without the host waiting for it."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def tiles_of(parameters: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from expfam_poco.engine.evaluator import Evaluator
     from expfam_poco.engine.noise_plan import NoisePlan
     from expfam_poco.engine.products import Products
+    from expfam_poco.engine.watch import Watch
 
 
 def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class Shell:
     _meter: VarianceMeter
     _stale: Staleness
     _alphas: dict[str, tuple[float, float]]
+    _watch: Watch
 
     def _active(self) -> list[Block]:
         raise NotImplementedError("the optimizer knows its blocks")
@@ -66,6 +68,9 @@ class Shell:
 
     def _write_point(self, block: Block) -> None:
         raise NotImplementedError("the optimizer restores the weights")
+
+    def _settle(self, *, raising: bool) -> None:
+        raise NotImplementedError("the optimizer watches its steps")
 
     def _measured(
         self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False

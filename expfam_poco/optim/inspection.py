@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.evaluate import Closure, Request, check_chunks, evaluate
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.alpha import AdaptiveAlpha, Pace, Staleness
@@ -132,7 +133,7 @@ class Inspection(Shell):
         if seed is None and not at_point:
             self._clock["sample"] += 1
         key = NoiseKey(self.seed, SAMPLE, self._clock["sample"]) if seed is None else NoiseKey(seed, SAMPLE)
-        with self._weights_restored(blocks, evaluating=False):
+        with self._weights_restored(blocks, evaluating=False), fresh_caches():
             for block in blocks:
                 state = self._state(block)["posterior"]
                 if at_point:
@@ -167,7 +168,8 @@ class Inspection(Shell):
             seed: of the draws.
         """
         blocks = self._active()
-        with self._weights_restored(blocks):
+        params = [p for block in blocks for p in block.params]
+        with self._weights_restored(blocks), self._evaluator.undone(params, check_chunks(closures, weights)[0]):
             states = {b.name: self._state(b)["posterior"] for b in blocks}
             return objective(blocks, states, closures, weights, samples=samples, seed=seed)
 
@@ -179,6 +181,7 @@ class Inspection(Shell):
         every eleventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
         has one.
         """
+        self._settle(raising=False)
         numbers: dict[str, float] = {
             "steps": self._clock["step"],
             "refreshes": self._clock["refresh"],
@@ -202,6 +205,16 @@ class Inspection(Shell):
         if deviation is not None:
             numbers["mean_stddev"] = deviation
         return numbers
+
+    def _settle(self, *, raising: bool) -> None:
+        """Look at what all steps have left to be noticed: count it, raise it, or keep the error for the next step."""
+        errors = self._watch.errors(self._clock["step"] + 1)
+        if self.nonfinite == "skip":
+            self._clock["skipped"] += len(errors)
+        elif raising and errors:
+            raise errors[0]
+        else:
+            self._watch.keep(errors)
 
     def _mean_alpha(self, number: int, group: dict[str, Any]) -> tuple[float, float]:
         """α of the last step, the mean over a group's weights (adaptive ones differ from tensor to tensor)."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expfam_poco.closures.effects import is_waiting, mark_used
-from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error, waiting_error
+from expfam_poco.closures.effects import mark_used
+from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
 from expfam_poco.correction.alpha import Pace, Staleness, refreshed
@@ -32,7 +32,8 @@ from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
-from expfam_poco.engine.step import Step, remember, unsound_error
+from expfam_poco.engine.step import Step, clip_factor, remember
+from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth
 from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family import fields
@@ -42,7 +43,6 @@ from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
-from expfam_poco.rule import blr
 
 
 class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
@@ -83,7 +83,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
-        nonfinite: "raise" a `NonFiniteError`, or "skip" the step, when a loss or gradient is NaN or infinite.
+        nonfinite: "raise" a `NonFiniteError` or "skip" the step if a loss or gradient is not finite (docs/speed.md).
         backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
         one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
             weights of models that are stepped in place; evaluate inside `with optimizer.sampled(at_point=True)`.
@@ -164,6 +164,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self._blocks: list[Block] = []
         self._readings: list[settings.Reading] = []
         self._layout = Layout()
+        self._watch = Watch()
         defaults = {
             "family": family,
             "lr": lr,
@@ -273,13 +274,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _trainable(self) -> list[Block]:
         """The active blocks, at least one, with hyperparameters in their ranges and no gradients waiting."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("closure: no gradients can be taken inside torch.inference_mode(); call it outside.")
         blocks = self._active()
         if not blocks:
             raise ValueError("params: no parameter requires a gradient, so there is nothing to step.")
         for block in blocks:
-            for p in block.params:
-                if p.grad is not None and is_waiting(p.grad):
-                    raise waiting_error(block.name)
+            block.check_gradients()
         return blocks
 
     def _state(self, block: Block) -> Record:
@@ -322,7 +323,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         blocks = self._trainable()
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
-            with self._weights_restored(blocks), self._evaluator.undone_on_error():
+            with self._weights_restored(blocks), self._evaluator.undone_on_error(watched=True):
                 at_weights = (
                     None if self.noise == "zero" or number > 1 else self._width.loss(parts, blocks, self._evaluator)
                 )
@@ -362,9 +363,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
-        factor = 1.0
+        factor: float | Tensor = 1.0
         if self.max_grad_norm is not None and steps:
-            factor = float(blr.norm_clip_factor([step.gradient_square() for step in steps], self.max_grad_norm))
+            factor = clip_factor(steps, self.max_grad_norm)
         ahead = self.one_pass and not self.correction.moves
         following = self._plan(None).step_key(number + 1) if ahead else None
         try:
@@ -376,9 +377,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             step.meter(self._meter, number)
         with Uninterrupted():
             self._commit(steps, number)
-        error = unsound_error(steps)
-        if error is not None:
-            raise error
+        self._watch.take([step.unsound for step in steps if step.unsound is not None], number)
 
     def _commit(self, steps: Sequence[Step], number: int) -> None:
         """Make the new posteriors the blocks', and the step the last; where that fails half-way, the next goes on."""
@@ -434,6 +433,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
         On any other error, also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
+        self._settle(raising=True)
         try:
             return self._refresh(closures, weights, scaler)
         except ScaledOverflow:

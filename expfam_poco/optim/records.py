@@ -258,6 +258,7 @@ class Resuming(Recorded, Shell):
     needed: Sequence[str] = HYPERPARAMETERS
 
     def _saved(self) -> dict[str, Any]:
+        self._settle(raising=False)
         for block in self._blocks:
             if self.state.get(block.params[0]):
                 self._state(block)["drawn"] = block.drawn

@@ -18,7 +18,7 @@ from expfam_poco.engine import settings
 from expfam_poco.engine.backend import Backend, plainly, tile_size
 from expfam_poco.engine.block import check_parameter
 from expfam_poco.errors import CheckpointError, NonFiniteError, Skips
-from expfam_poco.family.noise import on_device
+from expfam_poco.family.transfer import on_device
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import Recorded, check_clock, fitted, is_count
 from expfam_poco.rule import gradient_model

@@ -191,4 +191,6 @@ def square_of(values: Sequence[Tensor]) -> Tensor:
 
 def norm_clip_factor(squares: Sequence[Tensor], max_norm: float) -> Tensor:
     """min(1, max_norm / ‖all gradients together‖), the factor of clipping by global norm, from their squares."""
-    return (max_norm / (torch.stack(list(squares)).sum().sqrt() + 1e-300)).clamp(max=1.0)
+    own = squares[0].device
+    total = torch.stack([square.to(own, non_blocking=True) for square in squares]).sum()
+    return (max_norm / (total.sqrt() + 1e-300)).clamp(max=1.0)

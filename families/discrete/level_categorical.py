@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.kl import register_kl
 
 
 class LevelCategorical(dist.TorchDistribution):
@@ -72,6 +73,14 @@ class LevelCategorical(dist.TorchDistribution):
         """All levels along a new first axis."""
         values = self.levels.reshape(-1, *(1,) * len(self.batch_shape))
         return values.expand(-1, *self.batch_shape) if expand else values
+
+
+@register_kl(LevelCategorical, LevelCategorical)
+def _kl(first: LevelCategorical, second: LevelCategorical) -> Tensor:
+    """Σ p_k (log p_k − log q_k), over one set of levels."""
+    if not torch.equal(first.levels, second.levels):
+        raise NotImplementedError(f"kl_divergence: of the levels {first.levels.tolist()} and {second.levels.tolist()}.")
+    return (first.logits.exp() * (first.logits - second.logits)).sum(-1)
 
 
 class _Levels(constraints.Constraint):

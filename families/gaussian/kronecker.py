@@ -227,6 +227,14 @@ class KroneckerGaussian(StructuredGaussian):
         root = cholesky(state.rows).mT @ self._matrix(vector) @ cholesky(state.columns)
         return root.square().sum((-2, -1))
 
+    def variance(self, state: Any) -> Tensor:
+        """(A⁻¹)_ii (B⁻¹)_jj."""
+        rows, columns = (
+            torch.cholesky_inverse(cholesky(factor)).diagonal(dim1=-2, dim2=-1)
+            for factor in (state.rows, state.columns)
+        )
+        return (rows.unsqueeze(-1) * columns.unsqueeze(-2)).reshape(state.mean.shape)
+
     def trace_ratio(self, prior: Any, state: Any) -> Tensor:
         """tr(A₀A⁻¹) tr(B₀B⁻¹)."""
         return _trace_of_solution(state.rows, prior.rows) * _trace_of_solution(state.columns, prior.columns)

@@ -230,14 +230,18 @@ class LowRankGaussian(StructuredGaussian):
         """Σ d v² + ‖Vᵀ v‖²."""
         return (state.diagonal * vector * vector).sum(-1) + (vector @ state.factor).square().sum(-1)
 
+    def variance(self, state: Any) -> Tensor:
+        """(S⁻¹)_ii."""
+        basis = self._basis(state)
+        values, axes = torch.linalg.eigh(basis.size @ basis.size.mT)
+        span = (basis.span @ axes) ** 2 * (values / (1.0 + values)).unsqueeze(-2)
+        return torch.as_tensor((1.0 - span.sum(-1)) / state.diagonal)
+
     def trace_ratio(self, prior: Any, state: Any) -> Tensor:
         """Σ d₀ (S⁻¹)_ii + tr(V₀ᵀ S⁻¹ V₀)."""
         basis = self._basis(state)
         columns = self._power(basis, (prior.factor / basis.root.unsqueeze(-1)).mT, -0.5)
-        values, axes = torch.linalg.eigh(basis.size @ basis.size.mT)
-        span = (basis.span @ axes) ** 2 * (values / (1.0 + values)).unsqueeze(-2)
-        inverse = (1.0 - span.sum(-1)) / state.diagonal
-        return (prior.diagonal * inverse).sum(-1) + columns.square().sum((-2, -1))
+        return (prior.diagonal * self.variance(state)).sum(-1) + columns.square().sum((-2, -1))
 
 
 def _solve_squares(span: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+"""Steps on a CUDA device that does not exist: fake tensors have shapes, dtypes and devices, and no values.
+
+Whoever mixes devices, or looks at a value, is refused by them; so a step that passes here neither does the one nor
+waits for the device. Passes run eagerly.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from optimizer_cases import Make, named, shell
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import expfam_poco as poco
+from expfam_poco.engine import block, evaluator, fused
+from expfam_poco.family import transfer
+
+ATEN = torch.ops.aten
+IVON = {"lr": 0.1, "ess": 100.0, "hess_init": 1.0, "backend": "eager", "seed": 0}
+CASES: dict[str, Make] = {
+    "IVON": named(poco.IVON, **IVON),
+    "IVON-3": named(poco.IVON, mc_samples=3, **IVON),
+    "one-pass": named(poco.IVON, one_pass=True, **IVON),
+    "IVONPoCoMo": named(poco.IVONPoCoMo, **IVON),
+    "antithetic": named(poco.IVONPoCo, noise="antithetic", mc_samples=2, **IVON),
+    "norm-clipping": named(poco.IVONPoCo, max_grad_norm=1.0, **IVON),
+    "gradsq": named(poco.IVONPoCo, curvature="gradsq", **IVON),
+    "SVRG": named(poco.SVRG, lr=0.1, backend="eager", seed=0),
+    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.001, ess=24.0, backend="eager", seed=0),
+}
+FAMILIES = ("bernoulli", "exponential", "gamma", "inverse_gaussian", "log_normal", "beta")
+CASES |= {n: shell(n, lr=0.01, ess=10.0, momentum=0.5, backend="eager", seed=0) for n in FAMILIES}
+VIEWS = {"slice", "view", "select", "detach", "alias", "unsqueeze", "expand", "_unsafe_view", "as_strided", "unbind",
+         "squeeze", "split_with_sizes", "t", "permute", "reshape", "sym_size", "_to_copy_view"}  # fmt: skip
+
+
+class Cuda(TorchFunctionMode):
+    """What torch without CUDA refuses on fake tensors of that kind, by other words; and, for a start, values."""
+
+    looking = True  # values may be looked at: all are 1
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if self.looking and name in ("__bool__", "item", "__float__", "__int__", "equal", "allclose", "tolist"):
+            return {"item": 1.0, "__float__": 1.0, "__int__": 1}.get(name, True)
+        if name == "tensor" and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            made = torch.tensor(*args, **{**kwargs, "device": "cpu"})
+            return torch.empty(made.shape, dtype=made.dtype, device=kwargs["device"])
+        if name == "to" and any(torch.device(a).type == "cuda" for a in args[1:] if isinstance(a, str | torch.device)):
+            return args[0] if args[0].is_cuda else torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
+        if name == "pin_memory":
+            return args[0]
+        if name == "copy_":
+            return ATEN.copy_(args[0], args[1])
+        if name == "__invert__":
+            return torch.logical_not(args[0])
+        if name == "__getitem__" and args[0].is_cuda:
+            return _item(*args)
+        return function(*args, **kwargs)
+
+
+def _item(value: Tensor, index: Any) -> Tensor:
+    dim, parts = 0, list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in parts:
+        place, missing = parts.index(Ellipsis), value.ndim - sum(part is not None for part in parts) + 1
+        parts[place : place + 1] = [slice(None)] * missing
+    for part in parts:
+        if isinstance(part, slice):
+            stop = torch.iinfo(torch.int64).max if part.stop is None else part.stop
+            value, dim = ATEN.slice(value, dim, part.start or 0, stop, part.step or 1), dim + 1
+        elif part is None:
+            value, dim = ATEN.unsqueeze(value, dim), dim + 1
+        else:
+            value = ATEN.select(value, dim, operator.index(part))
+    return value
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if function.namespace == "aten" and name not in VIEWS:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class NoReplay:
+    """The device has no random numbers."""
+
+    def __init__(self, params: Any) -> None:
+        pass
+
+    def again(self) -> Any:
+        return nullcontext()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
+    def later(self: Any, values: Tensor) -> None:
+        self._shape = tuple(values.shape)
+
+    with FakeTensorMode(), Cuda() as mode, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer.Later, "__init__", later)
+        patch.setattr(transfer.Later, "read", lambda self: np.zeros(self._shape).tolist())
+        patch.setattr(transfer.Later, "arrived", True)
+        patch.setattr(evaluator, "FIRST", 0)
+        patch.setattr(block, "LOOKS", 0)
+        patch.setattr(block, "LOOK_AGAIN", 2**30)
+        patch.setattr(evaluator, "Replay", NoReplay)
+        patch.setattr(evaluator, "capture_random", lambda params: None)
+        patch.setattr(evaluator, "replay_random", lambda state: nullcontext())
+        yield mode
+
+
+def model_of(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
+
+
+def stepper(make: Make, params: list[nn.Parameter]) -> tuple[Any, Callable[[], Tensor]]:
+    grads = [torch.empty(p.shape, device="cuda") for p in params]
+
+    def closure() -> Tensor:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        return torch.empty((), device="cuda")
+
+    opt = make(params)
+    if hasattr(opt, "refresh"):
+        opt.refresh([closure, closure])
+    opt.step(closure)
+    return opt, closure
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_neither_mixes_devices_nor_waits(cuda: Cuda, case: str) -> None:
+    opt, closure = stepper(CASES[case], model_of([(30, 20), (700,), (4, 3, 5)]))
+    cuda.looking = False
+    for _ in range(2 if case in FAMILIES else 12):  # one of twelve shows itself to the variance meter
+        opt.step(closure)
+
+
+def test_looking_is_noticed(cuda: Cuda) -> None:
+    cuda.looking = False
+    with pytest.raises(DataDependentOutputException):
+        bool(torch.empty(3, device="cuda").sum() > 0)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize(
+    ("case", "many"), [("IVONPoCoMo", 1000), ("IVON-3", 60), ("norm-clipping", 60), ("bernoulli", 60)]
+)
+def test_as_many_operations_for_a_thousand_tensors_as_for_ten(cuda: Cuda, case: str, many: int) -> None:
+    found = []
+    for shapes in ([(200, 300)] * 10, [(60, 80)] * many):
+        opt, closure = stepper(CASES[case], model_of(shapes))
+        opt.step(closure)
+        with Counted() as counted:
+            opt.step(closure)
+        found.append(counted.found)
+    assert found[0] == found[1]
+
+
+class Launches:
+    """In place of a Triton kernel: counts how often it is launched."""
+
+    count = 0
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*tensors: Tensor, BLOCKS: int, num_warps: int) -> None:
+            assert all(tensor.is_cuda for tensor in tensors)
+            Launches.count += 1
+
+        return launch
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize(("case", "most"), [("IVON", 15), ("IVON-3", 40), ("IVONPoCoMo", 20), ("norm-clipping", 30)])
+def test_a_step_of_kernels_asks_little_of_the_device(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, case: str, most: int
+) -> None:
+    """Launches and other operations together, for 300 tensors."""
+    monkeypatch.setattr(fused, "is_at_hand", lambda device: True)
+    monkeypatch.setattr(fused, "_loaded", lambda source: Launches())
+    monkeypatch.setattr(fused, "KERNELS", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda where: nullcontext())
+    opt, closure = stepper(CASES[case], model_of([(20, 30)] * 300))
+    opt.backend.name = "compiled"
+    cuda.looking = False
+    opt.step(closure)
+    Launches.count = 0
+    with Counted() as counted:
+        opt.step(closure)
+    assert Launches.count + sum(counted.found.values()) <= most, counted.found
