@@ -11,7 +11,7 @@ Example:
 from expfam_poco import blr, checks, correction, estimators, family, gradient_model, noise
 from expfam_poco.checks import check_correction, check_family
 from expfam_poco.closures.batched import BatchedDraws, PerExample
-from expfam_poco.correction.alpha import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha
+from expfam_poco.correction.alpha import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha, MegaBatchAlpha
 from expfam_poco.errors import CheckpointError, LawError, NonFiniteError
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
@@ -87,6 +87,7 @@ __all__ = [
     # errors
     "CheckpointError",
     "LawError",
+    "MegaBatchAlpha",
     "NonFiniteError",
     # modules for research
     "blr",

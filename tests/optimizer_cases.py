@@ -66,11 +66,13 @@ SHELL: dict[str, Make] = {
     "VSGDPoCo": named(poco.VSGDPoCo, lr=0.1, precision=100.0, weight_decay=0.01, noise="fixed"),
     "VON": named(poco.VON, lr=0.05, ess=24.0, hess_init=2.0, weight_decay=0.1),
     "VONPoCo": named(poco.VONPoCo, lr=0.05, ess=24.0, hess_init=2.0, weight_decay=0.1),
-    "IVON": named(poco.IVON, lr=0.1, ess=500.0, beta2=0.99),
-    "IVONPoCo": named(poco.IVONPoCo, lr=0.1, ess=500.0, beta2=0.99),
-    "IVONPoCoMo": named(poco.IVONPoCoMo, lr=0.1, ess=500.0, beta2=0.99, rho1=0.6, rho2=0.1, alpha=0.7),
-    "BayesBiNN": named(poco.BayesBiNN, lr=0.01, ess=24.0),
-    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, mc_samples=2),
+    "IVON": named(poco.IVON, lr=0.1, ess=500.0, hess_init=1.0, beta2=0.99),
+    "IVONPoCo": named(poco.IVONPoCo, lr=0.1, ess=500.0, hess_init=1.0, beta2=0.99),
+    "IVONPoCoMo": named(
+        poco.IVONPoCoMo, lr=0.1, ess=500.0, hess_init=1.0, beta2=0.99, rho1=0.6, rho2=0.1, alpha=0.7
+    ),
+    "BayesBiNN": named(poco.BayesBiNN, lr=0.01, ess=24.0, curvature="relaxed"),
+    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, mc_samples=2, alpha=1.0),
     "diagonal-exact": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, curvature="exact"),
     "diagonal-gradsq": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=9.0, curvature="gradsq", momentum=0.9),
     "diagonal-hutchinson": shell(

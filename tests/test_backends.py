@@ -15,7 +15,7 @@ from expfam_poco.engine import backend
 GAUSSIAN = poco.resolve_family("diagonal_gaussian")
 BROAD = GAUSSIAN.State(torch.tensor(0.5), torch.tensor(30.0))
 ROWS = GAUSSIAN.State(torch.linspace(0.0, 1.0, 30), torch.linspace(10.0, 20.0, 20).unsqueeze(1))
-IVON = {"lr": 0.1, "ess": 100.0, "beta2": 0.99}
+IVON = {"lr": 0.1, "ess": 100.0, "hess_init": 1.0, "beta2": 0.99}
 CASES: dict[str, Make] = {
     "IVON": named(poco.IVON, **IVON),
     "IVON-3": named(poco.IVON, mc_samples=3, **IVON),

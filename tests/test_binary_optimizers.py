@@ -75,7 +75,9 @@ def test_stale_and_present_means_differ() -> None:
     found = []
     for stale in (True, False):
         problem = Regression()
-        opt = poco.BayesBiNN([problem.weight], lr=LR, ess=N, strength=STRENGTH, stale_mean=stale, seed=3)
+        opt = poco.BayesBiNN(
+            [problem.weight], lr=LR, ess=N, strength=STRENGTH, stale_mean=stale, curvature="relaxed", seed=3
+        )
         for _ in range(20):
             opt.step(problem.closure())
         found.append(lam_of(opt))
@@ -126,7 +128,7 @@ def test_the_corrected_update_by_hand() -> None:
 
 def test_without_momentum_it_is_the_rule_on_natural_parameters() -> None:
     problem, lr = Regression(), 0.01
-    opt = poco.BayesBiNN([problem.weight], lr=lr, ess=N, beta1=0.0, strength=STRENGTH, seed=3)
+    opt = poco.BayesBiNN([problem.weight], lr=lr, ess=N, beta1=0.0, strength=STRENGTH, curvature="relaxed", seed=3)
     lam = STRENGTH * problem.weight.data.sign()
     drawn = noises(opt, INNER, 1)[0]
     opt.step(problem.closure())

@@ -248,7 +248,7 @@ def test_another_version_is_refused() -> None:
     model, opt, _ = trained("IVON", 2)
     later = copy.deepcopy(opt.state_dict())
     later["poco"]["format"] += 1
-    refused(opt, model, later, "state_dict['poco']", "format 5", "4 is needed")
+    refused(opt, model, later, "state_dict['poco']", "format 6", "5 is needed")
     del later["poco"]
     refused(opt, model, later, "state_dict['poco']", "not a checkpoint")
 
@@ -281,6 +281,18 @@ def own_entries(state_dict: Any) -> list[tuple[Any, ...]]:
     # torch fills this in, too, and the meter starts when it starts.
     optional = {("param_groups", number, "maximize") for number in range(len(state_dict["param_groups"]))}
     return [p for p in paths(state_dict) if p not in optional and p[:2] != ("poco", "meter")]
+
+
+def test_format_4_is_read_which_did_not_count_the_pace_of_refreshes() -> None:
+    model, opt, task = trained("IVONPoCoMo", 6)
+    older = copy.deepcopy(opt.state_dict())
+    older["poco"]["format"] = 4
+    for name in ("mega", "every"):
+        del older["poco"]["clock"][name]
+    expected = continued(model, opt, task, 6, 3)
+    model, opt, task = trained("IVONPoCoMo", 6)
+    opt.load_state_dict(older)
+    assert equal(continued(model, opt, task, 6, 3), expected)
 
 
 @pytest.mark.parametrize("name", ["SVRG", "IVONPoCoMo", "full-reparam", "diagonal-stored", *OVER_A_BASE])

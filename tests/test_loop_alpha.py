@@ -63,6 +63,8 @@ def test_values_of_schedules() -> None:
         (lambda: poco.BurnIn(1, 2.0), "alpha=2.0"),
         (lambda: poco.AdaptiveAlpha(keep=1.0), "keep=1.0"),
         (lambda: poco.AdaptiveAlpha(probe_every=0), "probe_every=0"),
+        (lambda: poco.MegaBatchAlpha(0.0), "mini_batches=0.0"),
+        (lambda: poco.MegaBatchAlpha(True), "mini_batches=True"),
         (lambda: poco.SVRG([nn.Parameter(torch.ones(1))], lr=0.1, alpha="adaptiv"), "alpha='adaptiv'"),
         (lambda: poco.SVRG([nn.Parameter(torch.ones(1))], lr=0.1, stale_after=0), "stale_after=0"),
     ],

@@ -10,11 +10,13 @@ import pytest
 from optimizer_cases import SHELL, network
 
 import expfam_poco as poco
+from expfam_poco.correction.alpha import resolve_alpha
 from expfam_poco.optim import named
 from expfam_poco.optim.choices import CHOICES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "optimizers.md"
 every_name = pytest.mark.parametrize("name", CHOICES)
+OTHERS_DEFAULTS = "like_ivon_opt"  # the one constructor beside `__init__`
 # What a signature calls otherwise than the table.
 OTHERWISE = {"beta1": "momentum", "beta2": "precision_lr", "rho1": "rho", "rho2": "rho"}
 
@@ -42,7 +44,8 @@ def test_named_optimizers_are_choices_and_nothing_else() -> None:
         docstring, chosen, *methods = cls.body
         assert isinstance(docstring, ast.Expr), cls.name
         assert ast.unparse(chosen) == f"chosen = CHOICES['{cls.name}']", f"{cls.name} does not name its row"
-        assert [getattr(m, "name", None) for m in methods] in ([], ["__init__"]), f"{cls.name} has more than __init__"
+        own = [m.name for m in methods if isinstance(m, ast.FunctionDef) and m.name != OTHERS_DEFAULTS]
+        assert own in ([], ["__init__"]) and not [m for m in methods if not isinstance(m, ast.FunctionDef)], cls.name
         loops = [n for n in ast.walk(cls) if isinstance(n, ast.For | ast.While | ast.With | ast.Lambda)]
         assert not loops, f"{cls.name} computes"
 
@@ -52,7 +55,7 @@ def test_the_table_is_true(name: str) -> None:
     """Of the optimizer with nothing else said, and of the numbers that its signature shows."""
     opt, plain = made(name), poco.PosteriorCorrected(network().parameters(), CHOICES[name]["family"], 0.1, 24.0)
     group, own = {**opt.param_groups[0], "noise": opt.noise}, dict(CHOICES[name])
-    own["lr_convention"] = own.pop("lr_scale", 1.0)
+    own["lr_convention"], own["alpha"] = own.pop("lr_scale", 1.0), resolve_alpha(own["alpha"])
     usual = {**plain.param_groups[0], "noise": plain.noise}
     estimator = poco.estimators.resolve_estimator(own.pop("curvature", None), poco.resolve_family(own["family"]))
     assert type(group["family"]) is type(poco.resolve_family(own.pop("family"))) and group["curvature"] == estimator
@@ -76,7 +79,7 @@ def test_signatures_show_types_and_the_table_s_numbers(name: str) -> None:
 
 @every_name
 def test_alpha_and_curvature_are_the_table_s_unless_they_are_said(name: str) -> None:
-    assert made(name, alpha=None, curvature=None).param_groups[0]["alpha"] == CHOICES[name]["alpha"]
+    assert made(name, alpha=None, curvature=None).param_groups[0]["alpha"] == resolve_alpha(CHOICES[name]["alpha"])
     assert made(name, alpha=0.3).param_groups[0]["alpha"] == 0.3
 
 

@@ -14,7 +14,7 @@ from expfam_poco.noise import NoiseKey
 
 
 def ivon(model: nn.Module, **choices: Any) -> Any:
-    settings = {"lr": 0.1, "ess": 200.0, "beta2": 0.99, "seed": 3}
+    settings = {"lr": 0.1, "ess": 200.0, "hess_init": 1.0, "beta2": 0.99, "seed": 3}
     return poco.IVONPoCoMo(model.named_parameters(), **{**settings, **choices})
 
 

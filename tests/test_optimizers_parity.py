@@ -1,5 +1,6 @@
 """The IVON family against its references: the package ivon-opt, and Algorithm 4 written out line by line."""
 
+import inspect
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from optimizer_cases import INNER, MEGA, OUTER, Task, equal, flat, network, nois
 from torch import Tensor, nn
 
 import expfam_poco as poco
+from expfam_poco.optim.choices import IVON_OPT
 
 # ---- IVON against ivon-opt 0.1.3 ---------------------------------------------------------------------------
 
@@ -57,7 +59,7 @@ def test_ivon_equals_ivon_opt_step_by_step(variant: str, monkeypatch: pytest.Mon
     choices, second = VARIANTS[variant]
     ours, theirs = network(), network()
     params = [m.parameters() if second is None else two_groups(m, **second) for m in (ours, theirs)]
-    mine = poco.IVON(params[0], ess=1000.0, seed=5, **choices)
+    mine = poco.IVON.like_ivon_opt(params[0], ess=1000.0, seed=5, **choices)
     reference = ivon.IVON(params[1], ess=1000.0, **choices)
     task, other = Task(ours), Task(theirs)
     prepared: list[Tensor] = []
@@ -92,6 +94,13 @@ def test_ivon_equals_ivon_opt_step_by_step(variant: str, monkeypatch: pytest.Mon
         worst_hessian = max(worst_hessian, float(difference.abs().max()))
     assert worst_mean <= 1e-10 and worst_hessian <= 1e-10, (worst_mean, worst_hessian)
     assert float((flat(moved) - flat(ours.parameters())).abs().max()) > 0.05, "nothing was trained"
+
+
+def test_its_defaults_are_those_of_the_package() -> None:
+    theirs = {key: p.default for key, p in inspect.signature(ivon.IVON).parameters.items() if key in IVON_OPT}
+    assert theirs == IVON_OPT
+    group = poco.IVON.like_ivon_opt(network().parameters(), 0.1, 50.0, beta2=0.9).param_groups[0]
+    assert (group["hess_init"], group["precision_lr"]) == (1.0, 1.0 - 0.9)
 
 
 # ---- IVONPoCoMo against Algorithm 4 ------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from expfam_poco.engine import backend
 IVON: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "beta2": 0.99, "hess_init": 1.0, "seed": 1}
 MAKE = shell("diagonal_gaussian", lr=0.05, ess=50.0, momentum=0.9, hess_init=1.0, weight_decay=0.1)
 # The case of test_backends.py, whose kernels are compiled there.
-COMPILED = named(poco.IVONPoCoMo, rho1=0.6, rho2=0.1, alpha=0.7, lr=0.1, ess=100.0, beta2=0.99)
+COMPILED = named(poco.IVONPoCoMo, rho1=0.6, rho2=0.1, alpha=0.7, lr=0.1, ess=100.0, hess_init=1.0, beta2=0.99)
 
 
 def test_members_of_a_bucket_keep_priors_of_their_own() -> None:

@@ -160,8 +160,11 @@ NAMED: dict[str, tuple[Make, Loop]] = {
     "IVON": (named(poco.IVON, **IVON), plain),
     "IVONPoCo": (named(poco.IVONPoCo, **IVON), corrected),
     "IVONPoCoMo": (named(poco.IVONPoCoMo, **MOMENTUM), corrected),
-    "BayesBiNN": (named(poco.BayesBiNN, lr=0.01, ess=24.0, stale_mean=True, seed=1), plain),
-    "BayesBiNNPoCo": (named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, mc_samples=2, seed=1), corrected),
+    "BayesBiNN": (named(poco.BayesBiNN, lr=0.01, ess=24.0, stale_mean=True, curvature="relaxed", seed=1), plain),
+    "BayesBiNNPoCo": (
+        named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, alpha=1.0, mc_samples=2, seed=1),
+        corrected,
+    ),
     "AlphaSVRG-SGD": (over(torch.optim.SGD, 0.7, lr=0.05, momentum=0.9), corrected),
     "AlphaSVRG-AdamW": (over(torch.optim.AdamW, "adaptive", lr=0.02, max_grad_norm=1.0), corrected),
     "AlphaSVRG-VSGD": (over(poco.VSGD, 0.5, lr=0.02, init="official", weight_decay=0.01), corrected),
@@ -264,7 +267,9 @@ LARGE_CASES: dict[str, Case] = {
     "IVONPoCoMo": Case(named(poco.IVONPoCoMo, **MOMENTUM, **EAGER), F32, REAL),
     "IVONPoCo-max-grad-norm": Case(named(poco.IVONPoCo, **IVON, **EAGER, max_grad_norm=100.0), F64, REAL),
     "SVRG-weight-decay": Case(named(poco.SVRG, lr=0.1, weight_decay=0.1, alpha=0.9, **IN_PLACE), F32, REAL),
-    "BayesBiNNPoCo": Case(named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, **IN_PLACE), F32, REAL),
+    "BayesBiNNPoCo": Case(
+        named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, curvature="relaxed", alpha=1.0, **IN_PLACE), F32, REAL
+    ),
     "log-normal-one-pass": Case(
         poco_of("log_normal", 0.02, 50.0, one_pass=True, **EAGER), F32, wells("positive", {"table": (300_000,), **TINY})
     ),

@@ -7,9 +7,35 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Value = float | tuple[float, float]
+
+
+class Pace(NamedTuple):
+    """How often q_out is refreshed, and from how much.
+
+    Attributes:
+        chunks: of the last refresh; 0 before the first one, and where a stored posterior is q_out.
+        steps: from the refresh before to the last one, or since the last one where these are more already.
+    """
+
+    chunks: int
+    steps: int
+
+    @classmethod
+    def of(cls, clock: Mapping[str, int], step: int) -> Pace:
+        """The pace at inner step `step`, from an optimizer's counters."""
+        return cls(clock["mega"], max(clock["every"], step - clock["refreshed"]))
+
+
+def refreshed(clock: Mapping[str, int], chunks: int) -> dict[str, int]:
+    """An optimizer's counters after a refresh from so many chunks; 0 for a stored posterior."""
+    since = clock["step"] - clock["refreshed"] if clock["refresh"] else 0
+    return {
+        "memory": clock["memory"] + 1, "refresh": clock["refresh"] + 1, "refreshed": clock["step"],
+        "chunk": clock["chunk"] + chunks, "mega": chunks, "every": since,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,20 +170,70 @@ class AdaptiveAlpha:
         return 0.0 if self.mega_batch is None else 1.0 / self.mega_batch
 
 
-SCHEDULES: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (BurnIn, LinearAlpha, CosineAlpha, AdaptiveAlpha)}
+@dataclass(frozen=True)
+class MegaBatchAlpha:
+    """α for mega-batches of K mini-batches, one every M steps: `alpha="mega_batch"` is `MegaBatchAlpha()`.
+
+        α = K / (K + M)
+
+    The M steps that share a ḡ_out of variance Var(out)/K move by its error together, which adds up to a variance of
+    α² M²/K, and by their own mini-batches' apart, (1 − α)² M, as long as θ is near θ_out: α is where the sum is least.
+    K is the number of chunks of the last refresh. M counts the steps between the last two refreshes, or those since
+    the last one where they are more (so also before the second): the α of a q_out that nobody refreshes fades. α is 1
+    where K is unknown: after a refresh from one chunk, and where q_out is a stored posterior.
+
+    A refresh from *all* data has no such variance: give alpha=1.
+
+    Args:
+        mini_batches: K, where chunks are not as large as mini-batches; None: the number of chunks.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> weight = torch.nn.Parameter(torch.zeros(3))
+        >>> opt = poco.IVONPoCo([weight], lr=0.1, ess=100.0, alpha="mega_batch")
+        >>> closure = lambda: (weight - 1.0).square().mean()
+        >>> for step in range(8):
+        ...     if step in (0, 4):
+        ...         _ = opt.refresh(12 * [closure])
+        ...     _ = opt.step(closure)
+        >>> opt.diagnostics()["alpha"]
+        0.75
+    """
+
+    mini_batches: float | None = None
+
+    def __post_init__(self) -> None:
+        k = self.mini_batches
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int | float) or not 0.0 < k < math.inf):
+            raise ValueError(f"mini_batches={k!r}: give a positive number of mini-batches, or None for the chunks.")
+
+    def at(self, pace: Pace) -> float:
+        """α at a pace of refreshes."""
+        if not pace.chunks or (self.mini_batches is None and pace.chunks == 1):
+            return 1.0
+        count = pace.chunks if self.mini_batches is None else self.mini_batches
+        return count / (count + pace.steps)
+
+
+NAMES: Mapping[str, type[Any]] = {"adaptive": AdaptiveAlpha, "mega_batch": MegaBatchAlpha}
+SCHEDULES: Mapping[str, type[Any]] = {
+    kind.__name__: kind for kind in (BurnIn, LinearAlpha, CosineAlpha, AdaptiveAlpha, MegaBatchAlpha)
+}
 
 
 def resolve_alpha(alpha: Any) -> Any:
-    """`AdaptiveAlpha()` for "adaptive"; everything else as it is.
+    """`AdaptiveAlpha()` for "adaptive", `MegaBatchAlpha()` for "mega_batch"; everything else as it is.
 
     Raises:
         ValueError: for other names.
     """
     if not isinstance(alpha, str):
         return alpha
-    if alpha != "adaptive":
-        raise ValueError(f"alpha={alpha!r}: give a number between 0 and 1, a pair of them, a schedule or 'adaptive'.")
-    return AdaptiveAlpha()
+    if alpha not in NAMES:
+        raise ValueError(
+            f"alpha={alpha!r}: give a number between 0 and 1, a pair of them, a schedule, 'adaptive' or 'mega_batch'."
+        )
+    return NAMES[alpha]()
 
 
 def describe_alpha(alpha: Any) -> Any:

@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from expfam_poco.correction.alpha import AdaptiveAlpha
+from expfam_poco.correction.alpha import AdaptiveAlpha, MegaBatchAlpha, Pace
 from expfam_poco.correction.base import Averaging, Corrected, Correction
 from expfam_poco.family import fields
 
 if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
 
-Alpha = float | tuple[float, float] | Callable[[int], float | tuple[float, float]] | str | AdaptiveAlpha
+Alpha = (
+    float | tuple[float, float] | Callable[[int], float | tuple[float, float]] | str | AdaptiveAlpha | MegaBatchAlpha
+)
 
 
 class Outer(NamedTuple):
@@ -246,9 +248,12 @@ def optimal_alpha(cross: float, outer: float, least_gain: float, share: float = 
     return alpha if 2.0 * alpha * covariance - alpha * alpha * outer >= least_gain * outer else 0.0
 
 
-def alpha_at(alpha: Any, step: int) -> tuple[float, float]:
+def alpha_at(alpha: Any, step: int, pace: Pace) -> tuple[float, float]:
     """The pair (α of the gradient, α of the curvature) at inner step `step`, from a number, pair or schedule."""
-    value = alpha(step) if callable(alpha) else alpha
+    if isinstance(alpha, MegaBatchAlpha):
+        value: Any = alpha.at(pace)
+    else:
+        value = alpha(step) if callable(alpha) else alpha
     try:
         first, second = value if isinstance(value, tuple) else (value, value)
         pair = (float(first), float(second))
@@ -256,8 +261,8 @@ def alpha_at(alpha: Any, step: int) -> tuple[float, float]:
         pair = (math.nan, math.nan)
     if not all(0.0 <= number <= 1.0 for number in pair):
         raise ValueError(
-            f"alpha={value!r}: give a number between 0 and 1, a pair of them (gradient, curvature), a schedule, or "
-            "'adaptive'."
+            f"alpha={value!r}: give a number between 0 and 1, a pair of them (gradient, curvature), a schedule, "
+            "'adaptive' or 'mega_batch'."
         )
     return pair
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expfam_poco.closures.evaluate import Closure, unused_error
+from expfam_poco.correction.alpha import Pace
 from expfam_poco.correction.snapshot import alpha_at
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine.backend import Backend, plainly
@@ -54,7 +55,7 @@ class Round:
 
     # ---- α -----------------------------------------------------------------------------------------------
 
-    def alphas(self, meter: VarianceMeter, *, always: bool) -> tuple[list[Pair], list[bool]]:
+    def alphas(self, meter: VarianceMeter, pace: Pace, *, always: bool) -> tuple[list[Pair], list[bool]]:
         """Every unit's α (gradient, curvature) at this step, and whether its pair is to be measured anyway."""
         adaptive = [block.name for block, _ in self.units if block.settings.adaptive is not None]
         alphas, wanted, known = [], [], dict[int, Pair]()
@@ -65,7 +66,7 @@ class Round:
                 want = always or meter.probes(self.number, adaptive, settings.adaptive)
             else:
                 if id(settings) not in known:
-                    known[id(settings)] = alpha_at(settings.alpha, self.number)
+                    known[id(settings)] = alpha_at(settings.alpha, self.number, pace)
                 pair = known[id(settings)]
             alphas.append(pair)
             wanted.append(want)

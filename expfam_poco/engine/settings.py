@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expfam_poco.correction import snapshot
-from expfam_poco.correction.alpha import AdaptiveAlpha, resolve_alpha
+from expfam_poco.correction.alpha import NAMES, AdaptiveAlpha, Pace, resolve_alpha
 from expfam_poco.correction.base import Averaging
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import LOSSES_ALONE, Estimator
@@ -220,14 +220,14 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def checked_alpha(alpha: Any) -> Any:
-    """α, with "adaptive" resolved; a function is looked at when it is called.
+    """α, with its names resolved; a function is looked at when it is called.
 
     Raises:
-        ValueError: for anything but a number or pair in [0, 1], a schedule, or "adaptive".
+        ValueError: for anything but a number or pair in [0, 1], a schedule, "adaptive" or "mega_batch".
     """
     alpha = resolve_alpha(alpha)
-    if not callable(alpha) and not isinstance(alpha, AdaptiveAlpha):
-        snapshot.alpha_at(alpha, 1)
+    if not callable(alpha) and not isinstance(alpha, tuple(NAMES.values())):
+        snapshot.alpha_at(alpha, 1, Pace(0, 1))
     return alpha
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.evaluate import Closure, Request, check_chunks, evaluate
 from expfam_poco.correction import snapshot
-from expfam_poco.correction.alpha import AdaptiveAlpha, Staleness
+from expfam_poco.correction.alpha import AdaptiveAlpha, Pace, Staleness
 from expfam_poco.correction.paired_variance import PairedVariance
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, singular_error
@@ -221,8 +221,9 @@ class Inspection(Shell):
         blocks = [b for b in self._blocks if b.group_number == number and b.name in self._alphas]
         weights = sum(b.numel for b in blocks)
         if not blocks:
-            adaptive = isinstance(group["alpha"], AdaptiveAlpha)
-            return (0.0, 0.0) if adaptive else snapshot.alpha_at(group["alpha"], 1)
+            if isinstance(group["alpha"], AdaptiveAlpha):
+                return 0.0, 0.0
+            return snapshot.alpha_at(group["alpha"], 1, Pace.of(self._clock, self._clock["step"] + 1))
         pairs = [self._alphas[b.name] for b in blocks]
         if len(set(pairs)) == 1:
             return pairs[0]

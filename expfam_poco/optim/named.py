@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.registry import get_family
-from expfam_poco.optim.choices import CHOICES, Named
+from expfam_poco.optim.choices import CHOICES, IVON_OPT, Named
 
 
 class VSGDPoCo(Named):
@@ -142,18 +142,20 @@ class IVONPoCo(Named):
 
     Args:
         params: parameters or groups.
-        lr: η; multiplied by (hess_init + weight_decay) unless `rescale_lr` is off, as in `ivon-opt`.
+        lr: η; multiplied by (hess_init + weight_decay) unless `rescale_lr` is off, as in `ivon-opt`: a first step is
+            that of SGD with momentum and rate lr. 0.3 to 3 did best for small networks; `find_lr` finds one.
         ess: κ, the effective sample size.
-        hess_init: h₀.
+        hess_init: h₀. Larger than the loss's curvature, it keeps the first draws near the mean.
         beta1: β₁, the momentum of the gradient.
-        beta2: β₂; the rate of the precision is 1−β₂.
+        beta2: β₂; the rate of the precision is 1−β₂. A smaller one learns faster in runs of fewer than 1/(1−β₂) steps;
+            in far longer ones h forgets h₀ = 10 and can become so small that training breaks down.
         weight_decay: δ; the prior's precision is ess·δ.
         mc_samples: draws per evaluation.
         hess_approx: `ivon-opt`'s name for the curvature estimator: "price" is "reparam", "gradsq" itself.
         clip_radius: ξ.
         debias: divide g by 1−β₁ᵗ.
         rescale_lr: see lr.
-        alpha: α; None: 1, or 0 without "PoCo" in the name.
+        alpha: α; None: 1 (`IVON`: 0; `IVONPoCoMo`: "mega_batch").
         curvature: any estimator's name, in place of `hess_approx`.
         **choices: passed to `PosteriorCorrected`.
 
@@ -174,7 +176,7 @@ class IVONPoCo(Named):
     chosen = CHOICES["IVONPoCo"]
 
     def __init__(
-        self, params: Any, lr: float, ess: float, hess_init: float = 1.0, beta1: float = 0.9, beta2: float = 0.99999,
+        self, params: Any, lr: float, ess: float, hess_init: float = 10.0, beta1: float = 0.9, beta2: float = 0.99999,
         weight_decay: float = 1e-4, mc_samples: int = 1, hess_approx: str = "price", clip_radius: float = math.inf,
         debias: bool = True, rescale_lr: bool = True, *, alpha: Alpha | None = None,
         curvature: str | Estimator | None = None, **choices: Any,
@@ -193,7 +195,8 @@ class IVONPoCo(Named):
 class IVONPoCoMo(IVONPoCo):
     """IVON with posterior correction and outer momentum (PC Alg. 4; the paper's IVON-PCM).
 
-    `IVONPoCo` whose mega-batch averages have momentum: g_out ← ρ₁ g_out + (1−ρ₁) new, h_out with ρ₂.
+    `IVONPoCo` whose mega-batch averages have momentum: g_out ← ρ₁ g_out + (1−ρ₁) new, h_out with ρ₂. It is for
+    mega-batches of a part of the data: α is that of `MegaBatchAlpha` unless it is given.
 
     Args:
         params: parameters or groups.
@@ -222,7 +225,9 @@ class IVONPoCoMo(IVONPoCo):
 
 
 class IVON(IVONPoCo):
-    """IVON (Shen et al. 2024), as the package `ivon-opt` has it: `IVONPoCo` with α = 0. Same arguments.
+    """IVON (Shen et al. 2024): `IVONPoCo` with α = 0. Same arguments, which have the names of `ivon-opt`.
+
+    `IVON.like_ivon_opt` has the defaults of that package, too (hess_init 1).
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -234,6 +239,24 @@ class IVON(IVONPoCo):
     """
 
     chosen = CHOICES["IVON"]
+
+    @classmethod
+    def like_ivon_opt(cls, params: Any, lr: float, ess: float, **choices: Any) -> Self:
+        """An `IVON` with the defaults of the package `ivon-opt` (0.1.3), `choices.IVON_OPT`, in place of its own.
+
+        Args:
+            params: parameters or groups.
+            lr: as all further arguments, see `IVON`.
+            ess: κ.
+            **choices: over those defaults.
+
+        Example:
+            >>> import torch, expfam_poco as poco
+            >>> opt = poco.IVON.like_ivon_opt(torch.nn.Linear(4, 1).parameters(), lr=0.1, ess=100)
+            >>> opt.param_groups[0]["hess_init"]
+            1.0
+        """
+        return cls(params, lr, ess, **{**IVON_OPT, **choices})
 
 
 class BayesBiNNPoCo(Named):
@@ -248,16 +271,19 @@ class BayesBiNNPoCo(Named):
 
     Args:
         params: parameters or groups; groups of other families (`binarize_groups`) are stepped beside the binary ones.
-        lr: η. The step of λ is η N times the gradient, so lr · ess is what a rate on the mean loss would be.
-        ess: N.
-        temperature: τ of the relaxed estimator: 1 to about 0.01, see `docs/binary-networks.md`.
+        lr: η. The step of λ is η N times the gradient, so lr · ess is what a rate on the mean loss would be: 100 to 300
+            for a network whose layers are normalised.
+        ess: N. The number of examples is Bayes' posterior; where the network of the signs alone is wanted, give 250 to
+            1000 times as many, a colder posterior, against which the prior's pull is weak.
+        temperature: τ of the relaxed estimator, which it chooses: 1 to about 0.01, see `docs/binary-networks.md`.
         beta1: β.
         mc_samples: draws per evaluation.
         strength: |λ| at the beginning; the published code has 10, which float32 does not bear at small τ.
         initial: "sign" of the model's weights, or "value" (λ = strength · weight: from a trained float network).
-        stale_mean: divide by 1 − μ² of the λ before the last step, as the published code does.
-        curvature: another estimator's name (or object) in place of "relaxed".
-        alpha: α; None: 1, or 0 without "PoCo" in the name.
+        stale_mean: of the relaxed estimator, which it chooses: divide by 1 − μ² of the λ before the last step, as the
+            published code does.
+        curvature: another estimator's name (or object) in place of "straight_through"; the paper's is "relaxed".
+        alpha: α; None: "mega_batch", or 0 without "PoCo" in the name.
         **choices: passed to `PosteriorCorrected`.
 
     Example:
@@ -279,18 +305,19 @@ class BayesBiNNPoCo(Named):
     chosen = CHOICES["BayesBiNNPoCo"]
 
     def __init__(
-        self, params: Any, lr: float, ess: float, *, temperature: float = 1.0, beta1: float = 0.9, mc_samples: int = 1,
-        strength: float = 1.0, initial: str = "sign", stale_mean: bool = False,
+        self, params: Any, lr: float, ess: float, *, temperature: float | None = None, beta1: float = 0.9,
+        mc_samples: int = 1, strength: float = 1.0, initial: str = "sign", stale_mean: bool = False,
         curvature: str | Estimator | None = None, alpha: Alpha | None = None, **choices: Any,
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1")
         kind: Any = get_family(self.chosen["family"])
         kind = kind.stale_variant() if stale_mean else kind
-        member, usual = kind(initial=initial, strength=strength), self.chosen["curvature"]
-        if curvature in (None, usual):
-            curvature = dataclasses.replace(member.estimators[usual], temperature=temperature)
-        elif temperature != 1.0:
-            raise ValueError(f"temperature={temperature}: only the {usual} estimator has one, not {curvature!r}.")
+        member = kind(initial=initial, strength=strength)
+        if curvature == "relaxed" or (curvature is None and (stale_mean or temperature is not None)):
+            relaxed = member.estimators["relaxed"]
+            curvature = relaxed if temperature is None else dataclasses.replace(relaxed, temperature=temperature)
+        elif temperature not in (None, 1.0):
+            raise ValueError(f"temperature={temperature}: only the relaxed estimator has one, not {curvature!r}.")
         choices.update(momentum=beta1, mc_samples=mc_samples)
         super().__init__(params, lr, ess, member=member, curvature=curvature, alpha=alpha, **choices)
 

@@ -18,7 +18,7 @@ from expfam_poco.closures.effects import mark_used
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
-from expfam_poco.correction.alpha import Staleness
+from expfam_poco.correction.alpha import Pace, Staleness, refreshed
 from expfam_poco.correction.snapshot import Alpha, outer_from_posterior
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
@@ -63,8 +63,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
         correction: what natural gradients are corrected with, by name ("snapshot": the posterior of the last refresh;
             "stored", "recursive", "transported", "none") or as an object; see `correction`.
-        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`LinearAlpha`), or "adaptive" (the α
-            of least variance, measured for every tensor). No effect before `refresh`.
+        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`LinearAlpha`), "adaptive" (of least
+            variance, measured for every tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
         noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
             refresh, Alg. 3 and 5), "antithetic" (pairs ±ε), "zero" (the delta method).
@@ -347,7 +347,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
         now = self._round(blocks, number)
-        alphas, wanted = now.alphas(self._meter, always=always)
+        alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, number), always=always)
         self._alphas = now.alphas_by_name(alphas)
         asked = any(map(any, alphas)) or any(wanted)
         self._stale.check(asked and self.correction.compares, number - self._clock["refreshed"])
@@ -456,8 +456,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             raise unused_error()
         memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
         with Uninterrupted():
-            self._clock.update(memory=self._clock["memory"] + 1, refresh=refresh, refreshed=self._clock["step"])
-            self._clock["chunk"] += len(parts)
+            self._clock.update(refreshed(self._clock, len(parts)))
             now.keep(memories, trials, self._clock["memory"])
             self._products.commit()
         return loss
@@ -474,8 +473,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         blocks = self._active()
         self._products.check_set_outer()
         states = posteriors_of(state, blocks, self.param_groups)
-        self._clock.update(memory=self._clock["memory"] + 1, refresh=self._clock["refresh"] + 1)
-        self._clock["refreshed"] = self._clock["step"]
+        self._clock.update(refreshed(self._clock, 0))
         for block in blocks:
             own = fields.map_fields(torch.clone, states[block.name])  # steps in place must not reach the caller's
             site = outer_from_posterior(block.family, own, beginning.prior_of(block), block.settings.ess).site

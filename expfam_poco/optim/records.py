@@ -27,7 +27,8 @@ from expfam_poco.family.registry import name_of
 from expfam_poco.optim.base import Shell
 from expfam_poco.optim.checkpoint import Recorded, check_clock, check_groups, filled, fitted, is_count
 
-CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped")
+CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped", "mega", "every")
+_NEWER = {"mega": 0, "every": 0}  # counters that formats below 5 do not have
 _HEADER: dict[str, Any] = {
     "settings": Mapping,
     "seed": int,
@@ -183,20 +184,21 @@ def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str,
 
 
 def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state_dict of format 2 or 3 in the present format."""
+    """A state_dict of format 2 to 4 in the present format."""
     header = state_dict.get("poco")
-    if not isinstance(header, Mapping) or header.get("format") not in (2, 3):
+    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4):
         return state_dict
     try:
         state_dict = _from_2(state_dict, header) if header["format"] == 2 else state_dict
         groups = []
-        for group in state_dict["param_groups"]:  # whose lr_scale was what is lr_convention now
+        for group in state_dict["param_groups"]:  # below 4 their lr_scale was what is lr_convention now
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
             groups.append({**kept, "lr_convention": group["lr_convention" if "lr_convention" in group else "lr_scale"]})
         header = {
+            "records": sorted(filter(is_count, state_dict["state"])),
             **state_dict["poco"],
             "format": Resuming.newest,
-            "records": sorted(filter(is_count, state_dict["state"])),
+            "clock": {**_NEWER, **state_dict["poco"]["clock"]},
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -251,7 +253,7 @@ class Resuming(Recorded, Shell):
     """What a `PosteriorCorrected` saves, and continues from; mixed into it."""
 
     header: ClassVar[str] = "poco"
-    newest: ClassVar[int] = 4
+    newest: ClassVar[int] = 5
     described: ClassVar[tuple[str, ...]] = ("family", "curvature")
     needed: Sequence[str] = HYPERPARAMETERS
 
