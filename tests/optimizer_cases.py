@@ -120,6 +120,12 @@ ON_GRADIENTS: dict[str, Make] = {
 OPTIMIZERS: dict[str, Make] = {**SHELL, **OVER_A_BASE}
 
 
+def not_looking(optimizer: Any) -> Any:
+    """The optimizer, whose first step then does not look at the weights as well: all evaluations are the step's own."""
+    getattr(optimizer, "_engine", optimizer)._width._is_known = True
+    return optimizer
+
+
 def weights(model: nn.Module) -> list[Tensor]:
     """Copies of all parameters."""
     return [p.detach().clone() for p in model.parameters()]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, SHELL, Task, differentiates, equal, network, those
+from optimizer_cases import OPTIMIZERS, SHELL, Task, differentiates, equal, network, not_looking, those
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -40,7 +40,7 @@ class Witness:
 
 def refreshed(name: str, model: nn.Module | None = None, **choices: Any) -> tuple[nn.Module, Any, Task]:
     model = network() if model is None else model
-    opt: Any = OPTIMIZERS[name](model.named_parameters(), **choices)
+    opt: Any = not_looking(OPTIMIZERS[name](model.named_parameters(), **choices))
     task = Task(model)
     opt.refresh(task.chunks())
     return model, opt, task
@@ -164,7 +164,7 @@ class Moving(nn.Module):
 def moving(name: str, **choices: Any) -> tuple[Moving, Any, Task]:
     torch.manual_seed(0)
     model = Moving()
-    return model, OPTIMIZERS[name](model.named_parameters(), **choices), Task(model)
+    return model, not_looking(OPTIMIZERS[name](model.named_parameters(), **choices)), Task(model)
 
 
 @every_optimizer

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import Task, equal, flat, network
+from optimizer_cases import Task, equal, flat, network, not_looking
 from torch import Tensor, nn
 
 import expfam_poco as poco
@@ -23,6 +23,7 @@ class Recorder:
         self.opt = poco.PosteriorCorrected(
             self.model.parameters(), "diagonal_gaussian", noise=noise, **{**settings, **choices}
         )
+        not_looking(self.opt)
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def closure(self, batch: int) -> Callable[[], Tensor]:
