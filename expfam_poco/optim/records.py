@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco.arguments import instance
 from expfam_poco.correction import CORRECTIONS
 from expfam_poco.correction.alpha import alpha_from, describe_alpha
 from expfam_poco.correction.base import Averaging, Correction
@@ -141,6 +142,7 @@ def posteriors_of(
     state: Mapping[str, Any], blocks: Sequence[Block], own: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """A State for every block, from a dictionary of States by name or from an optimizer's `state_dict`."""
+    instance("state", state, Mapping, "give what posterior_states() or state_dict() returns")
     if "param_groups" in state:
         check_groups([encode_group(group) for group in own], filled(state["param_groups"]), ("family",), ())
         state = upgraded(state)
