@@ -12,7 +12,7 @@ import pytest
 from imports import ROOT, Import, circles, imports_of, installed, is_family
 
 FLOORS: dict[int, str] = {
-    1: "errors family",
+    1: "arguments errors family",
     2: "closures correction rule families",
     3: "engine checks",
     4: "optim",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco.arguments import flag, is_real, listed, number, shown
 from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.caches import forget_weights
 from expfam_poco.closures.fp16 import Scaling
@@ -234,10 +235,10 @@ _CALLS = {_call.__code__, Batched.evaluate.__code__}
 
 
 def _checked_loss(returned: Any) -> Tensor:
-    if isinstance(returned, (int, float)):
+    if not isinstance(returned, Tensor) and is_real(returned):
         return torch.tensor(float(returned))
     if not isinstance(returned, Tensor) or returned.numel() != 1 or returned.is_complex():
-        what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else repr(returned)
+        what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else shown(returned)
         raise TypeError(f"closure: it returned {what}; return the mean loss of the batch as a real scalar.")
     return returned.reshape(()) if returned.ndim else returned
 
@@ -312,23 +313,24 @@ def _require_finite_curvature(values: Sequence[Tensor]) -> None:
         )
 
 
+def functions_of(closures: Any, name: str = "closures") -> list[Closure]:
+    """One function or several, as a list."""
+    remedy = "give a list of functions, one for each chunk, at least one"
+    found = [closures] if callable(closures) else listed(name, closures, remedy)
+    wrong = next((each for each in found if not callable(each)), None)
+    if not found or not all(map(callable, found)):
+        raise ValueError(f"{name}: {remedy}{f', not {shown(wrong)}' if found else ''}.")
+    return found
+
+
 def check_chunks(closures: Sequence[Closure], weights: Sequence[float] | None) -> tuple[list[Closure], list[float]]:
     """The chunks of a batch as a list, and their shares of it (summing to 1)."""
-    if callable(closures):
-        closures = [closures]
-    closures = list(closures)
-    if len(closures) == 0 or not all(callable(closure) for closure in closures):
-        raise ValueError("closures: give a list of functions, one for each chunk, at least one.")
-    try:
-        values = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"weights={weights!r}: give one positive number (of examples) for each of the {len(closures)} closures."
-        ) from None
-    if len(values) != len(closures) or not all(0.0 < value < float("inf") for value in values):
-        raise ValueError(
-            f"weights={values}: give one positive number (of examples) for each of the {len(closures)} closures."
-        )
+    closures = functions_of(closures)
+    remedy = f"give one positive number (of examples) for each of the {len(closures)} closures"
+    given = [1.0] * len(closures) if weights is None else listed("weights", weights, remedy)
+    values = [number("weights", value, lambda v: 0.0 < v < math.inf, remedy) for value in given]
+    if len(values) != len(closures):
+        raise ValueError(f"weights={shown(weights)}: {remedy}.")
     total = sum(values)
     return closures, [value / total for value in values]
 
@@ -349,12 +351,13 @@ def parts_of(
     Raises:
         TypeError: without a closure: the loss must be evaluated at weights chosen by the optimizer.
     """
+    flag("fresh_noise", fresh_noise)
     if callable(closure) and weights is None and scaler is None and not fresh_noise:
         return [(closure, 1.0)]
     if closure is None or not (callable(closure) or isinstance(closure, list | tuple)):
         raise TypeError(
-            f"closure={closure!r}: step() evaluates the loss itself; call step(closure) with a function that returns "
-            "the mini-batch's mean loss, or with a list of such functions."
+            f"closure={shown(closure)}: step() evaluates the loss itself; call step(closure) with a function that "
+            "returns the mini-batch's mean loss, or with a list of such functions."
         )
     if weights is not None and callable(closure):
         raise ValueError("weights: they are for a list of closures; leave them out for one closure.")

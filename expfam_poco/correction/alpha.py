@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from expfam_poco.arguments import number, whole
+
 Value = float | tuple[float, float]
 
 
@@ -157,12 +159,11 @@ class AdaptiveAlpha:
 
     def __post_init__(self) -> None:
         for name in ("keep", "least_gain"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-                raise ValueError(f"{name}={value!r}: it must be a number in [0, 1).")
+            number(name, getattr(self, name), lambda value: 0.0 <= value < 1.0, "it must be a number in [0, 1)")
         _check_steps(self.probe_every, least=1, name="probe_every")
-        if self.mega_batch is not None and not self.mega_batch > 0.0:
-            raise ValueError(f"mega_batch={self.mega_batch!r}: give a positive number of mini-batches, or None.")
+        if self.mega_batch is not None:
+            remedy = "give a positive number of mini-batches, or None"
+            number("mega_batch", self.mega_batch, lambda value: value > 0.0, remedy)
 
     @property
     def share(self) -> float:
@@ -287,5 +288,4 @@ def _check_alpha(name: str, value: Any, *, pairs: bool = True) -> None:
 
 
 def _check_steps(steps: Any, *, least: int, name: str = "steps") -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
-        raise ValueError(f"{name}={steps!r}: give an integer, {least} or larger.")
+    whole(name, steps, least)

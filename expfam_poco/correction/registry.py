@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from expfam_poco.arguments import shown
 from expfam_poco.correction.base import Correction
 from expfam_poco.correction.recursive import Recursive
 from expfam_poco.correction.snapshot import Snapshot
@@ -39,5 +40,5 @@ def resolve_correction(choice: str | type[Correction] | Correction) -> Correctio
             raise ValueError(f"correction={choice!r} is unknown; give one of {known}, or a Correction.")
         return CORRECTIONS[choice]()
     if not (isinstance(choice, type) and issubclass(choice, Correction)):
-        raise TypeError(f"correction={choice!r} is neither a name nor a Correction.")
+        raise TypeError(f"correction={shown(choice)} is neither a name nor a Correction.")
     return choice()

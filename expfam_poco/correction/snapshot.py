@@ -14,7 +14,6 @@ same noisy curvature moves it; `reanchor_average=False` is the average of Algori
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from expfam_poco.arguments import is_real, shown
 from expfam_poco.correction.alpha import AdaptiveAlpha, MegaBatchAlpha, Pace
 from expfam_poco.correction.base import Averaging, Corrected, Correction
 from expfam_poco.family import fields
@@ -250,21 +250,20 @@ def optimal_alpha(cross: float, outer: float, least_gain: float, share: float = 
 
 def alpha_at(alpha: Any, step: int, pace: Pace) -> tuple[float, float]:
     """The pair (α of the gradient, α of the curvature) at inner step `step`, from a number, pair or schedule."""
-    if isinstance(alpha, MegaBatchAlpha):
-        value: Any = alpha.at(pace)
-    else:
-        value = alpha(step) if callable(alpha) else alpha
     try:
-        first, second = value if isinstance(value, tuple) else (value, value)
-        pair = (float(first), float(second))
-    except (TypeError, ValueError):
-        pair = (math.nan, math.nan)
-    if not all(0.0 <= number <= 1.0 for number in pair):
+        value = alpha.at(pace) if isinstance(alpha, MegaBatchAlpha) else alpha(step) if callable(alpha) else alpha
+    except Exception as error:
         raise ValueError(
-            f"alpha={value!r}: give a number between 0 and 1, a pair of them (gradient, curvature), a schedule, "
+            f"alpha={shown(alpha)}: at step {step} it fails ({type(error).__name__}: {error}); give a function from "
+            "the step's number to a number between 0 and 1, or to a pair of them."
+        ) from error
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2 or not all(is_real(number) and 0.0 <= number <= 1.0 for number in pair):
+        raise ValueError(
+            f"alpha={shown(value)}: give a number between 0 and 1, a pair of them (gradient, curvature), a schedule, "
             "'adaptive' or 'mega_batch'."
         )
-    return pair
+    return float(pair[0]), float(pair[1])
 
 
 def stack_states(states: Sequence[Any]) -> Any:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from expfam_poco.arguments import choice
 from expfam_poco.engine import fused, kernels, passes
 from expfam_poco.engine.fused import Pass, Places, Programs
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
@@ -82,8 +83,7 @@ class Backend:
     """
 
     def __init__(self, name: str) -> None:
-        if name not in BACKENDS:
-            raise ValueError(f"backend={name!r}: choose one of {', '.join(BACKENDS)}.")
+        choice("backend", name, BACKENDS, f"choose one of {', '.join(BACKENDS)}")
         self.name = name
         self.compile_seconds = 0.0
         self.fallback: str | None = None

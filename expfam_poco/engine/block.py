@@ -267,6 +267,13 @@ class Block:
 
     def reconcile(self, state: Any) -> Any:
         """The posterior with its centre moved to where somebody else has put the weights."""
+        if [p.numel() for p in self.params] != self._sizes or (
+            not self.family.joint and self.params[0].shape != self.shape
+        ):
+            raise ValueError(
+                f"params: {self.name!r} has another shape than its posterior, by an assignment to its .data; make a "
+                "new optimizer for the new parameters."
+            )
         self.at_point, self.drawn = False, None
         rounded = self.gather(self.split(self.family.point(state)))
         present = self.read()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.arguments import choice
 from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.effects import capture_random, replay_random
 from expfam_poco.closures.evaluate import Closure
@@ -29,8 +30,7 @@ class Products:
     """What the optimizer keeps of the mega-batch for the anchor term: nothing, a Hessian, or the closures."""
 
     def __init__(self, kind: str) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"anchor={kind!r}: choose one of {', '.join(KINDS)}.")
+        choice("anchor", kind, KINDS, f"choose one of {', '.join(KINDS)}")
         self.kind = kind
         self.hessian: Tensor | None = None
         self._chunks: list[tuple[Closure, list[Trial], float]] = []

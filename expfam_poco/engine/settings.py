@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from expfam_poco import arguments
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.alpha import NAMES, AdaptiveAlpha, Pace, resolve_alpha
 from expfam_poco.correction.base import Averaging
@@ -108,16 +109,14 @@ HYPERPARAMETERS = (
 def precision_rate(beta2: float) -> float:
     """1 − β₂, the rate of the precision in IVON's terms."""
     if not number_in(0.0, 1.0)(beta2):
-        raise ValueError(f"beta2={beta2!r}: it must be a number between 0 and 1.")
+        raise ValueError(f"beta2={arguments.shown(beta2)}: it must be a number between 0 and 1.")
     return 1.0 - beta2
 
 
 def estimator_of(hess_approx: str) -> str:
     """The estimator that `ivon-opt` calls "price" or "gradsq"."""
-    if hess_approx not in HESS_APPROX:
-        raise ValueError(
-            f"hess_approx={hess_approx!r}: choose 'price' or 'gradsq', or name any other estimator by curvature=."
-        )
+    remedy = "choose 'price' or 'gradsq', or name any other estimator by curvature="
+    arguments.choice("hess_approx", hess_approx, tuple(HESS_APPROX), remedy)
     return HESS_APPROX[hess_approx]
 
 
@@ -132,7 +131,8 @@ def translate(group: dict[str, Any]) -> None:
     if "hess_approx" in group:
         group.setdefault("curvature", estimator_of(group.pop("hess_approx")))
     if "rescale_lr" in group:
-        group.setdefault("lr_convention", INITIAL_HESSIAN if group.pop("rescale_lr") else 1.0)
+        arguments.flag("rescale_lr", rescale := group.pop("rescale_lr"))
+        group.setdefault("lr_convention", INITIAL_HESSIAN if rescale else 1.0)
     if isinstance(group.get("lr_scale"), str):
         group.setdefault("lr_convention", group.pop("lr_scale"))
 
@@ -150,12 +150,32 @@ def check_foreign(group: Mapping[str, Any], wide: Mapping[str, Any]) -> None:
     """
     if not isinstance(group, dict):
         raise TypeError(f"param_group={type(group).__name__}: it must be a dict, such as {{'params': [tensor]}}.")
+    check_params(group.get("params"))
     for name, value in wide.items():
         if name in group and (type(group[name]) is not type(value) or group[name] != value):
-            raise ValueError(f"{name}={group[name]!r} in a group: it holds for all groups; give it to the optimizer.")
+            raise ValueError(
+                f"{name}={arguments.shown(group[name])} in a group: it holds for all groups; give it to the optimizer."
+            )
     for name in UNABLE:
         if group.get(name):
             raise ValueError(f"{name}={group[name]!r} in a group: no step of this library is {name}; leave it out.")
+
+
+def check_params(params: Any) -> None:
+    """Refuse what holds no parameters; what torch knows better, a tensor alone among them, is left to torch.
+
+    Raises:
+        TypeError: if nothing can be listed, or what is listed is neither tensors, named tensors nor groups.
+    """
+    remedy = "give an iterable of parameters, of pairs (name, parameter), or of groups"
+    given = params.values() if isinstance(params, Mapping) else params
+    if not isinstance(given, Iterable):
+        raise TypeError(f"params={arguments.shown(params)}: {remedy}.")
+    if hasattr(given, "__len__"):  # what is not used up by looking at it
+        for each in given:
+            pair = isinstance(each, tuple) and len(each) == 2
+            if not isinstance(each[1] if pair else each, Tensor | dict):
+                raise TypeError(f"params: {arguments.shown(each)} is no parameter; {remedy}.")
 
 
 def split_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -199,24 +219,17 @@ def check_group(group: dict[str, Any]) -> None:
     group["curvature"] = resolve_estimator(group["curvature"], group["family"])
     check_numbers(group)
     _check_strength(group)
-    if group["retraction"] not in RETRACTIONS:
-        raise ValueError(f"retraction={group['retraction']!r}: choose one of {', '.join(RETRACTIONS)}.")
+    arguments.choice("retraction", group["retraction"], RETRACTIONS, f"choose one of {', '.join(RETRACTIONS)}")
     if group["lr_convention"] == INITIAL_HESSIAN and group["hess_init"] is None:
         raise ValueError(f"hess_init=None: lr_scale={INITIAL_HESSIAN!r} needs it; give a positive number.")
-    if group["lr_convention"] == MEAN_LOSS and not isinstance(getattr(group["family"], "precision", None), float):
+    if group["lr_convention"] == MEAN_LOSS and not arguments.is_real(getattr(group["family"], "precision", None)):
         raise ValueError(
             f"lr_scale={MEAN_LOSS!r}: it is for families of a fixed precision, not {type(group['family']).__name__}; "
             "give a number."
         )
     for name in ("debias", "reanchor_average", "prior_in_momentum", "maximize"):
-        check_flag(name, group[name])
+        arguments.flag(name, group[name])
     group["alpha"] = checked_alpha(python_number(group["alpha"]))
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: give True or False.")
 
 
 def checked_alpha(alpha: Any) -> Any:
@@ -258,10 +271,11 @@ def check_numbers(group: dict[str, Any]) -> None:
         except TypeError:
             ok = False
         if not ok:
-            raise ValueError(f"{name}={value!r}: it must be {remedy}.")
+            raise ValueError(f"{name}={arguments.shown(value)}: it must be {remedy}.")
 
 
 def check_shell(
+    params: Any,
     noise: str,
     modes: Sequence[str],
     mc_samples: int,
@@ -272,21 +286,26 @@ def check_shell(
     """The ranges of what holds for all groups, and of what they call otherwise."""
     test, remedy = _RULES["lr_convention"]
     if not test(python_number(lr_scale)):
-        raise ValueError(f"lr_scale={lr_scale!r}: it must be {remedy}.")
-    check_flag("one_pass", one_pass)
-    if nonfinite not in ("raise", "skip"):
-        raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")
-    if noise not in modes:
-        raise ValueError(f"noise={noise!r}: choose one of {', '.join(modes)}.")
-    if not isinstance(mc_samples, int) or isinstance(mc_samples, bool) or mc_samples < 1:
-        raise ValueError(f"mc_samples={mc_samples!r}: give an integer, 1 or larger.")
+        raise ValueError(f"lr_scale={arguments.shown(lr_scale)}: it must be {remedy}.")
+    check_params(params)
+    arguments.flag("one_pass", one_pass)
+    check_nonfinite(nonfinite)
+    arguments.choice("noise", noise, modes, f"choose one of {', '.join(modes)}")
+    arguments.whole("mc_samples", mc_samples, 1)
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    """Refuse what is none of the two ways to meet a NaN."""
+    arguments.choice("nonfinite", nonfinite, ("raise", "skip"), "choose 'raise' or 'skip'")
 
 
 def checked_max_grad_norm(max_grad_norm: Any) -> float | None:
     """The number; refuses what is not positive, nor None."""
     max_grad_norm = python_number(max_grad_norm)
     if max_grad_norm is not None and not number_in(0.0, INF, low_open=True)(max_grad_norm):
-        raise ValueError(f"max_grad_norm={max_grad_norm!r}: give a positive number, or None for no clipping.")
+        raise ValueError(
+            f"max_grad_norm={arguments.shown(max_grad_norm)}: give a positive number, or None for no clipping."
+        )
     return None if max_grad_norm is None else float(max_grad_norm)
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from expfam_poco.arguments import shown
 from expfam_poco.family import hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 
@@ -106,7 +107,7 @@ def resolve_family(choice: str | type[ExponentialFamily] | ExponentialFamily) ->
         return choice
     cls = get_family(choice) if isinstance(choice, str) else choice
     if not (isinstance(cls, type) and issubclass(cls, ExponentialFamily)):
-        raise TypeError(f"family={choice!r} is neither a registered name nor an ExponentialFamily.")
+        raise TypeError(f"family={shown(choice)} is neither a registered name nor an ExponentialFamily.")
     return cls()
 
 

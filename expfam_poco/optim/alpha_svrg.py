@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import optimizer as torch_hooks
 
+from expfam_poco.arguments import is_real, shown
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.snapshot import Alpha
@@ -18,7 +21,7 @@ from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_ma
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim.base import without_hooks
-from expfam_poco.optim.checkpoint import Checkpointed
+from expfam_poco.optim.checkpoint import Checkpointed, check_groups, filled, is_count
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 
@@ -132,8 +135,13 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
                         p.grad = grad if grad.dtype is p.dtype else grad.to(p.dtype)
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
-                with _no_global_hooks():
-                    self.base.step()
+                try:
+                    with _no_global_hooks():
+                        self.base.step()
+                except BaseException:
+                    for block in blocks:  # half-stepped weights: the posteriors hold those before
+                        engine._write_point(block)
+                    raise
                 engine._follow(blocks)
         except ScaledOverflow:
             engine._clock["skipped"] += 1
@@ -170,7 +178,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         if not isinstance(snapshot, Mapping):
             raise CheckpointError("state_dict['alpha_svrg']: missing; give what state_dict() of AlphaSVRG returned.")
         own = self._engine._checked(self._upgraded(snapshot))
-        theirs = {key: value for key, value in state_dict.items() if key != "alpha_svrg"}
+        theirs = self._of_base({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
 
         def take() -> None:
             before = dict(vars(self.base))
@@ -179,11 +187,63 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             except Exception as error:
                 vars(self.base).clear()
                 vars(self.base).update(before)
-                raise CheckpointError(f"state_dict: the base optimizer refuses it ({error}).") from error
+                raise CheckpointError(
+                    f"state_dict: the base optimizer refuses it ({str(error).splitlines()[0]})."
+                ) from error
             own()
             self.param_groups, self.state = self.base.param_groups, self.base.state
 
         return take
+
+    def _of_base(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The base's part, as far as what the base has now tells that it is sound; missing flags are filled in."""
+        groups = filled(saved.get("param_groups"))
+        check_groups(self.base.state_dict()["param_groups"], groups, (), ())
+        of_number: dict[Any, Parameter] = {}
+        for place, (mine, theirs) in enumerate(zip(self.base.param_groups, groups, strict=True)):
+            of_number.update(zip(theirs["params"], mine["params"], strict=True))
+            where = f"state_dict['param_groups'][{place}]"
+            for name, usual in self.base.defaults.items():
+                if name not in theirs and is_real(usual):
+                    raise CheckpointError(f"{where}[{name!r}]: missing; use another file.")
+                own = theirs.get(name, usual)
+                kind = isinstance(usual, bool | tuple) and not isinstance(own, (type(usual), list))
+                if kind or (_is_finite(mine.get(name)) and not _is_finite(theirs.get(name))):
+                    raise CheckpointError(f"{where}[{name!r}]: {shown(theirs.get(name))} is damaged; use another file.")
+            self._try_hyperparameters(where, theirs)
+        states = {n: s for n, s in saved["state"].items() if is_count(n)}
+        unknown = [n for n in states if n not in of_number]
+        if unknown:
+            raise CheckpointError(f"state_dict['state'][{unknown[0]}]: of no parameter; load this model's checkpoint.")
+        known = {name for state in states.values() for name in state}
+        for number, state in states.items():
+            where, p = f"state_dict['state'][{number}]", of_number[number]
+            present, peers = self.base.state.get(p, {}), [s for s in states.values() if s is not state]
+            for name in [name for name in known if not isinstance(state.get(name), Tensor)]:
+                if isinstance(present.get(name), Tensor) or any(isinstance(s.get(name), Tensor) for s in peers):
+                    raise CheckpointError(f"{where}[{name!r}]: missing, or no tensor; use another file.")
+            for name, value in state.items():
+                like = present.get(name)
+                fits = not isinstance(like, Tensor) or (isinstance(value, Tensor) and value.shape == like.shape)
+                sound = (
+                    not isinstance(value, Tensor | float) or _is_finite(value) or not (like is None or _is_finite(like))
+                )
+                if not fits or not sound:
+                    raise CheckpointError(
+                        f"{where}[{name!r}]: {shown(value)} is not finite, or of another shape than the base's; use "
+                        "another file."
+                    )
+        return {**saved, "param_groups": groups}
+
+    def _try_hyperparameters(self, where: str, group: Mapping[str, Any]) -> None:
+        """Torch's own optimizers look at their hyperparameters when they are made, but not when they load."""
+        if type(self.base).__module__.startswith("torch.optim."):
+            takes = inspect.signature(type(self.base)).parameters
+            own = {name: value for name, value in group.items() if name in takes and name in self.base.defaults}
+            try:
+                type(self.base)([torch.zeros(1)], **own)
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{where}: {error}; use another file.") from None
 
     def _upgraded(self, own: Any) -> Any:
         """What older versions saved of the snapshot, in the present form; anything else passes."""
@@ -214,6 +274,15 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's."""
         self.base.zero_grad(set_to_none)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a finite number, or several; what is none is not."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    if isinstance(value, Tensor):
+        return bool(torch.isfinite(value).all())
+    return is_real(value) and math.isfinite(value)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ A state_dict is plain (`torch.load(weights_only=True)` reads it), looked at as a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,20 @@ from expfam_poco.errors import CheckpointError
 PRECISE = (torch.float32, torch.float64)  # what states are kept in, whatever the weights'
 LARGEST = 2**63  # of a counter
 FILLED = {"maximize": False}  # what torch, too, has from the defaults where an older state_dict lacks it
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Whatever goes wrong while a stranger's dictionary is read is that one's fault, and said in one sentence."""
+    try:
+        yield
+    except CheckpointError as error:
+        if "\n" not in str(error):
+            raise
+        raise CheckpointError(" ".join(str(error).split())) from None  # it shows a tensor
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"state_dict: something in it is damaged ({found}); use another file.") from error
 
 
 class Checkpointed:
@@ -59,7 +74,9 @@ class Checkpointed:
         for before in list(own._optimizer_load_state_dict_pre_hooks.values()):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self._checked(state_dict)()
+        with reading():
+            take = self._checked(state_dict)
+        take()
         for after in list(own._optimizer_load_state_dict_post_hooks.values()):
             after(self)
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any, Self
 
+from expfam_poco.arguments import flag, positive
 from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
@@ -182,6 +183,7 @@ class IVONPoCo(Named):
         curvature: str | Estimator | None = None, **choices: Any,
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1", precision_lr="beta2")
+        flag("rescale_lr", rescale_lr)
         if not rescale_lr:
             choices.setdefault("lr_scale", 1.0)
         curvature = estimator_of(hess_approx) if curvature is None else curvature
@@ -310,13 +312,14 @@ class BayesBiNNPoCo(Named):
         curvature: str | Estimator | None = None, alpha: Alpha | None = None, **choices: Any,
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1")
+        flag("stale_mean", stale_mean)
         kind: Any = get_family(self.chosen["family"])
         kind = kind.stale_variant() if stale_mean else kind
         member = kind(initial=initial, strength=strength)
         if curvature == "relaxed" or (curvature is None and (stale_mean or temperature is not None)):
             relaxed = member.estimators["relaxed"]
             curvature = relaxed if temperature is None else dataclasses.replace(relaxed, temperature=temperature)
-        elif temperature not in (None, 1.0):
+        elif temperature is not None and positive("temperature", temperature) != 1.0:
             raise ValueError(f"temperature={temperature}: only the relaxed estimator has one, not {curvature!r}.")
         choices.update(momentum=beta1, mc_samples=mc_samples)
         super().__init__(params, lr, ess, member=member, curvature=curvature, alpha=alpha, **choices)

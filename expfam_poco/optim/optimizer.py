@@ -142,7 +142,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         lr_scale: float | str = 1.0,
         maximize: bool = False,
     ) -> None:
-        settings.check_shell(noise, NOISE_MODES, mc_samples, nonfinite, one_pass, lr_scale)
+        settings.check_shell(params, noise, NOISE_MODES, mc_samples, nonfinite, one_pass, lr_scale)
         self.noise = noise
         self.correction = resolve_correction(correction)
         self.mc_samples = mc_samples

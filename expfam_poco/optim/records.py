@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco.arguments import instance
 from expfam_poco.correction import CORRECTIONS
 from expfam_poco.correction.alpha import alpha_from, describe_alpha
 from expfam_poco.correction.base import Averaging, Correction
@@ -25,7 +26,7 @@ from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.registry import name_of
 from expfam_poco.optim.base import Shell
-from expfam_poco.optim.checkpoint import Recorded, check_clock, check_groups, filled, fitted, is_count
+from expfam_poco.optim.checkpoint import Recorded, check_clock, check_groups, filled, fitted, is_count, reading
 
 CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped", "mega", "every")
 _NEWER = {"mega": 0, "every": 0}  # counters that formats below 5 do not have
@@ -88,7 +89,8 @@ def decode_state(block: Block, plain: Any, correction: Correction) -> Record:
     try:
         memory, momentum = plain["memory"], plain["momentum"]
         like = None if memory is None else memory_like(correction, family, expected, site)
-        average = [getattr(site, name) for name in family.momentum_block] if momentum else []
+        averaged = momentum or _count(plain, "step") > 0  # of steps in the average
+        average = [getattr(site, name) for name in family.momentum_block] if averaged else []
         if type(momentum) is not list or len(momentum) != len(average):
             raise ValueError(f"momentum is {type(momentum).__name__} where {len(average)} tensors are needed")
         numbered = zip(momentum, average, strict=True)
@@ -142,12 +144,14 @@ def posteriors_of(
     state: Mapping[str, Any], blocks: Sequence[Block], own: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """A State for every block, from a dictionary of States by name or from an optimizer's `state_dict`."""
+    instance("state", state, Mapping, "give what posterior_states() or state_dict() returns")
     if "param_groups" in state:
-        check_groups([encode_group(group) for group in own], filled(state["param_groups"]), ("family",), ())
-        state = upgraded(state)
-        if not isinstance(state.get("state"), Mapping):
-            raise CheckpointError("state_dict['state']: missing; use a state_dict of PosteriorCorrected.")
-        found = decode_states(blocks, own, state, _correction_of(state))
+        with reading():
+            check_groups([encode_group(group) for group in own], filled(state["param_groups"]), ("family",), ())
+            state = upgraded(state)
+            if not isinstance(state.get("state"), Mapping):
+                raise CheckpointError("state_dict['state']: missing; use a state_dict of PosteriorCorrected.")
+            found = decode_states(blocks, own, state, _correction_of(state))
         states = {name: value["posterior"] for name, value in found.items()}
     else:
         states = dict(state)

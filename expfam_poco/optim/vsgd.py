@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco import arguments
 from expfam_poco.closures.evaluate import by_device, require_finite
 from expfam_poco.engine import settings
 from expfam_poco.engine.backend import Backend, plainly, tile_size
@@ -52,15 +53,15 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
     kernel: ClassVar[Callable[..., Tensor]]
 
     def __init__(self, params: Any, defaults: dict[str, Any], nonfinite: str, backend: str) -> None:
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite={nonfinite!r}: choose 'raise' or 'skip'.")
+        settings.check_params(params)
+        settings.check_nonfinite(nonfinite)
         self.nonfinite = nonfinite
         self.backend = Backend(backend)
         self._families = Families.named()
         self._skips = Skips()
         self._clock = {"steps": 0, "skipped": 0}
         self.needed = tuple(defaults)
-        settings.check_flag("maximize", defaults["maximize"])
+        arguments.flag("maximize", defaults["maximize"])
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         for name, (test, remedy) in self.rules.items():
             group[name] = settings.python_number(group[name])
             if not test(group[name]):
-                raise ValueError(f"{name}={group[name]!r}: it must be {remedy}.")
+                raise ValueError(f"{name}={arguments.shown(group[name])}: it must be {remedy}.")
 
     # ---- groups --------------------------------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self.check(group)
-            settings.check_flag("maximize", group["maximize"])
+            arguments.flag("maximize", group["maximize"])
             for number, p in enumerate(group["params"]):
                 check_parameter(p, f"parameter {number} of group {len(self.param_groups) - 1}")
         except ValueError:
@@ -248,7 +249,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         """The saved hyperparameters, checked like an optimizer's arguments."""
         group = {**own, **saved}
         self.check(group)
-        settings.check_flag("maximize", group["maximize"])
+        arguments.flag("maximize", group["maximize"])
         return {name: group[name] for name in saved}
 
     def _decoded(self, p: Parameter, number: int, plain: Any) -> dict[str, Any]:
@@ -396,8 +397,7 @@ class VSGD(GradientModelOptimizer):
 
     def check(self, group: dict[str, Any]) -> None:
         """As every group; κ and ε that are None become those of `init`."""
-        if group["init"] not in INITIAL:
-            raise ValueError(f"init={group['init']!r}: choose one of {', '.join(map(repr, INITIAL))}.")
+        arguments.choice("init", group["init"], tuple(INITIAL), f"choose one of {', '.join(map(repr, INITIAL))}")
         for name, value in INITIAL[group["init"]].items():
             if name in group and group[name] is None:
                 group[name] = value

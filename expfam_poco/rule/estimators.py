@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from expfam_poco.arguments import shown
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import ENTRIES, Draws, Estimator
 
@@ -184,7 +185,9 @@ def resolve_estimator(choice: str | Estimator | None, family: ExponentialFamily)
     if isinstance(choice, Estimator):
         choice.check(family)
         return choice
-    name = choice or family.default_estimator
+    if choice is not None and not isinstance(choice, str):
+        raise TypeError(f"curvature={shown(choice)} is neither an estimator's name nor an Estimator, nor None.")
+    name = family.default_estimator if choice is None else choice
     fitting = available(family)
     if name not in fitting:
         known = ", ".join(sorted(fitting))

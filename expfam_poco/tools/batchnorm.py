@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expfam_poco.arguments import function, instance, module
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.tools.predict import arguments_of, batchnorm_layers, left_as_found, mark_recalibrated
@@ -42,6 +43,9 @@ def recalibrate_batchnorm(
         >>> poco.recalibrate_batchnorm(model, torch.randn(8, 16, 2))  # eight batches
         1
     """
+    module(model)
+    function("inputs", inputs, "give a function that takes the model's inputs out of a batch, or None")
+    instance("loader", loader, Iterable, "give an iterable of batches")
     layers = batchnorm_layers(model)
     if not layers:
         return 0

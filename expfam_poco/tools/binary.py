@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expfam_poco import arguments
 from expfam_poco.engine.settings import translate
 from expfam_poco.errors import CheckpointError
 from expfam_poco.optim.optimizer import PosteriorCorrected
@@ -78,10 +79,22 @@ def binarize_groups(
         [['0.weight'], ['0.bias', '1.weight', '1.bias', '2.weight', '2.bias']]
         >>> opt = poco.BayesBiNNPoCo(groups, lr=1e-3, ess=100.0)
     """
+    arguments.module(model)
+    kinds = arguments.listed("layers", layers, "give the kinds of modules, such as [torch.nn.Linear]")
+    for kind in kinds:
+        if not isinstance(kind, type):
+            raise TypeError(f"layers={arguments.shown(kind)}: give classes of modules, such as [torch.nn.Linear].")
+    arguments.flag("keep_first", keep_first)
+    arguments.flag("keep_last", keep_last)
+    for name, given in (("binary", binary), ("gaussian", gaussian)):
+        arguments.instance(
+            name, {} if given is None else given, Mapping, "give a dictionary of hyperparameters, or None"
+        )
+    kept_names = [keep] if isinstance(keep, str) else arguments.listed("keep", keep, "give a list of names")
     modules = dict(model.named_modules(remove_duplicate=False))
     found = [name for name, module in modules.items() if isinstance(module, tuple(layers))]
     known = _names_of(model)
-    kept = {known[name] for name in _checked([keep] if isinstance(keep, str) else list(keep), known)}
+    kept = {known[name] for name in _checked(kept_names, known)}
     kept |= set(found[:1] if keep_first else []) | set(found[-1:] if keep_last else [])
     # A tied weight that is binary in one place is binary.
     chosen: set[int] = set()
@@ -132,8 +145,8 @@ def _names_of(model: nn.Module) -> dict[str, str]:
 
 def _checked(keep: Sequence[str], known: Mapping[str, str]) -> Sequence[str]:
     for name in keep:
-        if name not in known:
-            raise ValueError(f"keep={name!r}: the model has no module or parameter of this name.")
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"keep={arguments.shown(name)}: the model has no module or parameter of this name.")
     return keep
 
 
@@ -204,6 +217,7 @@ def _warn_of_missing_normalisation(modules: Mapping[str, nn.Module], chosen: set
 
 def binary_names(model: nn.Module, optimizer: PosteriorCorrected) -> list[str]:
     """Names of the model's parameters whose posterior is over −1 and 1, all names of tied ones."""
+    arguments.module(model)
     if not isinstance(optimizer, PosteriorCorrected):
         raise TypeError(
             f"optimizer={type(optimizer).__name__}: it has no posterior; give the optimizer that trained the binary "
@@ -295,6 +309,7 @@ def save_binary(
         >>> packed.binary_weights, packed.other_numbers
         (4096, 64)
     """
+    arguments.instance("path", path, (str, os.PathLike), "give the path of a file")
     serialized = _safetensors().torch.save
     exported = export_binary(model, optimizer, seed=seed)
     names = {_unwrapped(model, name) for name in binary_names(model, optimizer)}
@@ -333,6 +348,8 @@ def load_binary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         >>> torch.equal(other.weight, poco.export_binary(model, opt).weight)
         True
     """
+    arguments.module(model)
+    arguments.instance("path", path, (str, os.PathLike), "give the path of a file")
     safetensors = _safetensors()
     shown = repr(os.fspath(path))
     own = {_unwrapped(model, name): (name, value) for name, value in model.state_dict().items()}

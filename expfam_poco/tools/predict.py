@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from expfam_poco import arguments
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import ModuleState
 from expfam_poco.optim.optimizer import PosteriorCorrected
@@ -151,6 +152,7 @@ def predict_classes(
         >>> probabilities.shape, entropy.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
+    arguments.whole("dim", dim)
     probabilities, entropies = _Mean(), _Mean()
 
     def take(logits: Tensor) -> None:
@@ -240,10 +242,14 @@ def _each_output(
     batched: bool | None,
 ) -> None:
     """Hand the output at each draw to `take`, and leave the model as it was."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise ValueError(f"samples={samples!r}: give an integer, 0 or larger.")
-    if batched not in (None, True, False):
-        raise ValueError(f"batched={batched!r}: give True (vmap), False (a loop) or None (what is faster).")
+    arguments.module(model)
+    arguments.whole("samples", samples, 0)
+    arguments.whole("seed", seed, 0)
+    arguments.function("transform", transform, "give a function of the model's output, or None")
+    if batched is not None and not isinstance(batched, bool):
+        raise ValueError(
+            f"batched={arguments.shown(batched)}: give True (vmap), False (a loop) or None (what is faster)."
+        )
     call = _Call(model, inputs, transform)
     drawn = _drawn(call, optimizer)
     if samples == 0 or all(group["family"].levels is None for group in optimizer.param_groups):

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expfam_poco import arguments
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import ModuleState, capture_random, replay_random
+from expfam_poco.closures.evaluate import functions_of
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.optim.named import IVONPoCo
 from expfam_poco.tools.files import written_aside
@@ -109,13 +111,15 @@ def find_lr(
         >>> bool(1e-6 < found.lr < 10.0), torch.equal(model.weight, before), opt.param_groups[0]["lr"]
         (True, True, 0.1)
     """
-    closures = [closures] if callable(closures) else list(closures)
-    if not closures:
-        raise ValueError("closures=[]: give at least one, of a mini-batch.")
-    if not 0.0 < lowest < highest < math.inf:
+    arguments.module(model)
+    arguments.instance("optimizer", optimizer, torch.optim.Optimizer, "give the optimizer that will train the model")
+    closures = functions_of(closures)
+    for name, rate in (("lowest", lowest), ("highest", highest)):
+        arguments.number(name, rate, lambda v: 0.0 < v < math.inf, "give a positive rate")
+    if not lowest < highest:
         raise ValueError(f"lowest={lowest!r}, highest={highest!r}: give two positive rates, the lower one first.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 10:
-        raise ValueError(f"steps={steps!r}: give an integer, 10 or larger.")
+    arguments.whole("steps", steps, 10)
+    arguments.instance("plot", plot or "", (str, os.PathLike), "give the path of a PNG file, or None")
     closures = closures[: max(1, steps // 4)]
     rates: list[float] = []
     losses: list[float] = []
@@ -252,16 +256,16 @@ def suggest_ess(
         >>> ess = poco.suggest_ess(model, lambda: model(x).square().mean())
         >>> opt = poco.IVON(model.parameters(), lr=0.1, ess=ess)
     """
-    closures = [closure] if callable(closure) else list(closure)
-    if not closures:
-        raise ValueError("closure=[]: give at least one, of a batch.")
+    arguments.module(model)
+    closures = functions_of(closure, "closure")
     for name, value in (("tolerance", tolerance), ("absolute", absolute)):
-        if not (isinstance(value, int | float) and 0.0 <= value < math.inf) or tolerance + absolute == 0.0:
-            raise ValueError(f"{name}={value!r}: give a number that is not negative, one of the two above 0.")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples={samples!r}: give an integer, 1 or larger.")
-    if not (isinstance(most, int | float) and 1.0 <= most < math.inf):
-        raise ValueError(f"most={most!r}: give the largest ess, 1 or larger.")
+        remedy = "give a number that is not negative, one of the two above 0"
+        arguments.number(name, value, lambda v: 0.0 <= v < math.inf, remedy)
+        if tolerance == absolute == 0.0:
+            raise ValueError(f"{name}={value!r}: {remedy}.")
+    arguments.whole("samples", samples, 1)
+    arguments.whole("seed", seed)
+    arguments.number("most", most, lambda v: 1.0 <= v < math.inf, "give the largest ess, 1 or larger")
     precision = _default("hess_init", hess_init) + _default("weight_decay", weight_decay)
     if not 0.0 < precision < math.inf:
         raise ValueError(f"hess_init={hess_init!r}, weight_decay={weight_decay!r}: their sum must be positive.")
@@ -307,4 +311,6 @@ def suggest_ess(
 
 def _default(name: str, value: float | None) -> float:
     """IVON's, where none is given."""
-    return float(inspect.signature(IVONPoCo.__init__).parameters[name].default if value is None else value)
+    usual = inspect.signature(IVONPoCo.__init__).parameters[name].default
+    remedy = f"give a finite number, 0 or larger, or None for {usual}"
+    return arguments.number(name, usual if value is None else value, lambda v: 0.0 <= v < math.inf, remedy)

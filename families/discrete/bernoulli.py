@@ -8,7 +8,6 @@ natural gradient stands in `binary_estimators`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.arguments import choice, positive
 from expfam_poco.family.base import Theta
 from expfam_poco.family.draws import Estimator
 
@@ -62,12 +62,9 @@ class Bernoulli(SignWeights):
 
     def __post_init__(self) -> None:
         """Refuse an unknown point estimate."""
-        if self.point_estimate not in ("mode", "mean"):
-            raise ValueError(f"point_estimate={self.point_estimate!r}: choose 'mode' or 'mean'.")
-        if self.initial not in ("value", "sign"):
-            raise ValueError(f"initial={self.initial!r}: choose 'value' or 'sign'.")
-        if not 0.0 < self.strength < math.inf:
-            raise ValueError(f"strength={self.strength!r}: it must be positive and finite.")
+        choice("point_estimate", self.point_estimate, ("mode", "mean"), "choose 'mode' or 'mean'")
+        choice("initial", self.initial, ("value", "sign"), "choose 'value' or 'sign'")
+        positive("strength", self.strength)
 
     @staticmethod
     def stale_variant() -> type[StaleBernoulli]:

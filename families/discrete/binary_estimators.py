@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expfam_poco.arguments import positive
 from expfam_poco.family.base import ExponentialFamily, Theta
 from expfam_poco.family.draws import Draws, Estimator
 
@@ -60,8 +61,7 @@ class Relaxed(Estimator):
 
     def __post_init__(self) -> None:
         """Refuse a temperature that is not positive and finite."""
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: it must be positive and finite; try 1.0.")
+        positive("temperature", self.temperature, "it must be positive and finite; try 1.0")
         if not 0.0 <= self.epsilon < 1.0:
             raise ValueError(f"epsilon={self.epsilon}: it must be in [0, 1); 0 is exact.")
 
@@ -103,8 +103,8 @@ class StraightThrough(Estimator):
 
     def __post_init__(self) -> None:
         """Refuse a limit that is not positive."""
-        if self.clip is not None and not 0.0 < self.clip < math.inf:
-            raise ValueError(f"clip={self.clip}: it must be positive and finite, or None for no clipping.")
+        if self.clip is not None:
+            positive("clip", self.clip, "it must be positive and finite, or None for no clipping")
 
     def check(self, family: ExponentialFamily) -> None:
         """Only for {−1, +1} weights."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.arguments import choice, positive
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.inversion import increasing_root
 
@@ -80,10 +81,8 @@ class Categorical(LevelWeights):
         rising = all(a < b for a, b in pairwise(levels))
         if len(levels) < 2 or not rising or not all(map(math.isfinite, levels)):
             raise ValueError(f"levels={self.levels!r}: give at least two finite numbers in increasing order.")
-        if self.point_estimate not in ("mode", "mean"):
-            raise ValueError(f"point_estimate={self.point_estimate!r}: choose 'mode' or 'mean'.")
-        if not 0.0 < self.strength < math.inf:
-            raise ValueError(f"strength={self.strength!r}: it must be positive and finite.")
+        choice("point_estimate", self.point_estimate, ("mode", "mean"), "choose 'mode' or 'mean'")
+        positive("strength", self.strength)
 
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]  # of the class in other families

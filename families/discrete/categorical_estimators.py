@@ -17,7 +17,6 @@ Bachmann and Khan 2020 (its natural gradient).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expfam_poco.arguments import positive
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
 
@@ -73,8 +73,7 @@ class RelaxedLevels(Estimator):
 
     def __post_init__(self) -> None:
         """Refuse a temperature that is not positive and finite."""
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: it must be positive and finite; try 1.0.")
+        positive("temperature", self.temperature, "it must be positive and finite; try 1.0")
 
     def check(self, family: ExponentialFamily) -> None:
         """Only for weights from levels."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from expfam_poco.arguments import positive
 from expfam_poco.family.base import ExponentialFamily, Theta
 from expfam_poco.family.draws import Draws, mean_of
 
@@ -39,8 +40,11 @@ class IsotropicGaussian(ExponentialFamily):
 
     def __post_init__(self) -> None:
         """Refuse a precision that is not positive and finite."""
-        if not 0.0 < self.precision < math.inf:
-            raise ValueError(f"precision={self.precision}: a Gaussian needs one that is positive and finite.")
+        positive("precision", self.precision, "a Gaussian needs one that is positive and finite")
+
+    def in_domain(self, state: Any) -> Tensor:
+        """Whether all is finite and the precision, which may be a prior's own, positive."""
+        return super().in_domain(state) & (state.precision > 0.0).all()
 
     def statistics(self, theta: Tensor) -> Theta:
         """T(θ) = θ."""

@@ -9,7 +9,6 @@ stays a float's width from 0 and 1; where it had to be kept there, its logit mov
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.arguments import positive
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws
 
@@ -87,8 +87,7 @@ class Beta(ExponentialFamily):
 
     def __post_init__(self) -> None:
         """Refuse a concentration out of range."""
-        if not 0.0 < self.concentration < math.inf:
-            raise ValueError(f"concentration={self.concentration!r}: it must be positive and finite.")
+        positive("concentration", self.concentration)
 
     def statistics(self, theta: Tensor) -> BetaStatistics:
         """(log θ, log(1−θ))."""

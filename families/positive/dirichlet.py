@@ -15,7 +15,6 @@ denominator, Σ e(a_i) − e(Σa), and out of Σv.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.arguments import positive
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws
 
@@ -235,8 +235,7 @@ class Dirichlet(ExponentialFamily):
 
     def __post_init__(self) -> None:
         """Refuse a concentration out of range."""
-        if not 0.0 < self.concentration < math.inf:
-            raise ValueError(f"concentration={self.concentration!r}: it must be positive and finite.")
+        positive("concentration", self.concentration)
 
     def statistics(self, theta: Tensor) -> LogWeights:
         """Log θ."""

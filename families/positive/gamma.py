@@ -13,7 +13,6 @@ in which the terms that cancel for large shapes have been cancelled by hand.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from expfam_poco.arguments import positive
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws
 
@@ -84,8 +84,7 @@ class Gamma(ExponentialFamily):
 
     def __post_init__(self) -> None:
         """Refuse a shape out of range."""
-        if not 0.0 < self.shape < math.inf:
-            raise ValueError(f"shape={self.shape!r}: it must be positive and finite.")
+        positive("shape", self.shape)
 
     def statistics(self, theta: Tensor) -> GammaStatistics:
         """(log θ, θ)."""
