@@ -316,7 +316,9 @@ class BayesBiNNPoCo(Named):
         kind: Any = get_family(self.chosen["family"])
         kind = kind.stale_variant() if stale_mean else kind
         member = kind(initial=initial, strength=strength)
-        if curvature == "relaxed" or (curvature is None and (stale_mean or temperature is not None)):
+        if (isinstance(curvature, str) and curvature == "relaxed") or (
+            curvature is None and (stale_mean or temperature is not None)
+        ):
             relaxed = member.estimators["relaxed"]
             curvature = relaxed if temperature is None else dataclasses.replace(relaxed, temperature=temperature)
         elif temperature is not None and positive("temperature", temperature) != 1.0:

@@ -72,10 +72,10 @@ def test_arguments_may_be_numpy_s(kind: Any, argument: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("argument", ["lr", "ess", "weight_decay", "hess_init", "clip_radius", "max_grad_norm"])
-@pytest.mark.parametrize("value", [1e39, 10**400, -(10**400)])
+@pytest.mark.parametrize("value", [1e39, 10**400, -(10**400)], ids=["1e39", "10**400", "-10**400"])
 def test_numbers_beyond_float32_are_refused(argument: str, value: Any) -> None:
     choices = {"lr": 0.1, "ess": 10.0, argument: value}
-    with pytest.raises(ValueError, match=rf"^{argument}=-?1") as caught:
+    with pytest.raises(ValueError, match=rf"^{argument}=(-?1|<int>)") as caught:
         poco.PosteriorCorrected(network().parameters(), "diagonal_gaussian", **choices)
     assert str(caught.value).endswith(".")
 
