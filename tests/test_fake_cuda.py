@@ -117,6 +117,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
         patch.setattr(transfer.Later, "read", lambda self: np.zeros(self._shape).tolist())
         patch.setattr(transfer.Later, "arrived", True)
         patch.setattr(evaluator, "FIRST", 0)
+        patch.setattr(evaluator, "AGAIN", 2**30)
         patch.setattr(block, "LOOKS", 0)
         patch.setattr(block, "LOOK_AGAIN", 2**30)
         patch.setattr(evaluator, "Replay", NoReplay)

@@ -372,7 +372,8 @@ def test_distributions_of_posteriors_keep_the_contract_of_distributions(name: st
     family = family.for_shape(numbers.shape)
     point = torch.distributions.transform_to(family.support)(numbers)
     state, other = family.centred_at(point, None), family.centred_at(point.roll(1, -1), None)
-    q, p = family.distribution(state), family.distribution(other)
+    with pyro.validation_enabled(True):
+        q, p = family.distribution(state), family.distribution(other)
     draws = q.sample((20_000,))
     off = torch.angle(torch.exp(1j * (draws - family.point(state)))) if name == "von_mises" else draws - draws.mean(0)
     squares = 2.0 - 2.0 * off.cos() if name == "von_mises" else off.square()  # 1 − E cos, the circular one, is half
