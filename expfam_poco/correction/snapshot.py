@@ -248,8 +248,14 @@ def optimal_alpha(cross: float, outer: float, least_gain: float, share: float = 
     return alpha if 2.0 * alpha * covariance - alpha * alpha * outer >= least_gain * outer else 0.0
 
 
-def alpha_at(alpha: Any, step: int, pace: Pace) -> tuple[float, float]:
-    """The pair (α of the gradient, α of the curvature) at inner step `step`, from a number, pair or schedule."""
+AT_FIRST = Pace(0, 1)  # before any refresh
+
+
+def alpha_at(alpha: Any, step: int, pace: Pace = AT_FIRST) -> tuple[float, float]:
+    """The pair (α of the gradient, α of the curvature) at inner step `step`, from a number, pair or schedule.
+
+    `pace` is that of the refreshes, by which "mega_batch" goes.
+    """
     try:
         value = alpha.at(pace) if isinstance(alpha, MegaBatchAlpha) else alpha(step) if callable(alpha) else alpha
     except Exception as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expfam_poco import arguments
 from expfam_poco.correction import snapshot
-from expfam_poco.correction.alpha import NAMES, AdaptiveAlpha, Pace, resolve_alpha
+from expfam_poco.correction.alpha import NAMES, AdaptiveAlpha, resolve_alpha
 from expfam_poco.correction.base import Averaging
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import LOSSES_ALONE, Estimator
@@ -240,7 +240,7 @@ def checked_alpha(alpha: Any) -> Any:
     """
     alpha = resolve_alpha(alpha)
     if not callable(alpha) and not isinstance(alpha, tuple(NAMES.values())):
-        snapshot.alpha_at(alpha, 1, Pace(0, 1))
+        snapshot.alpha_at(alpha, 1)
     return alpha
 
 
