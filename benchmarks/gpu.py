@@ -433,9 +433,8 @@ def small(arguments: argparse.Namespace) -> None:
 def tests(arguments: argparse.Namespace) -> None:
     """The tests that need a device."""
     folder = Path(__file__).resolve().parents[1]
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"], cwd=folder, check=False
-    )
+    without = [part for plugin in ("cacheprovider", "benchmark") for part in ("-p", f"no:{plugin}")]
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", *without], cwd=folder, check=False)
 
 
 PARTS = {
