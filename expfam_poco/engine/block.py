@@ -249,8 +249,10 @@ class Block:
             pairs = zip(self.split(self.family.point(state)), self.params, strict=True)
             return not all([torch.equal(point, p) for point, p in pairs])
         stride = self.batch.numel() // LOOKED_AT + 1 | 1  # odd, or it would meet the same columns again and again
-        point, (p,) = self.family.point(self._every(state, stride)), self.params
-        point, present = point.to(p.dtype), self._every(p.detach(), stride)
+        (p,), some, present = self.params, state, self.params[0].detach()
+        if stride > 1:
+            some, present = self._every(state, stride), self._every(present, stride)
+        point = self.family.point(some).to(p.dtype)
         near = 16 * torch.finfo(p.dtype).eps  # a compiled kernel may have rounded otherwise
         return not (torch.equal(present, point) or torch.allclose(present, point, rtol=near, atol=0.0))
 
@@ -259,7 +261,7 @@ class Block:
         dims = len(self.batch)
 
         def some(value: Tensor) -> Tensor:
-            if stride == 1 or value.shape[:dims] != self.batch:
+            if value.shape[:dims] != self.batch:
                 return value
             return value.reshape(-1, *value.shape[dims:])[self._looks % stride :: stride]
 
