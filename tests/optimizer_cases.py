@@ -1,5 +1,6 @@
 """Small problems, and every optimizer ready to run on them: what the optimizers' tests share."""
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,6 +119,14 @@ ON_GRADIENTS: dict[str, Make] = {
     "ConstantVSGD": lambda params, **choices: poco.ConstantVSGD(params, **{"lr": 0.05, "K_g": 9.0, **choices}),
 }
 OPTIMIZERS: dict[str, Make] = {**SHELL, **OVER_A_BASE}
+
+
+def through_a_file(value: Any) -> Any:
+    """As `torch.load(weights_only=True)` gives it back."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def not_looking(optimizer: Any) -> Any:

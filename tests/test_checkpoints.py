@@ -2,28 +2,31 @@
 
 import copy
 import functools
-import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, OVER_A_BASE, SHELL, Task, equal, network, run, same, shell, weights
+from optimizer_cases import (
+    OPTIMIZERS,
+    OVER_A_BASE,
+    SHELL,
+    Task,
+    equal,
+    network,
+    run,
+    same,
+    shell,
+    through_a_file,
+    weights,
+)
 from torch import Tensor, nn
 
 import expfam_poco as poco
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 every_shell = pytest.mark.parametrize("name", SHELL)
-
-
-def through_a_file(value: Any) -> Any:
-    """As `torch.load(weights_only=True)` gives it back."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def trained(

@@ -1,7 +1,6 @@
 """From an `ivon-opt` checkpoint the run goes on here as it would have there; what does not fit is refused."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import ivon
 import ivon._ivon
 import pytest
 import torch
-from optimizer_cases import INNER, Task, equal, flat, network, noises, same, weights
+from optimizer_cases import INNER, Task, equal, flat, network, noises, same, through_a_file, weights
 from test_optimizers_parity import TorchWithGivenNoise, two_groups
 from torch import Tensor, nn
 
@@ -24,13 +23,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "no-momentum": ({"lr": 0.05, "beta1": 0.0, "beta2": 0.99}, None),
     "groups": ({"lr": 0.1, "beta2": 0.999}, {"lr": 0.02, "beta1": 0.5, "weight_decay": 0.0, "ess": 200.0}),
 }
-
-
-def through_a_file(value: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def one_step(old: Any, task: Task, batch: int) -> Tensor:

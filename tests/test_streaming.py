@@ -1,7 +1,6 @@
 """Cutting tensors into spans, laying small ones side by side, resuming and one-pass steps change no number."""
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backend_cases import FLAT, SHAPES, Vectors, Wells, compiles, distance, model_of, numbers, trained
-from optimizer_cases import Make, equal, named, run, same, shell, weights
+from optimizer_cases import Make, equal, named, run, same, shell, through_a_file, weights
 from torch import nn
 from user_families import Exponential
 
@@ -218,14 +217,6 @@ def test_a_member_that_joins_later_gives_what_it_gives_whole() -> None:
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------
-
-
-def through_a_file(value: Any) -> Any:
-    """As `torch.load(weights_only=True)` gives it back."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 RESUMED = [

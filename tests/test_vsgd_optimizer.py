@@ -1,7 +1,6 @@
 """VSGD and Constant VSGD as torch optimizers: loops, groups, checkpoints, errors, corrected gradients, large models."""
 
 import copy
-import io
 import json
 import math
 import pickle
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import ON_GRADIENTS, Task, equal, flat, network, same, weights
+from optimizer_cases import ON_GRADIENTS, Task, equal, flat, network, same, through_a_file, weights
 from scripts import load_script
 from torch import Tensor, nn
 
@@ -42,13 +41,6 @@ def prepared(name: str, steps: int = 6, dtype: torch.dtype = F64, **choices: Any
     opt, task = ON_GRADIENTS[name](model.named_parameters(), **choices), Task(model)
     train(opt, task, steps)
     return model, opt, task
-
-
-def through_a_file(state_dict: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @every

@@ -1,7 +1,6 @@
 """Numbers that others compute: NumPy's, too large ones, and posteriors that rounding has spoilt."""
 
 import copy
-import io
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from optimizer_cases import (
     network,
     same,
     those,
+    through_a_file,
     weights,
 )
 from torch import nn
@@ -27,13 +27,6 @@ import expfam_poco as poco
 from peers.habits import EVERY, closure_of, train, trained
 
 every = pytest.mark.parametrize("name", EVERY)
-
-
-def read_back(state_dict: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @every
@@ -46,7 +39,7 @@ def test_numpy_s_numbers_become_python_s(name: str, kind: Any) -> None:
         for group, other in zip(opt.param_groups, plain.param_groups, strict=True):
             rate = kind(0.01 * math.cos(0.3 * step))
             group["lr"], other["lr"], group["initial_lr"] = rate, float(rate), rate
-        assert same(read_back(opt.state_dict())["param_groups"][0]["lr"], plain.param_groups[0]["lr"])
+        assert same(through_a_file(opt.state_dict())["param_groups"][0]["lr"], plain.param_groups[0]["lr"])
         train(opt, Task(model), 1, step)
         train(plain, Task(twin), 1, step)
     torch.testing.assert_close(weights(model), weights(twin), rtol=1e-6, atol=1e-7)  # a base of torch's takes float32
@@ -66,9 +59,9 @@ def test_arguments_may_be_numpy_s(kind: Any, argument: str, value: Any) -> None:
     given = {"lr": 0.01, **({"ess": 24.0} if issubclass(kind, poco.PosteriorCorrected) else {}), argument: value}
     model = network()
     opt = kind(model.parameters(), **given)
-    read_back(opt.state_dict())
+    through_a_file(opt.state_dict())
     train(opt, Task(model), 2)
-    assert read_back(opt.state_dict())
+    assert through_a_file(opt.state_dict())
 
 
 @pytest.mark.parametrize("argument", ["lr", "ess", "weight_decay", "hess_init", "clip_radius", "max_grad_norm"])
