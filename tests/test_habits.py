@@ -391,3 +391,19 @@ def test_a_closure_that_uses_its_optimizer_is_refused(make: Make, what: str) -> 
         optimizer.step(closure)
     assert equal(before, weights(model))
     optimizer.step(task.closure(0))
+
+
+@pytest.mark.parametrize("kind", [poco.BatchedDraws, poco.PerExample])
+def test_a_batched_closure_that_uses_its_optimizer_is_refused(kind: Callable[..., Any]) -> None:
+    model = network()
+    task, optimizer = Task(model), poco.IVON(model.parameters(), lr=0.1, ess=1e4)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        optimizer.posterior_states()
+        return (output - target).square().mean()
+
+    optimizer.step(task.closure(0))
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="uses the optimizer by which it is being evaluated"):
+        optimizer.step(kind(model, loss, task.x[0], task.y[0]))
+    assert equal(before, weights(model))

@@ -226,12 +226,14 @@ def is_evaluating(params: Sequence[Parameter]) -> bool:
     """Whether we are inside of a closure that is being evaluated for some of these parameters."""
     ours, frame = set(map(id, params)), sys._getframe()
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        if frame.f_code in _CALLS and any(id(p) in ours for p in frame.f_locals["params"]):
+        own = _CALLS.get(frame.f_code)
+        if own is not None and any(id(p) in ours for p in frame.f_locals[own]):
             return True
     return False
 
 
-_CALLS = {_call.__code__, Batched.evaluate.__code__}
+# Who calls closures, and the argument that holds the parameters.
+_CALLS = {_call.__code__: "params", Batched.evaluate.__code__: "stacks"}
 
 
 def _checked_loss(returned: Any) -> Tensor:
@@ -317,9 +319,9 @@ def functions_of(closures: Any, name: str = "closures") -> list[Closure]:
     """One function or several, as a list."""
     remedy = "give a list of functions, one for each chunk, at least one"
     found = [closures] if callable(closures) else listed(name, closures, remedy)
-    wrong = next((each for each in found if not callable(each)), None)
-    if not found or not all(map(callable, found)):
-        raise ValueError(f"{name}: {remedy}{f', not {shown(wrong)}' if found else ''}.")
+    wrong = [each for each in found if not callable(each)]
+    if wrong or not found:
+        raise ValueError(f"{name}: {remedy}{f', not {shown(wrong[0])}' if wrong else ''}.")
     return found
 
 

@@ -136,10 +136,10 @@ class Evaluator:
             RuntimeError: names a parameter.
         """
         self._evaluations += 1
+        # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
+        looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0
         for trial in trials:
             members = trial.block.members
-            # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
-            looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0
             if looks or any([member.weights_changed() for member in members]):
                 if trial.is_there(draw):
                     for member in members:
