@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 from torch.distributions import kl_divergence
+from user_families import Categorical as UserCategorical
 
 import expfam_poco as poco
 from expfam_poco.families import (
@@ -383,6 +384,15 @@ def test_distributions_of_posteriors_keep_the_contract_of_distributions(name: st
     torch.testing.assert_close(kl_divergence(q, p), family.kl(state, other).sum())
     with pytest.raises(ValueError, match=r"support|within"):
         q.log_prob(torch.full(q.event_shape, math.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=["one weight", "two"])
+def test_variances_of_vectors_are_those_of_their_entries(shape: tuple[int, ...]) -> None:
+    """Indicators of categories: p (1 − p) each."""
+    family = UserCategorical()
+    state = family.State(torch.linspace(-1.0, 1.0, math.prod(shape), dtype=torch.float64).reshape(shape))
+    p = family.to_mean(state).theta
+    torch.testing.assert_close(family.variance(state), p * (1.0 - p))
 
 
 # ---- wrong arguments --------------------------------------------------------------------------------------

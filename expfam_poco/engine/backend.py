@@ -31,7 +31,8 @@ from expfam_poco.engine.triton_code import Unprintable
 from expfam_poco.family import fields
 from expfam_poco.family.ahead import Ahead
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.noise import TILE, Address, NoiseKey, address_of, on_device, traced
+from expfam_poco.family.noise import TILE, Address, NoiseKey, address_of, traced
+from expfam_poco.family.transfer import on_device
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 BACKENDS = ("auto", "eager", "mixed", "compiled")

@@ -42,8 +42,13 @@ class Uninterrupted(AbstractContextManager[None]):
         self._came.append((number, frame))
 
     def _put_back(self) -> None:
-        for number, handler in self._handlers.items():
-            _signal.signal(number, handler)
+        try:
+            for number, handler in self._handlers.items():
+                _signal.signal(number, handler)
+        except BaseException:  # of a handler that was back already
+            for number, handler in self._handlers.items():
+                _signal.signal(number, handler)
+            raise
 
     def __exit__(self, *error: object) -> None:
         self._put_back()

@@ -76,13 +76,8 @@ def variance(family: ExponentialFamily, state: Any) -> Tensor:
     nat = family.to_nat(state)
     if "theta" not in nat._fields:
         raise NotImplementedError(f"{type(family).__name__} has no statistic named theta; average samples.")
-    if not family.event_dim:
-        unit = type(nat)(*[torch.full_like(v, float(name == "theta")) for name, v in nat._asdict().items()])
-        return torch.as_tensor(family.fisher_vector_product(nat, unit).theta)
-    sizes = [value[(0,) * (value.ndim - dims)].numel() for value, dims in zip(nat, family.statistic_dims, strict=True)]
-    start = sum(sizes[: nat._fields.index("theta")])
-    entries = fisher(family, nat).diagonal(dim1=-2, dim2=-1)[..., start : start + nat.theta[0].numel()]
-    return entries.reshape(nat.theta.shape)
+    _, shapes = _flatten(family, nat)
+    return torch.as_tensor(_unflatten(family, fisher(family, nat).diagonal(dim1=-2, dim2=-1), shapes).theta)
 
 
 def fisher_solve(family: ExponentialFamily, nat: Any, gradient: Any) -> Any:
