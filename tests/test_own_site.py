@@ -59,7 +59,7 @@ def test_linear_regression_is_exact_as_soon_as_the_precision_is(noise: str, step
 @pytest.mark.parametrize(("curvature", "draws"), [("reparam", 4), ("score", 24)])
 def test_noisy_estimators_converge_linearly_where_the_model_is_in_the_family(curvature: str, draws: int) -> None:
     opt, closure, exact = regression(curvature=curvature, lr=0.1, mc_samples=draws, own_site=True)
-    for _ in range(250):
+    for _ in range(350):
         opt.step(closure)
     assert error(opt, exact) <= 1e-9
 
