@@ -114,6 +114,13 @@ def test_every_example_has_a_test() -> None:
     assert not missing
 
 
+def test_the_distributed_example_trains() -> None:
+    """On one process here; several are in test_processes.py."""
+    assert re.search(
+        r"1 process\(es\): [2-5]\.\d+ nats", run("train_distributed.py", "--steps=12", "--batch=4", "--every=5")
+    )
+
+
 def test_every_example_explains_itself() -> None:
     """`--help` of all in one process of their own, which imports what they need once, warnings as errors."""
     explain = """
