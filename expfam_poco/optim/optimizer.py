@@ -29,15 +29,16 @@ from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
-from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
+from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
+from expfam_poco.engine.rows import are_local
 from expfam_poco.engine.step import Step, clip_factor
 from expfam_poco.engine.watch import Watch
-from expfam_poco.engine.width import StartingWidth
+from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.draws import Estimator
+from expfam_poco.family.draws import Estimator, require_draws
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
@@ -60,41 +61,40 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         lr: η of the Bayesian learning rule (for the mean, where the family has more than one block).
         ess: N (κ), the number of examples that the mean loss stands for.
         weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
-        prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
-        correction: what natural gradients are corrected with, by name ("snapshot": the posterior of the last refresh;
-            "stored", "recursive", "transported", "none") or as an object; see `correction`.
-        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`LinearAlpha`), "adaptive" (of least
-            variance, measured for every tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
+        prior: a `State` (or a dictionary of them by name) in place of `weight_decay`.
+        correction: of natural gradients, an object or a name ("snapshot": by the posterior of the last refresh;
+            "stored", "recursive", "transported", "none"); see `correction`.
+        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α, "adaptive" (of least variance, by
+            tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
-        noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
-            refresh, Alg. 3 and 5), "antithetic" (pairs ±ε), "zero" (the delta method).
-        curvature: the estimator's name or object; see `estimators`.
-        anchor: "curvature" (the anchor term from the curvature), "stored" (from the mega-batch's dense Hessian
-            and products, small models) or "products" (products on the whole mega-batch at every step).
+        noise: "shared" (one noise for λ_in, λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next refresh,
+            Alg. 3, 5), "antithetic" (pairs ±ε), "zero" (the delta method).
+        curvature: the estimator, by name or as an object; see `estimators`.
+        anchor: "curvature" (the anchor term from it), "stored" (from the mega-batch's dense Hessian and products, small
+            models) or "products" (products on the whole mega-batch at every step).
         anchor_weight: weight of the anchor term; None takes the estimator's.
         retraction: "second_order" (always in the domain) or "plain" (the exact rule; refuses to leave it).
         momentum: β₁ on the family's momentum block.
         debias: divide the momentum by 1−β₁ᵗ.
-        precision_lr: rate of the other blocks (the precision); None: the same as lr.
-        clip_radius: ξ, limit of each entry of the preconditioned step before lr.
+        precision_lr: rate of the other blocks (the precision); None: lr.
+        clip_radius: ξ, limit of each entry of the step before lr.
         hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
-        reanchor_average: move the old mega-batch average to the new λ_out before averaging, with the anchor term's
-            weight (False: Alg. 4).
+        reanchor_average: move the old mega-batch average to the new λ_out, by the anchor's weight (False: Alg. 4).
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
+        own_site: the posterior's own site is a control variate, which takes the draws' noise (`rule.own_site`).
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
-        nonfinite: "raise" a `NonFiniteError` or "skip" the step if a loss or gradient is not finite (docs/speed.md).
-        backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
-        one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
-            weights of models that are stepped in place; evaluate inside `with optimizer.sampled(at_point=True)`.
-        stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
+        nonfinite: "raise" a `NonFiniteError` or "skip" the step if it is not finite (docs/speed.md).
+        backend: of large models, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
+        one_pass: a model that is stepped in place holds the next draw between steps, which saves a pass over its
+            weights; evaluate inside `with optimizer.sampled(at_point=True)`.
+        stale_after: warn, once, when α > 0 and the last refresh is more steps ago; None: never.
         seed: the noise key; None takes one from torch's global generator.
         process_group: of `torch.distributed`, whose processes train one model (docs/scaling.md); None: that of a
             DistributedDataParallel around the parameters or within the closure, if there is one.
         noise_per_rank: every process has draws of its own, whose natural gradients are averaged, in place of one draw.
-        lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
-            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss. In
-            a group it is called `lr_convention`, for `lr_scale` is others' label there.
+        lr_scale: a factor on lr, for other conventions of it: a number, "initial_hessian" (each group's hess_init +
+            weight_decay) or "mean_loss" (lr is the η on the mean loss); in a group it is called `lr_convention`.
         maximize: make the loss large in place of small; a group may differ.
 
     Example:
@@ -135,6 +135,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         hess_init: float | None = None,
         reanchor_average: bool = True,
         prior_in_momentum: bool = False,
+        own_site: bool = False,
         mc_samples: int = 1,
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
@@ -190,6 +191,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
             "hess_init": hess_init,
             "reanchor_average": reanchor_average,
             "prior_in_momentum": prior_in_momentum,
+            "own_site": own_site,
             "maximize": maximize,
         }
         super().__init__(params, defaults)
@@ -230,6 +232,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
             beginning.check_prior(block, own.prior)
             own.estimator.check_size(block.numel)
+            require_draws(own.estimator, block.family, block.shape, draws_of(self.noise, self.mc_samples))
             for p in block.params:
                 mark_used(p.grad)
         self._readings.append(reading)
@@ -310,8 +313,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
 
         Args:
-            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched`; a list of closures
-                accumulates the gradients of micro-batches, as if they were one batch.
+            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched` or `Rows`; a list of
+                closures accumulates the gradients of micro-batches, as if they were one batch.
             weights: the micro-batches' numbers of examples; None counts them (and processes) equally.
             fresh_noise: draw weights anew for every micro-batch, and average their natural gradients.
             scaler: a `torch.amp.GradScaler` for fp16; a step whose gradients overflow is skipped, and the scaler told.
@@ -322,7 +325,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
 
         Raises:
             TypeError: without a closure: the loss must be evaluated at weights drawn here.
-            NonFiniteError: if a loss or gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or
+            NonFiniteError: if a loss or gradient is not finite (with nonfinite="raise"), nothing being changed; or
                 after a step in place in which some weights had to keep their values (`docs/speed.md`).
         """
         parts = parts_of(closure, weights, fresh_noise=fresh_noise, scaler=scaler)
@@ -331,9 +334,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         self._join(parts, blocks, "a step", weights)
         try:
             with self._weights_restored(blocks), self._evaluator.undone_on_error(watched=True):
-                at_weights = (
-                    None if self.noise == "zero" or number > 1 else self._width.loss(parts, blocks, self._evaluator)
-                )
+                drawn_first = self.noise != "zero" and number == 1
+                at_weights = self._width.loss(parts, blocks, self._evaluator) if drawn_first else None
                 loss, steps = self._measured(parts, blocks, number)
                 if at_weights is not None:
                     self._width.compare(float(loss), at_weights)
@@ -345,6 +347,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
             self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
         else:
             self._skips.stepped()
+            check_reach(number, blocks)
         finally:
             self._layout.recover()
         return loss
@@ -358,7 +361,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         always: bool = False,
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
-        now = self._round(blocks, number)
+        now = self._round(blocks, number, apart=are_local(parts, blocks))
         alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, number), always=always)
         self._alphas = now.alphas_by_name(alphas)
         asked = any(map(any, alphas)) or any(wanted)
@@ -375,9 +378,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
-        factor: float | Tensor = 1.0
-        if self.max_grad_norm is not None and steps:
-            factor = clip_factor(steps, self.max_grad_norm)
+        most = self.max_grad_norm
+        factor: float | Tensor = clip_factor(steps, most) if most is not None and steps else 1.0
         ahead = self.one_pass and not self.correction.moves
         following = self._plan(None).step_key(number + 1) if ahead else None
         try:
@@ -427,9 +429,9 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
             for block in stepped:
                 self._state(block)["stamp"] = self._clock["memory"]
 
-    def _round(self, blocks: Sequence[Block], number: int) -> Round:
-        apart = self._products.kind != "curvature"
-        return Round(self._layout, blocks, self._plan(blocks), number, apart=apart)
+    def _round(self, blocks: Sequence[Block], number: int, *, apart: bool = False) -> Round:
+        apart = apart or self._products.kind != "curvature"
+        return Round(self._layout, blocks, self._plan(None if apart else blocks), number, apart=apart)
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         """Where noise comes from in a step or refresh of these blocks, and whether they are stepped in place."""

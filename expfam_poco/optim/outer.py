@@ -14,6 +14,7 @@ from expfam_poco.correction.alpha import refreshed
 from expfam_poco.correction.snapshot import outer_from_posterior
 from expfam_poco.engine import beginning
 from expfam_poco.engine.interrupts import Uninterrupted
+from expfam_poco.engine.rows import check_refreshed
 from expfam_poco.engine.step import remember
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
@@ -54,6 +55,7 @@ class Refreshing(Together):
         chunks, shares = check_chunks(closures, weights)
         parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
         blocks = self._trainable()
+        check_refreshed(parts, blocks)
         counts = [1.0] * len(parts) if weights is None else weights
         self._join([(part, 1.0) for part in parts], blocks, "a refresh", counts)
         before, count, mega = self._chunks(len(parts))
