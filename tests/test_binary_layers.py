@@ -1,5 +1,7 @@
 """Binary activations and layers: values, the clipped straight-through gradient, α, and what is packed of them."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ def test_activations_are_exact_signs_with_a_clipped_gradient() -> None:
     assert torch.equal(y, torch.where(x >= 0.0, 1.0, -1.0))
     seen = torch.randn_like(x)
     y.backward(seen)
-    assert torch.equal(x.grad, seen * (x.abs() <= 1.0))
+    assert x.grad is not None and torch.equal(x.grad, seen * (x.abs() <= 1.0))
     assert bool(poco.BinaryActivation()(torch.tensor(float("nan"))).isnan())
 
 
@@ -25,7 +27,7 @@ def test_activations_are_exact_signs_with_a_clipped_gradient() -> None:
 def test_binary_layers_have_the_documented_weight_and_gradient(kind: str, scaled: bool) -> None:
     """Against the formulas of XNOR-Net, by hand and in double precision."""
     torch.manual_seed(0)
-    layer: nn.Module
+    layer: Any
     if kind == "linear":
         layer, x = poco.BinaryLinear(12, 5, scaled=scaled, dtype=torch.float64), torch.randn(7, 12).double()
         plain = lambda w: nn.functional.linear(x, w, layer.bias)  # noqa: E731
@@ -45,6 +47,7 @@ def test_binary_layers_have_the_documented_weight_and_gradient(kind: str, scaled
     if scaled:
         expected = expected + signs * (g * signs).sum(1, keepdim=True) / flat.shape[1]
     layer(x).square().sum().backward()
+    assert layer.weight.grad is not None
     torch.testing.assert_close(layer.weight.grad.flatten(1), expected)
     if scaled:  # the nearest multiple of the signs
         left = (flat - alpha * signs).square().sum()
@@ -69,7 +72,7 @@ def test_a_network_by_straight_through_and_adam_is_packed_with_its_scales() -> N
         adam.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    packed = poco.pack_weights(model.eval())
+    packed: Any = poco.pack_weights(model.eval())
     assert [i for i, layer in enumerate(packed) if isinstance(layer, PackedLayer)] == [3, 7]
     assert packed[7].scale.shape == (2,)
     with torch.no_grad():
@@ -82,7 +85,7 @@ def test_binary_layers_under_the_rule_have_no_scale() -> None:
     x = torch.randn(16, 30)
     opt.step(lambda: model(x).square().mean())
     poco.recalibrate_batchnorm(model, [x])
-    packed = poco.export_binary(model, opt, packed=True).eval()
+    packed: Any = poco.export_binary(model, opt, packed=True).eval()
     assert packed[0].scale is None and torch.equal(packed[0].weight, model[0].weight)
     with torch.no_grad():
         torch.testing.assert_close(packed(x), model.eval()(x), rtol=1e-5, atol=1e-4)

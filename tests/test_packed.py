@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,11 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.fixture(params=["C++", "torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """With a compiler and without."""
-    assert packed_kernel.library() is not None, "the tests need a C++ compiler"
-    if request.param == "torch":
+    if request.param == "C++":
+        if shutil.which("c++") is None:
+            pytest.skip("no C++ compiler is installed")
+        assert packed_kernel.library() is not None
+    else:
         monkeypatch.setattr(packed_kernel, "library", lambda: None)
     yield request.param
 
@@ -96,7 +100,12 @@ def test_packed_convolutions_are_the_unpacked_ones(
     assert isinstance(layer, PackedConv) and torch.equal(layer.weight, model.weight)
     counts: list[int] = []
     agreements = packed_kernel.agreements
-    monkeypatch.setattr(packed_kernel, "agreements", lambda *a: counts.append(1) or agreements(*a))
+
+    def counted(*inputs: Any) -> Tensor:
+        counts.append(1)
+        return agreements(*inputs)
+
+    monkeypatch.setattr(packed_kernel, "agreements", counted)
     x = VALUES[values](torch.randn(shape))
     with torch.no_grad():
         assert_close(layer(x), model, x)

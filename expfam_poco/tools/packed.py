@@ -99,14 +99,14 @@ class PackedLayer(nn.Module):
             return packed_kernel.unpacked(codes, self.terms)
         per = 8 // self.bits
         byte = torch.arange(256, device=codes.device).unsqueeze(1)
-        number = (byte >> (self.bits * torch.arange(per, device=codes.device))) & (2**self.bits - 1)
+        number = byte // 2 ** (self.bits * torch.arange(per, device=codes.device)) % 2**self.bits
         table = (2 * number - 1).to(dtype) if self.levels is None else self.levels.to(dtype)[number]
         return F.embedding(codes.int(), table).flatten(1)[:, : self.terms]
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All outputs' weights, as many at a time as are bounded memory; whole where the model is traced."""
         whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        for part in self.codes.split(self.shape[0] if whole else max(1, packed_kernel.TILE // self.terms)):
+        for part in [self.codes] if whole else self.codes.split(max(1, packed_kernel.TILE // self.terms)):
             yield self.rows(part, dtype)
 
     def finished(self, sums: Tensor, dim: int) -> Tensor:
