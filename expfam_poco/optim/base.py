@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from expfam_poco.engine.block import Block, Record
     from expfam_poco.engine.evaluator import Evaluator
     from expfam_poco.engine.layout import Layout
+    from expfam_poco.engine.flips import Flips
     from expfam_poco.engine.noise_plan import NoisePlan
     from expfam_poco.engine.products import Products
     from expfam_poco.engine.round import Round
@@ -49,6 +50,7 @@ class Shell:
     _stale: Staleness
     _alphas: dict[str, tuple[float, float]]
     _watch: Watch
+    _flips: Flips
     _layout: Layout
 
     def _active(self) -> list[Block]:

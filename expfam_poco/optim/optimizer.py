@@ -27,6 +27,7 @@ from expfam_poco.engine.beginning import Beginning
 from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.flips import Flips
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
@@ -166,6 +167,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         self._committed: tuple[int, set[int]] = 0, set()
         self._begun: list[Beginning] = []
         self._width = StartingWidth()
+        self._flips = Flips()
         self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []

@@ -91,6 +91,7 @@ def binarize_groups(
         arguments.instance(
             name, {} if given is None else given, Mapping, "give a dictionary of hyperparameters, or None"
         )
+    arguments.no_decay(binary or {})
     kept_names = [keep] if isinstance(keep, str) else arguments.listed("keep", keep, "give a list of names")
     modules = dict(model.named_modules(remove_duplicate=False))
     found = [name for name, module in modules.items() if isinstance(module, tuple(layers))]
@@ -272,7 +273,8 @@ def export_binary(
         value = parameters[name]
         table = torch.tensor(levels, dtype=value.dtype, device=value.device)
         halfway = (table[1:] + table[:-1]) / 2.0
-        value.copy_(table[torch.bucketize(value.contiguous(), halfway, right=True)])  # of means tanh λ, too, this is the mode
+        nearest = torch.bucketize(value.contiguous(), halfway, right=True)
+        value.copy_(table[nearest])  # of means tanh λ, too, this is the mode
     return pack_weights(exported, known) if packed else exported
 
 
