@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from expfam_poco.engine.backend import Backend
     from expfam_poco.engine.block import Block, Record
     from expfam_poco.engine.evaluator import Evaluator
-    from expfam_poco.engine.layout import Layout
     from expfam_poco.engine.flips import Flips
+    from expfam_poco.engine.layout import Layout
     from expfam_poco.engine.noise_plan import NoisePlan
     from expfam_poco.engine.products import Products
     from expfam_poco.engine.round import Round

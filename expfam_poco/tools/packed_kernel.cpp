@@ -3,10 +3,19 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+typedef uint16_t lane_bits;
+#else
+constexpr int LANES = 8;
+typedef uint8_t lane_bits;
+#endif
 constexpr int64_t BLOCK = 32;  // outputs, and examples, whose bits stay in the nearest cache
 constexpr int ROWS = 4;  // examples that share one reading of the weights
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -19,13 +28,29 @@ inline uint64_t rest(const uint8_t* row, int64_t bytes) {
     return value;
 }
 
-// Sixteen weights as what they do to a number's sign bit: nothing where the weight's bit is 1.
-inline words turned(const uint8_t* bits) {
-    const words shifts = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16};
-    uint16_t packed;
-    std::memcpy(&packed, bits, 2);
-    return (((words){} + (uint32_t)(uint16_t)~packed) << shifts) & ((words){} + 0x80000000u);
+// As many weights as there are lanes, as what they do to a number's sign bit: nothing where the weight's bit is 1.
+#ifdef __AVX512F__
+typedef __mmask16 turning;
+
+inline turning turned(const uint8_t* bits) {
+    lane_bits packed;
+    std::memcpy(&packed, bits, sizeof packed);
+    return (turning)~packed;
 }
+
+inline floats applied(words value, turning turn) {
+    return (floats)_mm512_mask_xor_epi32((__m512i)value, turn, (__m512i)value, _mm512_set1_epi32((int)0x80000000u));
+}
+#else
+typedef words turning;
+
+inline turning turned(const uint8_t* bits) {
+    const words shifts = {31, 30, 29, 28, 27, 26, 25, 24};
+    return (((words){} + (uint32_t)(lane_bits)~*bits) << shifts) & ((words){} + 0x80000000u);
+}
+
+inline floats applied(words value, turning turn) { return (floats)(value ^ turn); }
+#endif
 
 inline bool positive(const uint8_t* bits, int64_t k) { return (bits[k / 8] >> (k % 8)) & 1; }
 
@@ -36,18 +61,21 @@ inline void signed_row(const float* x, int64_t n, const uint8_t* bits, float* y,
     int64_t i = 0;
     for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
         for (int c = 0; c < CHAINS; c++) {
-            const words turning = turned(bits + i / 8 + 2 * c);
+            const turning turn = turned(bits + i / 8 + c * LANES / 8);
             for (int r = 0; r < R; r++) {
                 words value;
                 std::memcpy(&value, x + r * n + i + c * LANES, sizeof value);
-                sums[r][c] += (floats)(value ^ turning);
+                sums[r][c] += applied(value, turn);
             }
         }
     for (int r = 0; r < R; r++) {
         floats all = sums[r][0];
         for (int c = 1; c < CHAINS; c++) all += sums[r][c];
-        float sum = 0.0f;
-        for (int lane = 0; lane < LANES; lane++) sum += all[lane];
+        float lanes[LANES];
+        std::memcpy(lanes, &all, sizeof all);
+        for (int half = LANES / 2; half > 0; half /= 2)
+            for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+        float sum = lanes[0];
         for (int64_t k = i; k < n; k++) sum += positive(bits, k) ? x[r * n + k] : -x[r * n + k];
         y[r * out] = sum;
     }
@@ -140,7 +168,7 @@ extern "C" void unpack_signs(const uint8_t* bits, float* weights, int64_t rows, 
         const uint8_t* row = bits + r * bytes;
         int64_t k = 0;
         for (; k + LANES <= n; k += LANES) {
-            const words value = one ^ turned(row + k / 8);
+            const floats value = applied(one, turned(row + k / 8));
             std::memcpy(weights + r * n + k, &value, sizeof value);
         }
         for (; k < n; k++) weights[r * n + k] = positive(row, k) ? 1.0f : -1.0f;

@@ -20,6 +20,7 @@ SOURCE = Path(__file__).with_name("packed_kernel.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 FEW_ROWS = 16  # so many examples are worth unpacking the weights for a product of floats
 TILE = 1 << 18  # weights that are unpacked at a time
+WORK = 1 << 22  # products that are worth a second thread
 _POINTERS = {"signed_sums": 3, "pack_activations": 3, "agreements": 4, "unpack_signs": 2}
 _NUMBERS = {"signed_sums": 4, "pack_activations": 2, "agreements": 4, "unpack_signs": 3}
 
@@ -113,8 +114,9 @@ def packed_activations(x: Tensor) -> tuple[Tensor, Tensor | None] | None:
 
 def agreements(signs: Tensor, there: Tensor | None, bits: Tensor, n: int) -> Tensor:
     """x Sᵀ for packed activations: n − 2 popcount(a xor w), or popcount(z) − 2 popcount((a xor w) and z) with zeros."""
-    y = torch.empty(len(signs), len(bits))
-    _called("agreements", signs, there, bits, y, numbers=(len(signs), n, len(bits), torch.get_num_threads()))
+    rows, out = len(signs), len(bits)
+    y = torch.empty(rows, out)
+    _called("agreements", signs, there, bits, y, numbers=(rows, n, out, _threads(rows * n * out)))
     return y
 
 
@@ -135,15 +137,19 @@ def product(x: Tensor, bits: Tensor) -> Tensor | None:
     if len(x) >= FEW_ROWS:
         return None
     y = torch.empty(len(x), len(bits))
-    _called("signed_sums", x, bits, y, numbers=(*x.shape, len(bits), torch.get_num_threads()))
+    _called("signed_sums", x, bits, y, numbers=(*x.shape, len(bits), _threads(x.numel() * len(bits))))
     return y
 
 
 def unpacked(bits: Tensor, n: int) -> Tensor:
     """S, (rows, n) of −1 and 1, from its bits (rows, ⌈n/8⌉)."""
     weights = torch.empty(len(bits), n)
-    _called("unpack_signs", bits, weights, numbers=(len(bits), n, torch.get_num_threads()))
+    _called("unpack_signs", bits, weights, numbers=(len(bits), n, _threads(weights.numel())))
     return weights
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= WORK else 1
 
 
 def _called(name: str, *tensors: Tensor | None, numbers: tuple[int, ...]) -> int:
