@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import FLAT, trained
+from backend_cases import FLAT, model_of, trained
 from optimizer_cases import Make, equal, named, run, same, shell, weights
 from torch import Tensor
 
@@ -90,6 +90,37 @@ def test_asking_for_diagnostics_does_not_forget_the_error() -> None:
     with pytest.raises(poco.NonFiniteError, match=r"^step 5: "):
         opt.step(task.closure(0))
     opt.step(task.closure(0))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_what_keeps_no_posterior(backend: str, nonfinite: str) -> None:
+    """VSGD is all or nothing, but for a large model whose weights may move apart."""
+    model = model_of(FLAT)
+    opt = poco.VSGD(model.parameters(), lr=0.1, backend=backend, nonfinite=nonfinite)
+
+    def step(grad: float = 1.0) -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        next(model.parameters()).grad.view(-1)[3] = grad
+        opt.step()
+
+    step()
+    before = weights(model)
+    step(torch.nan)
+    moved = torch.cat([(a != b).view(-1) for a, b in zip(before, weights(model), strict=True)])
+    alone = backend == "eager" and nonfinite == "raise"
+    assert int(moved.sum()) == (1299 if alone else 0)
+    if nonfinite == "skip":
+        assert opt.diagnostics()["skipped_steps"] == 1
+        step()
+        assert opt.diagnostics()["skipped_steps"] == 1
+    else:
+        opt.state_dict()  # which looks, and forgets nothing
+        with pytest.raises(poco.NonFiniteError, match=rf"^step 2: params: the step of {1 if alone else 1300} weights"):
+            step()
+    step()
+    assert opt.diagnostics()["steps"] == 4 and all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize("case", CASES)
