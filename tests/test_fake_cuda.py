@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizer_cases import Make, named, shell
+from optimizer_cases import SHELL, Make, named, shell
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -150,6 +150,20 @@ def stepper(make: Make, params: list[nn.Parameter], backend: str = "") -> tuple[
     return opt, closure
 
 
+# VON takes Hessians, which fake losses do not have, and waits where it factors a precision.
+SMALL = ("SVRG", "VSGDPoCo", "IVON", "IVONPoCo", "IVONPoCoMo", "BayesBiNN", "BayesBiNNPoCo", "diagonal-gradsq")
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:params. group0.param1, group0.param2 have")
+@pytest.mark.parametrize("case", SMALL)
+def test_a_small_model_does_not_wait_either(cuda: Cuda, case: str) -> None:
+    """All or nothing, as ever."""
+    opt, closure = stepper(SHELL[case], model_of([(30, 20), (700,), (4, 3)]))
+    cuda.looking = False
+    for _ in range(2):
+        opt.step(closure)
+
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_neither_mixes_devices_nor_waits(cuda: Cuda, case: str) -> None:
@@ -157,6 +171,27 @@ def test_a_step_neither_mixes_devices_nor_waits(cuda: Cuda, case: str) -> None:
     cuda.looking = False
     for _ in range(2 if case in FAMILIES else 12):  # one of twelve shows itself to the variance meter
         opt.step(closure)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_writes_of_others_are_looked_for_with_one_wait(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """One for the weights between steps, and one for each evaluation, however many tensors there are."""
+    asked = list[int]()
+
+    def told(answers: list[Tensor]) -> list[bool]:
+        asked.append(len(answers))
+        return [True] * len(answers)
+
+    opt, closure = stepper(SHELL["IVONPoCo"], model_of([(4, 3), (7,)] * 5), backend)
+    for module, name, value in ((block, "LOOKS", 16), (evaluator, "FIRST", 99), (block, "told", told)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(evaluator, "told", told)
+    cuda.looking = False
+    opt.step(closure)
+    assert asked == [10, 1, 1]
 
 
 def test_looking_is_noticed(cuda: Cuda) -> None:

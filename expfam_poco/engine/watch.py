@@ -30,17 +30,29 @@ class Found(Protocol):
 
 
 class Unsound(NamedTuple):
-    """How many weights of a block kept their values; of a flat block, for `each` so many entries of a member."""
+    """How many weights of a block kept their values; of a flat block, for `each` so many entries of a member.
+
+    With `together` these were the cause that no weight of any block moved.
+    """
 
     block: Block
     counts: Tensor
     each: int
     lr: float
+    together: bool = False
 
     def error(self, late: str) -> NonFiniteError:
-        """That some weights had to keep their values."""
+        """That some weights, or all for their sake, had to keep their values."""
         block, counts = self.block, self.counts
         block, count = block.worst(counts, self.each) if isinstance(block, FlatBlock) else (block, int(counts.sum()))
+        if self.together:
+            error = NonFiniteError(
+                f"{late}lr={self.lr}: the loss, a gradient or the new posterior was infinite or NaN for {count} of "
+                f"{block.numel} weights of {block.name!r}; all weights kept their values. Lower lr or precision_lr, or "
+                "clip (clip_radius, max_grad_norm)."
+            )
+            error.stepped = bool(late)  # what has been stepped since
+            return error
         cause = ", as its loss or gradients may have been" if late else ""
         error = NonFiniteError(
             f"{late}lr={self.lr}: the step would have made {count} of {block.numel} weights of {block.name!r} infinite "

@@ -24,7 +24,7 @@ from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.beginning import Beginning
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, touched
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
@@ -32,7 +32,7 @@ from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
-from expfam_poco.engine.step import Step, clip_factor, remember
+from expfam_poco.engine.step import Step, clip_factor, hold_together, remember
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth
 from expfam_poco.errors import NonFiniteError, Skips
@@ -241,7 +241,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         """The blocks that take part now, with their records made or brought up to date."""
         self._layout.recover()
         self._read_settings()
-        active = []
+        active, known = [], list[Block]()
         for block in self._blocks:
             block.check_members(self.param_groups[block.group_number]["params"])
             block.record = self.state.get(block.params[0]) or new_record(None)
@@ -252,10 +252,11 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         for block in active:
             if block.record["posterior"] is None:
                 self._begun.append(Beginning(block, self.state))
-                continue
-            beginning.check_device(block, block.record["posterior"])
-            if block.weights_changed() or block.weights_differ(block.record["posterior"]):
-                self._reconcile(block, block.record)
+            else:
+                known.append(block)
+                beginning.check_device(block, block.record["posterior"])
+        for block in touched(known):
+            self._reconcile(block, block.record)
         return active
 
     def _reconcile(self, block: Block, record: Record) -> None:
@@ -373,6 +374,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
                 step.prepare(factor, following)
         except torch.linalg.LinAlgError:
             raise singular_error(step.block) from None
+        hold_together(steps)
         for step in steps:
             step.meter(self._meter, number)
         with Uninterrupted():
