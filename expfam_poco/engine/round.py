@@ -19,6 +19,7 @@ from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.kernels import Numbers
 from expfam_poco.engine.layout import Layout, Unit
 from expfam_poco.engine.noise_plan import NoisePlan, Part
+from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.step import Step, age_of
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.trial import Trial
@@ -37,6 +38,7 @@ class Round:
         blocks: that take part.
         plan: where noise comes from.
         number: of the step.
+        rehearsal: compiles what is missing.
         apart: every block by itself.
     """
 
@@ -46,12 +48,14 @@ class Round:
         blocks: Sequence[Block],
         plan: NoisePlan,
         number: int,
+        rehearsal: Rehearsal,
         *,
         apart: bool = False,
     ) -> None:
         self.plan, self.number = plan, number
         in_place = plan.backend is not None
         self.units: list[Unit] = layout.units(blocks, plan.correction, in_place=in_place, apart=apart)
+        rehearsal.of(self.units, plan)
 
     # ---- α -----------------------------------------------------------------------------------------------
 

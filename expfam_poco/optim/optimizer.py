@@ -31,6 +31,7 @@ from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
 from expfam_poco.engine.products import Products
+from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.step import Step, clip_factor, hold_together, remember
 from expfam_poco.engine.watch import Watch
@@ -152,6 +153,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         NoiseKey(self.seed)
         self.backend = Backend(backend)
         self.one_pass = one_pass
+        self._rehearsal = Rehearsal(one_pass and not self.correction.moves, max_grad_norm is not None)
         self._products = Products(anchor)
         self._evaluator = Evaluator(self._products)
         self._meter = VarianceMeter()
@@ -364,11 +366,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
-        factor: float | Tensor = 1.0
-        if self.max_grad_norm is not None and steps:
-            factor = clip_factor(steps, self.max_grad_norm)
-        ahead = self.one_pass and not self.correction.moves
-        following = self._plan(None).step_key(number + 1) if ahead else None
+        factor = 1.0 if self.max_grad_norm is None or not steps else clip_factor(steps, self.max_grad_norm)
+        following = self._plan(None).step_key(number + 1) if self._rehearsal.ahead else None
         try:
             for step in steps:
                 step.prepare(factor, following)
@@ -486,8 +485,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             record["memory"], record["stamp"], record["in_mega"] = memory, self._clock["memory"], True
 
     def _round(self, blocks: Sequence[Block], number: int) -> Round:
-        apart = self._products.kind != "curvature"
-        return Round(self._layout, blocks, self._plan(blocks), number, apart=apart)
+        plan, apart = self._plan(blocks), self._products.kind != "curvature"
+        return Round(self._layout, blocks, plan, number, self._rehearsal, apart=apart)
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         """Where noise comes from in a step or refresh of these blocks, and whether they are stepped in place."""
