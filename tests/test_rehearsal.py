@@ -78,3 +78,20 @@ def test_steps_that_are_never_corrected_rehearse_none_that_are(monkeypatch: pyte
     monkeypatch.setattr(backend, "_compile", lambda kernel, constants: lambda *rest: kernel(*constants, *rest))
     first_step("IVON", FLAT)
     assert [key[0] for key in backend._COMPILED] == ["draw", "advance"]
+
+
+def test_what_begins_with_a_refresh_rehearses_no_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until there is one: when a tensor is frozen, the refresh is no longer of just those that are stepped."""
+    monkeypatch.setattr(backend, "_COMPILED", {})
+    monkeypatch.setattr(backend, "_compile", lambda kernel, constants: lambda *rest: kernel(*constants, *rest))
+    model, opt, task = trained(CASES["IVONPoCoMo"], 0, FLAT, backend="compiled")
+    opt.refresh(task.chunks())
+    run(opt, task, 1)
+    assert sorted(key[0] for key in backend._COMPILED) == ["advance", "collect", "draw", "draw"]
+    model["long"].requires_grad_(False)
+    run(opt, task, 1, start=1)
+    known = [key[0] for key in backend._COMPILED]
+    assert known.count("advance") == 3  # for one tensor alone, plain and corrected
+    opt.refresh(task.chunks())
+    run(opt, task, 1, start=2)
+    assert [key[0] for key in backend._COMPILED] == known

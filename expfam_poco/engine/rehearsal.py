@@ -48,37 +48,43 @@ class Rehearsal:
         """A copy may find itself in another process."""
         return {**self.__dict__, "_done": set()}
 
-    def of(self, units: Sequence[tuple[Block, Record]], plan: NoisePlan) -> None:
-        """Compile what is missing for these blocks, which are ready for a step."""
+    def of(self, units: Sequence[tuple[Block, Record]], plan: NoisePlan, *, plain: bool) -> None:
+        """Compile what is missing for these blocks, which are ready for a step.
+
+        Args:
+            units: the blocks with their records.
+            plan: the step's.
+            plain: whether steps without correction are to be expected: not where everything begins with a refresh.
+        """
         backend = plan.backend
         if backend is None or backend.mode != "compiled":
             return
         for block, record in units:
             if not steps_in_place(block):
                 continue
-            trial = _present(block, record, plan)
-            kind = trial.constants(), block.dtype, block.params[0].dtype, block.device, isinstance(block, FlatBlock)
-            if kind in self._done:
+            constants = _present(block, record, plan).constants()
+            kind = constants, block.dtype, block.params[0].dtype, block.device, isinstance(block, FlatBlock)
+            parts = [self._plain] if plain and (kind, True) not in self._done else []
+            if _is_corrected(block, plan) and (kind, False) not in self._done:
+                parts.append(self._corrected)
+            if not parts:
                 continue
-            self._done.add(kind)
+            self._done |= {(kind, False)} | ({(kind, True)} if plain else set())
             before = backend.compile_seconds
-            name = type(block.family).__name__
-            LOG.info("compiling what steps of %s will need", name)
-            self._rehearse(*_copied(block, record), plan)
+            LOG.info("compiling what steps of %s will need", type(block.family).__name__)
+            copy, own = _copied(block, record)
+            for part in parts:
+                part(copy, own, plan)
             LOG.info("compiled it in %.1f s", backend.compile_seconds - before)
 
-    def _rehearse(self, block: Block, record: Record, plan: NoisePlan) -> None:
-        self._plain(block, record, plan)
+    def _corrected(self, block: Block, record: Record, plan: NoisePlan) -> None:
         correction, alpha = plan.correction, block.settings.alpha
-        fixed = (alpha,) if isinstance(alpha, int | float) else alpha if isinstance(alpha, tuple) else None
-        if not correction.compares or (fixed is not None and not any(fixed)):
-            return
         mega = plan.at_mega(block, record, _numbers(block), 1, 1, _nothing, Part(0, 1.0))
         record["memory"] = remember(_measured(mega) if correction.refresh_evaluations else mega, record)
         first = _measured(_present(block, record, plan))
         second = plan.at_reference(first, correction.reference(record["memory"]), 1, 1, Part(0, 1.0, None, False))
         self._step(record, first, _measured(second), plan)
-        if fixed is None and not isinstance(alpha, MegaBatchAlpha):  # it may be 0 after a refresh
+        if not isinstance(alpha, int | float | tuple | MegaBatchAlpha):  # it may be 0 after a refresh
             self._plain(block, record, plan)
 
     def _plain(self, block: Block, record: Record, plan: NoisePlan) -> None:
@@ -90,6 +96,13 @@ class Rehearsal:
             step.gradient_square()
         step.prepare(1.0, plan.step_key(2) if self.ahead else None)
         step.commit()
+
+
+def _is_corrected(block: Block, plan: NoisePlan) -> bool:
+    """Whether steps will be, once there has been a refresh."""
+    alpha = block.settings.alpha
+    never = alpha == 0.0 if isinstance(alpha, int | float) else isinstance(alpha, tuple) and not any(alpha)
+    return plan.correction.compares and not never
 
 
 def _nothing() -> None:

@@ -52,10 +52,9 @@ class Round:
         *,
         apart: bool = False,
     ) -> None:
-        self.plan, self.number = plan, number
+        self.plan, self.number, self._rehearsal = plan, number, rehearsal
         in_place = plan.backend is not None
         self.units: list[Unit] = layout.units(blocks, plan.correction, in_place=in_place, apart=apart)
-        rehearsal.of(self.units, plan)
 
     # ---- α -----------------------------------------------------------------------------------------------
 
@@ -105,6 +104,7 @@ class Round:
         Raises:
             ValueError: if the batch depends on none of the blocks.
         """
+        self._rehearsal.of(self.units, self.plan, plain=wanted is None)
         first: list[Trial] = []
         second: list[Trial] | None = None
         numbers = [self._numbers(*unit, alpha) for unit, alpha in zip(self.units, alphas, strict=True)]
@@ -199,6 +199,7 @@ class Round:
             refresh: this one's number.
             number: of its first chunk.
         """
+        self._rehearsal.of(self.units, self.plan, plain=False)
         trials: list[Trial] = []
         losses = []
         numbers = [self._numbers(*unit, (0.0, 0.0)) for unit in self.units]
