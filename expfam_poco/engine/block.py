@@ -33,6 +33,7 @@ class Record(TypedDict):
     * `momentum`: the average of each momentum field, or ().
     * `memory`: the correction's, or None.
     * `step`: the number of steps in the momentum's average.
+    * `ages`: the same for every row of a local parameter, or None.
     * `stamp`: the number of the memory that this one is a part of; blocks of one stamp belong together.
     * `in_mega`: whether the mega-batch depended on the block.
     * `drawn`: the key of the draw that the model holds between steps, if any.
@@ -42,6 +43,7 @@ class Record(TypedDict):
     momentum: tuple[Tensor, ...]
     memory: Any
     step: int
+    ages: Tensor | None
     stamp: int
     in_mega: bool
     drawn: NoiseKey | None
@@ -49,7 +51,7 @@ class Record(TypedDict):
 
 def new_record(posterior: Any) -> Record:
     """The record of a block that has not been stepped."""
-    return Record(posterior=posterior, momentum=(), memory=None, step=0, stamp=0, in_mega=False, drawn=None)
+    return Record(posterior=posterior, momentum=(), memory=None, step=0, ages=None, stamp=0, in_mega=False, drawn=None)
 
 
 class Block:
@@ -378,6 +380,11 @@ def warn_of_levels(blocks: Sequence[Block]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Refuse tensors that no family can be about."""
+    if hasattr(p, "device_mesh"):  # torch's DTensor
+        raise ValueError(
+            f"params: {name} is spread over processes (fully_shard, DTensor), which is not supported; keep whole "
+            "parameters on every process, by DistributedDataParallel."
+        )
     if p.is_complex():
         raise ValueError(f"params: {name} is complex; split it into real and imaginary parts.")
     if not p.is_floating_point():

@@ -21,7 +21,7 @@ from expfam_poco.engine.backend import tile_size
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, new_record
 from expfam_poco.engine.flat import ROLES, FlatBlock
-from expfam_poco.engine.kernels import Numbers
+from expfam_poco.engine.kernels import Constants, Numbers
 from expfam_poco.engine.noise_plan import NoisePlan, Part
 from expfam_poco.engine.step import Step, remember
 from expfam_poco.engine.tiles import spread, steps_in_place, tiles
@@ -62,7 +62,7 @@ class Rehearsal:
         for block, record in units:
             if not steps_in_place(block):
                 continue
-            constants = _present(block, record, plan).constants()
+            constants = _constants(block, plan)
             kind = constants, block.dtype, block.params[0].dtype, block.device, isinstance(block, FlatBlock)
             parts = [self._plain] if plain and (kind, True) not in self._done else []
             if _is_corrected(block, plan) and (kind, False) not in self._done:
@@ -114,6 +114,14 @@ def _numbers(block: Block) -> Numbers:
     site = block.family.per_block(0.0, 0.0)
     momentum = block.settings.momentum
     return Numbers(site, site, block.settings.ess, momentum, 1.0 - momentum, 1.0 - momentum, 1.0)
+
+
+def _constants(block: Block, plan: NoisePlan) -> Constants:
+    """Those of the block's kernels; asked for at every step, so that nothing is made for it."""
+    key, nothing = plan.step_key(1), _numbers(block)
+    estimator = block.settings.estimator
+    trial = Trial(block, estimator, plan.correction, None, None, nothing, key, key, plan.mode, 1, plan.backend)
+    return trial.constants()
 
 
 def _present(block: Block, record: Record, plan: NoisePlan) -> Trial:

@@ -19,15 +19,18 @@ from expfam_poco.closures.evaluate import Measured
 from expfam_poco.correction.base import Correction
 from expfam_poco.engine import passes
 from expfam_poco.engine.backend import EAGER, SHORTEST, Backend, plainly, tile_size
+from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
+from expfam_poco.engine.rows import Selection
 from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
 from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
 from expfam_poco.family.noise import Address, NoiseKey, noise
 from expfam_poco.family.transfer import Answer, all_of, are_near, is_ahead, on_device
+from expfam_poco.rule import own_site
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Trial:
         used: which parameters an evaluation has depended on.
         grads: of a whole block, its gradients at all draws; None where nothing depended on it.
         raw: in place, the gradient of the last draw as each parameter has it.
+        rows: of a local parameter, those that the batch has used.
         noises: the noise of all draws of a whole block, once it has been made, for all trials of one key.
         spoil: of a whole block that is watched: NaN where what earlier parts measured is not finite, else 0.
     """
@@ -76,6 +80,7 @@ class Trial:
     hessians: list[Tensor] = field(default_factory=list)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     variations: list[Tensor] = field(default_factory=list)
+    rows: Selection | None = None
     noises: list[Tensor] = field(default_factory=list)
     spoil: Tensor | None = None
     _points: Tensor | None = None
@@ -305,13 +310,19 @@ class Trial:
             self._keep(loss, row)
             self._keep_pair()
 
+    @property
+    def factor(self) -> float:
+        """What makes the loss the objective that becomes small, of the rows that the batch has used."""
+        share = 1.0 if self.rows is None else self.rows.share
+        return -share if self.block.settings.maximize else share
+
     def signed(self, measured: Tensor) -> Tensor:
-        """What was measured of the loss, as it is of the objective that becomes small."""
-        return -measured if self.block.settings.maximize else measured
+        """What was measured of the loss, as it is of the objective."""
+        return measured if self.factor == 1.0 else measured * self.factor
 
     def _keep(self, loss: Tensor, grads: list[Tensor | None]) -> None:
-        if self.block.settings.maximize:
-            loss, grads = -loss, [None if grad is None else -grad for grad in grads]
+        if self.factor != 1.0:
+            loss, grads = self.signed(loss), [None if grad is None else self.signed(grad) for grad in grads]
         losses_alone = self.estimator.needs in LOSSES_ALONE
         if not all(self.used) or not self.used:
             before = self.used or [losses_alone] * len(grads)
@@ -396,6 +407,14 @@ class Trial:
         assert spoil is not None
         return spoil.expand(self.block.shape)
 
+    def settle_for(self, site: Any, used: list[bool]) -> None:
+        """Go by a mean natural gradient that was formed elsewhere of this one and others."""
+        self.used = used
+        if self.in_place:
+            self.total = site
+        else:
+            self._site = site
+
     def natural_gradient(self) -> Any:
         """The estimator's site from all recorded evaluations."""
         theta = self.points()
@@ -408,7 +427,10 @@ class Trial:
         loss = stacked(self.losses).to(theta.dtype)
         variations = stacked(self.variations).to(theta.dtype) if self.variations else None
         draws = Draws(self.noise(), theta, loss, grad, hessian, pairs, variations)
-        return self.estimator.natural_gradient(self.block.family, self.where, draws)
+        family, where, settings = self.block.family, self.where, self.block.settings
+        if not settings.own_site:
+            return self.estimator.natural_gradient(family, where, draws)
+        return own_site.natural_gradient(self.estimator, family, where, prior_of(self.block), settings.ess, draws)
 
     def evidence(self, tile: Tile | Whole, constants: Constants, *, beside: Trial | None = None) -> Any:
         """What was measured on a tile: the site, or one draw's gradient (zero where the batch did not use it).
@@ -452,6 +474,7 @@ class Trial:
             trial.losses, trial.used = list(self.losses), [self.used[number]]
             trial.spoil = None if self.spoil is None else flat.views(self.spoil)[number]
             if not self.in_place:
+                trial._site = None if self._site is None else flat.cut(self._site, number)
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
             made.append(trial)
         return made

@@ -16,6 +16,7 @@ from torch.optim import optimizer as torch_hooks
 from expfam_poco.arguments import is_real, shown
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
+from expfam_poco.closures.rows import rows_of
 from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
 from expfam_poco.errors import CheckpointError, NonFiniteError
@@ -39,6 +40,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             every tensor); no effect before `refresh`.
         max_grad_norm: clip the *corrected* gradient of all parameters together to this norm.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
+        process_group: of `torch.distributed`, as in `PosteriorCorrected`.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -57,6 +59,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         alpha: Alpha = 1.0,
         max_grad_norm: float | None = None,
         stale_after: int | None = 1000,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(base_optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -74,7 +77,15 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         groups = [_bare(group) for group in base_optimizer.param_groups]
         family = get_family("isotropic_gaussian")()
         self._engine = PosteriorCorrected(
-            groups, family, 0.0, 1.0, alpha=alpha, noise="zero", stale_after=stale_after, seed=0
+            groups,
+            family,
+            0.0,
+            1.0,
+            alpha=alpha,
+            noise="zero",
+            stale_after=stale_after,
+            seed=0,
+            process_group=process_group,
         )
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.param_groups = base_optimizer.param_groups
@@ -121,9 +132,14 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             the mini-batch loss at the current weights.
         """
         engine, parts = self._engine, parts_of(closure, weights, scaler=scaler)
+        if any(map(any, (rows_of(part) for part, _ in parts))):
+            raise ValueError(
+                "rows: the base optimizer steps all rows of a parameter; give AlphaSVRG the closure alone."
+            )
         blocks = engine._trainable()
         params = [block.params[0] for block in blocks]
         number = engine._clock["step"] + 1
+        engine._join(parts, blocks, "a step", weights)
         try:
             with engine._evaluator.undone_on_error():
                 with engine._weights_restored(blocks):

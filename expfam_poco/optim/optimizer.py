@@ -7,7 +7,7 @@ family, how tensors are laid and stepped in `engine`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from expfam_poco.closures.effects import mark_used
-from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
+from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
-from expfam_poco.correction.alpha import Pace, Staleness, refreshed
-from expfam_poco.correction.snapshot import Alpha, outer_from_posterior
+from expfam_poco.correction.alpha import Pace, Staleness
+from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
@@ -29,24 +29,25 @@ from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
-from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
+from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.round import Round, holds_draw
-from expfam_poco.engine.step import Step, clip_factor, hold_together, remember
+from expfam_poco.engine.rows import are_local
+from expfam_poco.engine.step import Step, clip_factor, hold_together
 from expfam_poco.engine.watch import Watch
-from expfam_poco.engine.width import StartingWidth
+from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
-from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.draws import Estimator
+from expfam_poco.family.draws import Estimator, require_draws
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
-from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
+from expfam_poco.optim.outer import Refreshing
+from expfam_poco.optim.records import CLOCK, Resuming
 
 
-class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
+class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer):
     r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
 
         ĝ = ∇̃L_B(λ_in) − α [∇̃L_B(λ_out) − ḡ_out],      λ ← λ − η (∇̃KL(q_λ ‖ p₀) + N ĝ)     (PC Eq. 13, 18)
@@ -61,38 +62,40 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         lr: η of the Bayesian learning rule (for the mean, where the family has more than one block).
         ess: N (κ), the number of examples that the mean loss stands for.
         weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
-        prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
-        correction: what natural gradients are corrected with, by name ("snapshot": the posterior of the last refresh;
-            "stored", "recursive", "transported", "none") or as an object; see `correction`.
-        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`LinearAlpha`), "adaptive" (of least
-            variance, measured for every tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
+        prior: a `State` (or a dictionary of them by name) in place of `weight_decay`.
+        correction: of natural gradients, an object or a name ("snapshot": by the posterior of the last refresh;
+            "stored", "recursive", "transported", "none"); see `correction`.
+        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α, "adaptive" (of least variance, by
+            tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
-        noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
-            refresh, Alg. 3 and 5), "antithetic" (pairs ±ε), "zero" (the delta method).
-        curvature: the estimator's name or object; see `estimators`.
-        anchor: "curvature" (the anchor term from the curvature), "stored" (from the mega-batch's dense Hessian
-            and products, small models) or "products" (products on the whole mega-batch at every step).
+        noise: "shared" (one noise for λ_in, λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next refresh,
+            Alg. 3, 5), "antithetic" (pairs ±ε), "zero" (the delta method).
+        curvature: the estimator, by name or as an object; see `estimators`.
+        anchor: "curvature" (the anchor term from it), "stored" (from the mega-batch's dense Hessian and products, small
+            models) or "products" (products on the whole mega-batch at every step).
         anchor_weight: weight of the anchor term; None takes the estimator's.
         retraction: "second_order" (always in the domain) or "plain" (the exact rule; refuses to leave it).
         momentum: β₁ on the family's momentum block.
         debias: divide the momentum by 1−β₁ᵗ.
-        precision_lr: rate of the other blocks (the precision); None: the same as lr.
-        clip_radius: ξ, limit of each entry of the preconditioned step before lr.
+        precision_lr: rate of the other blocks (the precision); None: lr.
+        clip_radius: ξ, limit of each entry of the step before lr.
         hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
-        reanchor_average: move the old mega-batch average to the new λ_out before averaging, with the anchor term's
-            weight (False: Alg. 4).
+        reanchor_average: move the old mega-batch average to the new λ_out, by the anchor's weight (False: Alg. 4).
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
+        own_site: the posterior's own site is a control variate, which takes the draws' noise (`rule.own_site`).
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
-        nonfinite: "raise" a `NonFiniteError` or "skip" the step if a loss or gradient is not finite (docs/speed.md).
-        backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
-        one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
-            weights of models that are stepped in place; evaluate inside `with optimizer.sampled(at_point=True)`.
-        stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
+        nonfinite: "raise" a `NonFiniteError` or "skip" the step if it is not finite (docs/speed.md).
+        backend: of large models, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
+        one_pass: a model that is stepped in place holds the next draw between steps, which saves a pass over its
+            weights; evaluate inside `with optimizer.sampled(at_point=True)`.
+        stale_after: warn, once, when α > 0 and the last refresh is more steps ago; None: never.
         seed: the noise key; None takes one from torch's global generator.
-        lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
-            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss. In
-            a group it is called `lr_convention`, for `lr_scale` is others' label there.
+        process_group: of `torch.distributed`, whose processes train one model (docs/scaling.md); None: that of a
+            DistributedDataParallel around the parameters or within the closure, if there is one.
+        noise_per_rank: every process has draws of its own, whose natural gradients are averaged, in place of one draw.
+        lr_scale: a factor on lr, for other conventions of it: a number, "initial_hessian" (each group's hess_init +
+            weight_decay) or "mean_loss" (lr is the η on the mean loss); in a group it is called `lr_convention`.
         maximize: make the loss large in place of small; a group may differ.
 
     Example:
@@ -133,6 +136,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         hess_init: float | None = None,
         reanchor_average: bool = True,
         prior_in_momentum: bool = False,
+        own_site: bool = False,
         mc_samples: int = 1,
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
@@ -140,6 +144,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         one_pass: bool = False,
         stale_after: int | None = 1000,
         seed: int | None = None,
+        process_group: Any = None,
+        noise_per_rank: bool = False,
         lr_scale: float | str = 1.0,
         maximize: bool = False,
     ) -> None:
@@ -151,6 +157,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
+        self._start_together(process_group, noise_per_rank, seed is not None)
         self.backend = Backend(backend)
         self.one_pass = one_pass
         self._rehearsal = Rehearsal(one_pass and not self.correction.moves, max_grad_norm is not None)
@@ -186,6 +193,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             "hess_init": hess_init,
             "reanchor_average": reanchor_average,
             "prior_in_momentum": prior_in_momentum,
+            "own_site": own_site,
             "maximize": maximize,
         }
         super().__init__(params, defaults)
@@ -193,7 +201,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
-        return without_hooks(self.__dict__)
+        return {**without_hooks(self.__dict__), "_process_group": None}
 
     # ---- groups ------------------------------------------------------------------------------------------
 
@@ -226,6 +234,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
             beginning.check_prior(block, own.prior)
             own.estimator.check_size(block.numel)
+            require_draws(own.estimator, block.family, block.shape, draws_of(self.noise, self.mc_samples))
             for p in block.params:
                 mark_used(p.grad)
         self._readings.append(reading)
@@ -307,9 +316,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
 
         Args:
-            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched`; a list of closures
-                accumulates the gradients of micro-batches, as if they were one batch.
-            weights: the micro-batches' numbers of examples; None counts them equally.
+            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched` or `Rows`; a list of
+                closures accumulates the gradients of micro-batches, as if they were one batch.
+            weights: the micro-batches' numbers of examples; None counts them (and processes) equally.
             fresh_noise: draw weights anew for every micro-batch, and average their natural gradients.
             scaler: a `torch.amp.GradScaler` for fp16; a step whose gradients overflow is skipped, and the scaler told.
                 Closures return the unscaled loss. Call `scaler.update()` afterwards.
@@ -319,17 +328,17 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
         Raises:
             TypeError: without a closure: the loss must be evaluated at weights drawn here.
-            NonFiniteError: if a loss or gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or
+            NonFiniteError: if a loss or gradient is not finite (with nonfinite="raise"), nothing being changed; or
                 after a step in place in which some weights had to keep their values (`docs/speed.md`).
         """
         parts = parts_of(closure, weights, fresh_noise=fresh_noise, scaler=scaler)
         blocks = self._trainable()
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
+        self._join(parts, blocks, "a step", weights)
         try:
             with self._weights_restored(blocks), self._evaluator.undone_on_error(watched=True):
-                at_weights = (
-                    None if self.noise == "zero" or number > 1 else self._width.loss(parts, blocks, self._evaluator)
-                )
+                drawn_first = self.noise != "zero" and number == 1
+                at_weights = self._width.loss(parts, blocks, self._evaluator) if drawn_first else None
                 loss, steps = self._measured(parts, blocks, number)
                 if at_weights is not None:
                     self._width.compare(float(loss), at_weights)
@@ -341,15 +350,21 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
         else:
             self._skips.stepped()
+            check_reach(number, blocks)
         finally:
             self._layout.recover()
         return loss
 
     def _measured(
-        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
+        self,
+        parts: Sequence[tuple[Closure, float]],
+        blocks: Sequence[Block],
+        number: int,
+        *,
+        always: bool = False,
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
-        now = self._round(blocks, number)
+        now = self._round(blocks, number, apart=are_local(parts, blocks))
         alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, number), always=always)
         self._alphas = now.alphas_by_name(alphas)
         asked = any(map(any, alphas)) or any(wanted)
@@ -366,7 +381,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
-        factor = 1.0 if self.max_grad_norm is None or not steps else clip_factor(steps, self.max_grad_norm)
+        most = self.max_grad_norm
+        factor: float | Tensor = clip_factor(steps, most) if most is not None and steps else 1.0
         following = self._plan(None).step_key(number + 1) if self._rehearsal.ahead else None
         try:
             for step in steps:
@@ -416,76 +432,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             for block in stepped:
                 self._state(block)["stamp"] = self._clock["memory"]
 
-    # ---- q_out -------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def refresh(
-        self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
-    ) -> Tensor:
-        """Make q_out from a mega-batch: λ_out ← λ_in, ḡ_out ← ρ ḡ_out + (1−ρ) mean over chunks (Eq. 17, 26).
-
-        Args:
-            closures: one for each chunk of the mega-batch; each returns the mean loss of its chunk.
-            weights: the chunks' numbers of examples; None counts chunks equally.
-            scaler: a `torch.amp.GradScaler` for fp16, told of overflows; call `scaler.update()` after the next step.
-
-        Returns:
-            the mega-batch's mean loss at the sampled weights; NaN if its scaled gradients overflow.
-
-        On any other error, also with nonfinite="skip", q_out stays as it was and the error is raised.
-        """
-        self._settle(raising=True)
-        try:
-            return self._refresh(closures, weights, scaler)
-        except ScaledOverflow:
-            return NonFiniteError.loss
-        finally:
-            self._layout.recover()
-
-    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
-        if self.correction.compares and not self.correction.refresh_evaluations:
-            raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
-        chunks, shares = check_chunks(closures, weights)
-        parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
-        blocks = self._trainable()
-        refresh, first = self._clock["refresh"] + 1, self._clock["chunk"] + 1
-        now = self._round(blocks, self._clock["step"] + 1)
-        self._products.begin()
-        with self._weights_restored(blocks):
-            loss, trials = now.evaluate_chunks(list(zip(parts, shares, strict=True)), self._evaluator, refresh, first)
-        if not any(any(trial.used) for trial in trials):
-            raise unused_error()
-        memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
-        with Uninterrupted():
-            self._clock.update(refreshed(self._clock, len(parts)))
-            now.keep(memories, trials, self._clock["memory"])
-            self._products.commit()
-        return loss
-
-    @torch.no_grad()
-    def set_outer(self, state: Mapping[str, Any]) -> None:
-        """Make q_out from a stored posterior (knowledge transfer, PC §3.1): its ḡ_out is the one that a fixed
-        point of the rule has, −∇̃KL(q_out ‖ p₀)/N.
-
-        Args:
-            state: a `State` for every block by name (as `posterior_states()` gives), or the `state_dict()` of an
-                optimizer of the same model.
-        """
-        blocks = self._active()
-        self._products.check_set_outer()
-        states = posteriors_of(state, blocks, self.param_groups)
-        self._clock.update(refreshed(self._clock, 0))
-        for block in blocks:
-            own = fields.map_fields(torch.clone, states[block.name])  # steps in place must not reach the caller's
-            site = outer_from_posterior(block.family, own, beginning.prior_of(block), block.settings.ess).site
-            memory = self.correction.after_refresh(
-                block.family, None, own, site, block.settings.averaging(block.family)
-            )
-            record = self._state(block)
-            record["memory"], record["stamp"], record["in_mega"] = memory, self._clock["memory"], True
-
-    def _round(self, blocks: Sequence[Block], number: int) -> Round:
-        plan, apart = self._plan(blocks), self._products.kind != "curvature"
+    def _round(self, blocks: Sequence[Block], number: int, *, apart: bool = False) -> Round:
+        apart = apart or self._products.kind != "curvature"
+        plan = self._plan(None if apart else blocks)
         return Round(self._layout, blocks, plan, number, self._rehearsal, apart=apart)
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
