@@ -21,7 +21,9 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.transfer import Answer, all_of, are_near, told
 
-LOOKED_AT = 2**20  # weights of a tensor that are compared with the posterior's point
+# Of a tensor with more weights than WHOLE every SPARSE-th is compared with the posterior's point, each time others, and
+# LOOKED_AT of them at most: to read all would take as long as two thirds of AdamW's step.
+WHOLE, SPARSE, LOOKED_AT = 2**16, 63, 2**20
 LOOKS, LOOK_AGAIN = 16, 128  # on an accelerator: at so many first uses, and every so many afterwards
 _DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -259,7 +261,9 @@ class Block:
         if self.family.joint or not self.batch:
             pairs = zip(self.split(self.family.point(state)), self.params, strict=True)
             return all_of(are_near(point, p, 0.0, 0.0) for point, p in pairs)
-        stride = self.batch.numel() // LOOKED_AT + 1 | 1  # odd, or it would meet the same columns again and again
+        count = self.batch.numel()
+        # An odd stride, or it would meet the same columns again and again.
+        stride = 1 if count <= WHOLE else max(SPARSE, count // LOOKED_AT + 1 | 1)
         (p,), some, present = self.params, state, self.params[0].detach()
         if stride > 1:
             some, present = self._every(state, stride), self._every(present, stride)
