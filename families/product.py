@@ -248,6 +248,9 @@ class ProductFamily(ExponentialFamily):
     distributions = _parted("distribution", "State", gives="list")
     natural_gradient = _parted("natural_gradient", "State", "draws", gives="Site")
     score_natural_gradient = _parted("score_natural_gradient", "State", "draws", gives="Site")
+    regressed_natural_gradient = _parted("regressed_natural_gradient", "State", "draws", gives="Site")
+    regressed_score_natural_gradient = _parted("regressed_score_natural_gradient", "State", "draws", gives="Site")
+    log_ratio_gradient = _parted("log_ratio_gradient", "State", "State", "theta", gives="theta")
     kl_gradient = _parted("kl_gradient", "State", "State", gives="Site")
     retract = _parted("retract", "State", "Site", "Site", gives="State")
     extrapolate = _parted("extrapolate", "State", "State", "number", gives="State")
@@ -261,6 +264,7 @@ class ProductFamily(ExponentialFamily):
     entropy = _parted("entropy", "State", gives="sum")
     kl = _parted("kl", "State", "State", gives="sum")
     log_prob = _parted("log_prob", "State", "theta", gives="sum")
+    log_ratio = _parted("log_ratio", "State", "State", "theta", gives="sum")
 
     def _take(self, kind: str, value: Any) -> list[Any]:
         """An argument of this kind, as the parts have it."""

@@ -25,6 +25,11 @@ STEP, REFERENCE, MEGA, FIXED, SAMPLE, SIGNS_STEP, SIGNS_REFERENCE, SIGNS_MEGA, E
 NOISE_MODES = ("shared", "independent", "fixed", "antithetic", "zero")
 
 
+def draws_of(mode: str, mc_samples: int) -> int:
+    """The draws of an evaluation: antithetic ones are pairs."""
+    return 2 * mc_samples if mode == "antithetic" else mc_samples
+
+
 def draw_noise(block: Block, mode: str, count: int, key: NoiseKey) -> Tensor:
     """K × P standardised noise: `count` draws, `count` antithetic pairs, or `count` times the median."""
     family = block.family

@@ -21,6 +21,7 @@ from expfam_poco.correction.base import Averaging
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import LOSSES_ALONE, Estimator
 from expfam_poco.family.registry import resolve_family
+from expfam_poco.rule import own_site
 from expfam_poco.rule.estimators import available, resolve_estimator
 
 RETRACTIONS = ("second_order", "plain")
@@ -102,6 +103,7 @@ HYPERPARAMETERS = (
     "debias",
     "reanchor_average",
     "prior_in_momentum",
+    "own_site",
     "maximize",
 )
 
@@ -227,8 +229,10 @@ def check_group(group: dict[str, Any]) -> None:
             f"lr_scale={MEAN_LOSS!r}: it is for families of a fixed precision, not {type(group['family']).__name__}; "
             "give a number."
         )
-    for name in ("debias", "reanchor_average", "prior_in_momentum", "maximize"):
+    for name in ("debias", "reanchor_average", "prior_in_momentum", "own_site", "maximize"):
         arguments.flag(name, group[name])
+    if group["own_site"]:
+        own_site.check(group["curvature"])
     group["alpha"] = checked_alpha(python_number(group["alpha"]))
 
 
@@ -367,6 +371,7 @@ class Settings:
         retraction: its variant.
         reanchor_average: whether the old mega-batch average is moved to the new posterior.
         prior_in_momentum: whether momentum averages the prior's pull, too.
+        own_site: whether the posterior's own site is the control variate of every natural gradient.
         maximize: whether the loss is to be large.
     """
 
@@ -388,6 +393,7 @@ class Settings:
     retraction: str
     reanchor_average: bool
     prior_in_momentum: bool
+    own_site: bool
     maximize: bool
 
     @property
@@ -442,6 +448,7 @@ def read(group: dict[str, Any]) -> Settings:
         retraction=group["retraction"],
         reanchor_average=group["reanchor_average"],
         prior_in_momentum=group["prior_in_momentum"],
+        own_site=group["own_site"],
         maximize=group["maximize"],
     )
 

@@ -29,7 +29,7 @@ def is_leafwise(block: Block) -> bool:
         and len(block.batch) > 0
         and type(family).noise is ExponentialFamily.noise
         and estimator.needs == "gradient"
-        and not estimator.independent_draws
+        and not (estimator.independent_draws or estimator.compares or block.settings.own_site)
     )
 
 

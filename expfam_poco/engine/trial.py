@@ -19,6 +19,7 @@ from expfam_poco.closures.evaluate import Measured
 from expfam_poco.correction.base import Correction
 from expfam_poco.engine import passes
 from expfam_poco.engine.backend import EAGER, SHORTEST, Backend, plainly, tile_size
+from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.fused import Places
@@ -28,6 +29,7 @@ from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
 from expfam_poco.family.noise import Address, NoiseKey, noise
 from expfam_poco.family.transfer import is_ahead, on_device
+from expfam_poco.rule import own_site
 
 
 @dataclass
@@ -392,7 +394,10 @@ class Trial:
         loss = stacked(self.losses).to(theta.dtype)
         variations = stacked(self.variations).to(theta.dtype) if self.variations else None
         draws = Draws(self.noise(), theta, loss, grad, hessian, pairs, variations)
-        return self.estimator.natural_gradient(self.block.family, self.where, draws)
+        family, where, settings = self.block.family, self.where, self.block.settings
+        if not settings.own_site:
+            return self.estimator.natural_gradient(family, where, draws)
+        return own_site.natural_gradient(self.estimator, family, where, prior_of(self.block), settings.ess, draws)
 
     def evidence(self, tile: Tile | Whole, constants: Constants, *, beside: Trial | None = None) -> Any:
         """What was measured on a tile: the site, or one draw's gradient (zero where the batch did not use it).

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from expfam_poco.family import derived, fields, hyperparameters
+from expfam_poco.family import derived, fields, hyperparameters, regression
 from expfam_poco.family.domains import checkable
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import NoiseKey, noise, reflect
@@ -273,6 +273,18 @@ class ExponentialFamily(ABC):
         """∇_μ E_q[ℓ] from two or more losses alone: F⁻¹ (1/K) Σ_k (ℓ_k − mean_{j≠k} ℓ_j)(T(θ_k) − μ)."""
         return derived.score_natural_gradient(self, state, draws)
 
+    def regressed_natural_gradient(self, state: Any, draws: Draws) -> Any:
+        """The same with F estimated from the draws' own statistics: exact for ℓ = ⟨c, T⟩, else biased by O(1/K)."""
+        return regression.pathwise(self, state, draws)
+
+    def regressed_score_natural_gradient(self, state: Any, draws: Draws) -> Any:
+        """The same from losses alone: Cov(T, T)⁻¹ Cov(T, ℓ) over the draws."""
+        return regression.score(self, state, draws)
+
+    def least_draws(self, shape: torch.Size) -> int:
+        """How many draws `regressed_natural_gradient` needs for a tensor of this shape: as many slopes as unknowns."""
+        return -(-regression.number_of_statistics(self, shape) // regression.degrees_of_freedom(self, shape))
+
     def kl_gradient(self, state: Any, prior: Any) -> Any:
         """∇_μ KL(q ‖ p₀) = λ − λ₀ for a prior in the family, as a site at `state`."""
         difference = fields.subtract(self.to_nat(state), self.to_nat(prior))
@@ -346,6 +358,14 @@ class ExponentialFamily(ABC):
         nat, nat_prior = self.to_nat(state), self.to_nat(prior)
         linear = self.inner(fields.subtract(nat, nat_prior), self.to_mean(nat))
         return self.log_partition(nat_prior) - self.log_partition(nat) + linear
+
+    def log_ratio(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """log q(θ)/p₀(θ) up to a constant, one value per weight: ⟨λ − λ₀, T(θ)⟩, for the base measure cancels."""
+        return self.inner(fields.subtract(self.to_nat(state), self.to_nat(prior)), self.statistics(theta))
+
+    def log_ratio_gradient(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """∇_θ log q(θ)/p₀(θ), shaped like θ; by automatic differentiation unless overridden."""
+        return derived.log_ratio_gradient(self, state, prior, theta)
 
     def score(self, state: Any, theta: Tensor) -> Any:
         """∇_λ log q(θ) = T(θ) − μ."""

@@ -100,6 +100,12 @@ def pathwise_natural_gradient(family: ExponentialFamily, state: Any, draws: Draw
     return family.site_from_nat(family.Site(*family.fisher_solve(nat, gradient)), state)
 
 
+@differentiating
+def log_ratio_gradient(family: ExponentialFamily, state: Any, prior: Any, theta: Tensor) -> Tensor:
+    """∇_θ log q(θ)/p₀(θ)."""
+    return torch.as_tensor(torch.func.grad(lambda value: family.log_ratio(state, prior, value).sum())(theta))
+
+
 def leave_one_out(loss: Tensor) -> Tensor:
     """ℓ_k − mean_{j≠k} ℓ_j for every one of K ≥ 2 draws; they sum to zero."""
     count = loss.shape[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
@@ -70,6 +70,7 @@ class Estimator(ABC):
     needs_noise: ClassVar[bool] = False
     independent_draws: ClassVar[bool] = False
     antithetic: ClassVar[bool] = False
+    compares: ClassVar[bool] = False  # its natural gradient is no mean over draws
     anchor_weight: ClassVar[float] = 1.0
 
     def check(self, family: ExponentialFamily) -> None:
@@ -77,6 +78,10 @@ class Estimator(ABC):
 
     def check_size(self, size: int) -> None:
         """Raise a ValueError where a tensor of so many weights is too much for this estimator."""
+
+    def least_draws(self, family: ExponentialFamily, shape: Size) -> int:
+        """How many draws it needs for a tensor of this shape."""
+        return 2 if self.independent_draws else 1
 
     def points(self, family: ExponentialFamily, state: Any, noise: Tensor) -> Tensor:
         """Where the loss is evaluated (K × P): samples of q, unless the estimator relaxes them."""
@@ -93,3 +98,18 @@ class Estimator(ABC):
     def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Any:
         """The natural gradient as a `Site` at `state`."""
         return family.natural_gradient(state, draws)
+
+
+def require_draws(estimator: Estimator, family: ExponentialFamily, shape: Size, draws: int) -> None:
+    """Refuse fewer draws than an estimator needs.
+
+    Raises:
+        ValueError: names the number.
+    """
+    least = estimator.least_draws(family, shape)
+    if draws < least:
+        raise ValueError(
+            f"mc_samples: {type(estimator).__name__} of {type(family).__name__} needs at least {least} draws in an "
+            f"evaluation, and there are {draws}; set mc_samples to {least} or more (pairs of noise='antithetic' count "
+            "twice)."
+        )

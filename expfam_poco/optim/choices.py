@@ -32,7 +32,7 @@ IVON_OPT: Mapping[str, Any] = {
 CHOICES: Mapping[str, Mapping[str, Any]] = {
     "SVRG": {**_SGD, "alpha": 1.0, "noise": "zero"},  # PC Alg. 1, Eq. 2
     "VSGDPoCo": {**_SGD, "alpha": 1.0},  # PC Alg. 3 (there VSGD-PC)
-    "VON": {**_NEWTON, "alpha": 0.0},  # PC Eq. 8
+    "VON": {**_NEWTON, "alpha": 0.0, "own_site": True},  # PC Eq. 8
     "VONPoCo": {**_NEWTON, "alpha": 1.0},  # PC Alg. 5, Eq. 15, 16, 24
     "IVON": {**_IVON, "alpha": 0.0},  # Shen et al. 2024; PC Alg. 4 without red
     "IVONPoCo": {**_IVON, "alpha": 1.0},  # PC Alg. 4 without outer momentum (IVON-PC)

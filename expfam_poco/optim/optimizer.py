@@ -29,7 +29,7 @@ from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
-from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan
+from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.step import Step, clip_factor, remember
@@ -38,7 +38,7 @@ from expfam_poco.engine.width import StartingWidth
 from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.draws import Estimator
+from expfam_poco.family.draws import Estimator, require_draws
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
@@ -78,9 +78,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         precision_lr: rate of the other blocks (the precision); None: the same as lr.
         clip_radius: ξ, limit of each entry of the preconditioned step before lr.
         hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
-        reanchor_average: move the old mega-batch average to the new λ_out before averaging, with the anchor term's
-            weight (False: Alg. 4).
+        reanchor_average: move the old mega-batch average to the new λ_out, by the anchor's weight (False: Alg. 4).
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
+        own_site: the posterior's own site is a control variate, which takes the draws' noise (`rule.own_site`).
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError` or "skip" the step if a loss or gradient is not finite (docs/speed.md).
@@ -132,6 +132,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         hess_init: float | None = None,
         reanchor_average: bool = True,
         prior_in_momentum: bool = False,
+        own_site: bool = False,
         mc_samples: int = 1,
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
@@ -184,6 +185,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             "hess_init": hess_init,
             "reanchor_average": reanchor_average,
             "prior_in_momentum": prior_in_momentum,
+            "own_site": own_site,
             "maximize": maximize,
         }
         super().__init__(params, defaults)
@@ -224,6 +226,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             block.name = f"group{len(before)}.{block.name}" if block.name in taken else block.name
             beginning.check_prior(block, own.prior)
             own.estimator.check_size(block.numel)
+            require_draws(own.estimator, block.family, block.shape, draws_of(self.noise, self.mc_samples))
             for p in block.params:
                 mark_used(p.grad)
         self._readings.append(reading)

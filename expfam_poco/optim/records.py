@@ -188,16 +188,17 @@ def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str,
 
 
 def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state_dict of format 2 to 4 in the present format."""
+    """A state_dict of format 2 to 5 in the present format."""
     header = state_dict.get("poco")
-    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4):
+    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4, 5):
         return state_dict
     try:
         state_dict = _from_2(state_dict, header) if header["format"] == 2 else state_dict
         groups = []
         for group in state_dict["param_groups"]:  # below 4 their lr_scale was what is lr_convention now
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
-            groups.append({**kept, "lr_convention": group["lr_convention" if "lr_convention" in group else "lr_scale"]})
+            scale = group["lr_convention" if "lr_convention" in group else "lr_scale"]
+            groups.append({"own_site": False, **kept, "lr_convention": scale})
         header = {
             "records": sorted(filter(is_count, state_dict["state"])),
             **state_dict["poco"],
@@ -257,7 +258,7 @@ class Resuming(Recorded, Shell):
     """What a `PosteriorCorrected` saves, and continues from; mixed into it."""
 
     header: ClassVar[str] = "poco"
-    newest: ClassVar[int] = 5
+    newest: ClassVar[int] = 6
     described: ClassVar[tuple[str, ...]] = ("family", "curvature")
     needed: Sequence[str] = HYPERPARAMETERS
 

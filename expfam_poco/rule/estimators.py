@@ -15,6 +15,9 @@ For Gaussians an estimator is an estimator of the curvature E_q[∇²ℓ]:
 | `exact`     | ∇²ℓ                                         | a gradient and d products     | yes      |
 | `score`     | (any family) losses alone, leave-one-out    | losses, at least two draws    | yes      |
 
+`regression`, `exact_regression` and `score_regression` divide by a Fisher matrix of the same draws
+(`family.regression`).
+
 Sources: *SVRG and Beyond via Posterior Correction* App. B; Shen et al. 2024 (IVON); Hutchinson 1989; Kool et
 al. 2019 (leave-one-out).
 """
@@ -25,11 +28,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from expfam_poco.arguments import shown
 from expfam_poco.family.base import ExponentialFamily
-from expfam_poco.family.draws import ENTRIES, Draws, Estimator
+from expfam_poco.family.draws import ENTRIES, Draws, Estimator, require_draws
+from expfam_poco.family.regression import number_of_statistics
 
 
 @dataclass(frozen=True)
@@ -150,12 +154,119 @@ class ScoreFunction(Estimator):
         return family.score_natural_gradient(state, draws)
 
 
+@dataclass(frozen=True)
+class Regression(Estimator):
+    """F⁻¹ ∇_λ E_q[ℓ] with F from the same draws: exact for losses in the span of T, else biased by O(1/K).
+
+    With k statistics of e entries it takes k/e draws at least: two of a Gamma, a Beta, a Dirichlet or a diagonal
+    Gaussian, d + 1 of a full Gaussian over d weights. A few more make a far smaller error on other losses.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> rate = torch.nn.Parameter(torch.tensor([4.0], dtype=torch.float64))
+        >>> prior = poco.resolve_family("gamma").State(torch.tensor([2.0]), torch.tensor([-0.5]))
+        >>> opt = poco.PosteriorCorrected([rate], "gamma", lr=1.0, ess=1.0, prior=prior, curvature="regression",
+        ...     mc_samples=2, retraction="plain", seed=0)
+        >>> _ = opt.step(lambda: (10 * rate - 30 * rate.log()).sum())       # 30 events in 10 units of time
+        >>> (q,) = opt.posterior_states().values()
+        >>> [round(value.item(), 6) for value in q]                         # shape 2 + 30, minus rate 0.5 + 10
+        [32.0, -10.5]
+    """
+
+    unbiased: ClassVar[bool] = False
+    needs_noise: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
+    anchor_weight: ClassVar[float] = 0.01
+
+    def check(self, family: ExponentialFamily) -> None:
+        """Families with a pathwise derivative whose statistics are all their own."""
+        if family.default_estimator != "reparam" or family.curved:
+            known = ", ".join(sorted(available(family)))
+            raise ValueError(
+                f"curvature='regression' does not fit {type(family).__name__}, which is "
+                f"{'curved' if family.curved else 'not differentiable in its samples'}; choose one of: {known}."
+            )
+
+    def least_draws(self, family: ExponentialFamily, shape: Size) -> int:
+        """As many slopes as statistics."""
+        return family.least_draws(shape)
+
+    def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Any:
+        """F̂⁻¹ (1/K) Σ_k (∂θ_k/∂λ)ᵀ ∇ℓ(θ_k)."""
+        require_draws(self, family, draws.theta.shape[1:], len(draws.theta))
+        return family.regressed_natural_gradient(state, draws)
+
+
+@dataclass(frozen=True)
+class ExactRegression(Regression):
+    """`Regression` of a Gaussian whose curvature is the measured Hessian: a single draw is exact for quadratic losses.
+
+        g = mean ∇ℓ(θ_k) − H mean(θ_k − m),   H = mean ∇²ℓ(θ_k)
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.estimators.ExactRegression().needs
+        'hessian'
+    """
+
+    needs: ClassVar[str] = "hessian"
+    anchor_weight: ClassVar[float] = 1.0
+
+    def check(self, family: ExponentialFamily) -> None:
+        """Only for families with a curvature that is kept entry by entry."""
+        _require_curvature("exact_regression", family, ENTRIES)
+
+    def least_draws(self, family: ExponentialFamily, shape: Size) -> int:
+        """One."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ScoreRegression(Estimator):
+    """The regression of the losses on every weight's statistics: for any family, from losses alone.
+
+    With k statistics it takes k + 1 draws at least. It is exact for ⟨c, T⟩ of a single weight; the losses of others are
+    noise, as to `score`. Directions in which discrete draws do not differ get nothing, so that it is biased towards 0.
+
+    Example:
+        >>> import expfam_poco as poco
+        >>> poco.estimators.ScoreRegression().needs
+        'loss'
+    """
+
+    needs: ClassVar[str] = "loss"
+    unbiased: ClassVar[bool] = False
+    needs_noise: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
+
+    def check(self, family: ExponentialFamily) -> None:
+        """Families whose statistics are all their own."""
+        if family.curved:
+            known = ", ".join(sorted(available(family)))
+            raise ValueError(
+                f"curvature='score_regression' does not fit {type(family).__name__}, which is curved; choose one of: "
+                f"{known}."
+            )
+
+    def least_draws(self, family: ExponentialFamily, shape: Size) -> int:
+        """One more than statistics, for the constant."""
+        return number_of_statistics(family, shape) + 1
+
+    def natural_gradient(self, family: ExponentialFamily, state: Any, draws: Draws) -> Any:
+        """Cov(T, T)⁻¹ Cov(T, ℓ)."""
+        require_draws(self, family, draws.theta.shape[1:], len(draws.theta))
+        return family.regressed_score_natural_gradient(state, draws)
+
+
 GENERAL: dict[str, Callable[[], Estimator]] = {
     "reparam": Reparameterised,
     "gradsq": SquaredGradient,
     "hutchinson": Hutchinson,
     "exact": Exact,
     "score": ScoreFunction,
+    "regression": Regression,
+    "exact_regression": ExactRegression,
+    "score_regression": ScoreRegression,
 }
 
 
@@ -165,12 +276,14 @@ def available(family: ExponentialFamily) -> dict[str, Estimator]:
     Example:
         >>> import expfam_poco as poco
         >>> sorted(poco.estimators.available(poco.resolve_family("isotropic_gaussian")))
-        ['reparam', 'score']
+        ['regression', 'reparam', 'score', 'score_regression']
     """
     fitting = dict(family.estimators)
     for name, make in GENERAL.items():
         smooth = family.default_estimator == "reparam"
-        wanted = {"score": True, "reparam": smooth, "exact": family.curvature in ENTRIES}
+        entries, uncurved = family.curvature in ENTRIES, not family.curved
+        wanted = {"score": True, "reparam": smooth, "exact": entries, "exact_regression": entries}
+        wanted |= {"regression": smooth and uncurved, "score_regression": uncurved}
         if wanted.get(name, family.curvature != "none") and name not in fitting:
             fitting[name] = make()
     return fitting

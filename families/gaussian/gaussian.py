@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco.family import fields
+from expfam_poco.family import fields, regression
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.derived import leave_one_out
 from expfam_poco.family.draws import Draws, mean_of
@@ -91,6 +91,14 @@ class _CurvedGaussian(ExponentialFamily):
     @abstractmethod
     def _sandwich(self, curvature: Tensor, precision: Tensor) -> Tensor:
         """H S⁻¹ H."""
+
+    @abstractmethod
+    def _regressed(self, precision: Tensor, grad: Tensor, noise: Tensor) -> Tensor:
+        """H of the regression of centred gradients on centred noises, K × P each."""
+
+    @abstractmethod
+    def _congruent(self, precision: Tensor, matrix: Tensor) -> Tensor:
+        """L B Lᵀ."""
 
     @abstractmethod
     def _log_det(self, precision: Tensor) -> Tensor:
@@ -172,6 +180,36 @@ class _CurvedGaussian(ExponentialFamily):
         advantage = leave_one_out(draws.loss).to(white.dtype)
         weighted = advantage.reshape(-1, *(1,) * (white.ndim - 1)) * white
         return GaussianSite(weighted.mean(0), self._outer(weighted, white).mean(0))
+
+    def regressed_natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
+        """H from the regression of ∇ℓ on ε = Lᵀ(θ−m), unless it was measured, and g = mean ∇ℓ − H mean(θ−m).
+
+        ∇ℓ(θ) ≈ g + H (θ−m), exactly so for quadratic losses: H Lᵀ⁻¹ = Cov(∇ℓ, ε) Cov(ε, ε)⁻¹.
+        """
+        grad = draws.require_grad()
+        if draws.hessian is not None or draws.pairs is not None:
+            curvature = self.natural_gradient(state, draws).curvature
+        else:
+            curvature = self._regressed(state.precision, grad - grad.mean(0), draws.noise - draws.noise.mean(0))
+        shift = self._apply(curvature, self._colour(state.precision, draws.noise.mean(0)))
+        return GaussianSite(grad.mean(0) - shift, curvature)
+
+    def regressed_score_natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
+        """ℓ regressed on ε and εεᵀ, ε = Lᵀ(θ−m): with slopes a and B, g = L a and H = 2 L B Lᵀ."""
+        values = GaussianStatistics(draws.noise, self._outer(draws.noise, draws.noise))
+        first, second = regression.fitted(self, values, draws.loss)
+        return GaussianSite(self._whiten(state.precision, first), 2.0 * self._congruent(state.precision, second))
+
+    def log_ratio(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """½ (θ−m₀)ᵀ S₀ (θ−m₀) − ½ (θ−m)ᵀ S (θ−m)."""
+        halves = [0.5 * (theta - q.mean) * self._apply(q.precision, theta - q.mean) for q in (prior, state)]
+        value = halves[0] - halves[1]
+        return value.sum(-1) if self.event_dim else value
+
+    def log_ratio_gradient(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """S₀ (θ−m₀) − S (θ−m)."""
+        pull = self._apply(prior.precision, theta - prior.mean)
+        return pull - self._apply(state.precision, theta - state.mean)
 
     def kl_gradient(self, state: Any, prior: Any) -> GaussianSite:
         """(S₀ (m − m₀), S₀ − S)."""
@@ -271,6 +309,14 @@ class DiagonalGaussian(_CurvedGaussian):
     def _sandwich(self, curvature: Tensor, precision: Tensor) -> Tensor:
         return curvature * (curvature / precision)  # the square alone overflows float32 for ess = 10¹²
 
+    def _regressed(self, precision: Tensor, grad: Tensor, noise: Tensor) -> Tensor:
+        square = noise.square().sum(0)
+        slope = (grad * noise).sum(0) / torch.where(square > 0.0, square, 1.0)
+        return precision.sqrt() * slope
+
+    def _congruent(self, precision: Tensor, matrix: Tensor) -> Tensor:
+        return precision * matrix
+
     def _log_det(self, precision: Tensor) -> Tensor:
         return precision.log()
 
@@ -333,6 +379,19 @@ class FullGaussian(_CurvedGaussian):
         half = torch.linalg.solve_triangular(cholesky(precision), curvature, upper=False)
         product = half.mT @ half  # symmetric, but not bit for bit
         return 0.5 * (product + product.mT)
+
+    def least_draws(self, shape: torch.Size) -> int:
+        """d + 1: one for the centre, d for the columns of H."""
+        return shape[-1] + 1
+
+    def _regressed(self, precision: Tensor, grad: Tensor, noise: Tensor) -> Tensor:
+        slopes = torch.linalg.lstsq(noise.movedim(0, -2), grad.movedim(0, -2)).solution.mT  # ∇ℓ ≈ slopes ε
+        curvature = slopes @ cholesky(precision).mT
+        return 0.5 * (curvature + curvature.mT)
+
+    def _congruent(self, precision: Tensor, matrix: Tensor) -> Tensor:
+        root = cholesky(precision)
+        return root @ matrix @ root.mT
 
     def _log_det(self, precision: Tensor) -> Tensor:
         return 2.0 * cholesky(precision).diagonal(dim1=-2, dim2=-1).log().sum(-1)

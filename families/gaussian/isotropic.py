@@ -88,6 +88,10 @@ class IsotropicGaussian(ExponentialFamily):
         """s₀ (m − m₀), for a prior of any precision s₀."""
         return Theta(prior.precision * (state.mean - prior.mean))
 
+    def log_ratio(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """½ s₀ (θ−m₀)² − ½ s (θ−m)², for a prior of any precision s₀."""
+        return 0.5 * (prior.precision * (theta - prior.mean) ** 2 - self.precision * (theta - state.mean) ** 2)
+
     def log_prob(self, state: Any, theta: Tensor) -> Tensor:
         """−½ s (θ−m)² + ½ log s − ½ log 2π; like `entropy` and `kl` in the chart, where nothing cancels."""
         return 0.5 * (math.log(self.precision) - LOG_2PI - self.precision * (theta - state.mean) ** 2)

@@ -127,6 +127,10 @@ class StructuredGaussian(CurvedFamily):
         """d, the number of entries of one weight."""
         return int(self.flatten(state.mean).shape[-1])
 
+    def log_ratio(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """½ (θ−m₀)ᵀ S₀ (θ−m₀) − ½ (θ−m)ᵀ S (θ−m)."""
+        return 0.5 * (self.quadratic(prior, theta - prior.mean) - self.quadratic(state, theta - state.mean))
+
     def log_prob(self, state: Any, theta: Tensor) -> Tensor:
         """−½ (θ−m)ᵀ S (θ−m) + ½ log |S| − ½ d log 2π."""
         distance = self.quadratic(state, theta - state.mean)

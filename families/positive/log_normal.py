@@ -63,6 +63,18 @@ class LogNormal(DiagonalGaussian):
         """The averages of θ∇ℓ and of θ∇ℓ √S ε."""
         return super().natural_gradient(state, draws._replace(grad=draws.theta * draws.require_grad()))
 
+    def regressed_natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
+        """The Gaussian's of θ∇ℓ."""
+        return super().regressed_natural_gradient(state, draws._replace(grad=draws.theta * draws.require_grad()))
+
+    def log_ratio(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """The Gaussian's at log θ."""
+        return super().log_ratio(state, prior, theta.log())
+
+    def log_ratio_gradient(self, state: Any, prior: Any, theta: Tensor) -> Tensor:
+        """The Gaussian's at log θ, over θ."""
+        return super().log_ratio_gradient(state, prior, theta.log()) / theta
+
     def log_prob(self, state: Any, theta: Tensor) -> Tensor:
         """The Gaussian's at log θ, minus log θ."""
         return super().log_prob(state, theta.log()) - theta.log()
