@@ -6,22 +6,22 @@ a `PosteriorCorrected` with ess = 1 and the prior p₀ ∝ h steps them (`rates`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor
 
-from expfam_poco.arguments import function, number, whole
-from expfam_poco.errors import NonFiniteError
+from expfam_poco.arguments import function, number, shown, whole
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.integrations.pyro.guide import NaturalGuide
+from expfam_poco.integrations.pyro.losses import Losses
 from expfam_poco.integrations.pyro.params import Params
 from expfam_poco.integrations.pyro.rates import Rates
 from expfam_poco.integrations.pyro.reading import Model, Reader, first_trace, latents_of
-from expfam_poco.integrations.pyro.sites import JOINT, Kept, Part, groups_of, keep, parts_of, values_of
+from expfam_poco.integrations.pyro.sites import JOINT, Kept, groups_of, keep, parts_of
+from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 LARGEST_HESSIAN = 1000  # weights of which the Hessian's diagonal is computed entry by entry
@@ -31,10 +31,10 @@ LARGEST_HESSIAN = 1000  # weights of which the Hessian's diagonal is computed en
 class _Made:
     """What is made of the first trace."""
 
-    reader: Reader
     kept: list[Kept]
-    parts: list[Part]
     optimizer: PosteriorCorrected
+    losses: Losses
+    steps: Steps
     guide: NaturalGuide
 
 
@@ -98,32 +98,17 @@ class NaturalVI:
         function("init", init, "give a function of pyro.infer.autoguide.initialization")
         whole("particles", particles, 1)
         whole("newton", newton, 0)
-        for name, why in {
-            "ess": "the model's log joint is a sum",
-            "prior": "the model has it",
-            "weight_decay": "",
-        }.items():
+        for name in ("ess", "prior", "weight_decay", "hess_init"):
             if name in choices:
-                raise TypeError(
-                    f"{name}={choices[name]!r}: NaturalVI reads it from the model{why and f' ({why})'}; leave it out."
-                )
+                raise TypeError(f"{name}={shown(choices[name])}: NaturalVI has it from the model; leave it out.")
         if lr is not None:
             number("lr", lr, lambda v: 0.0 < v <= 1.0, "give a rate in (0, 1], or None")
         self.model, self.family = model, family
         self._curvature, self._init = curvature, init
-        self._choices = {
-            "retraction": "plain",
-            **choices,
-            "alpha": alpha,
-            "noise": noise,
-            "mc_samples": particles,
-            "seed": seed,
-        }
-        self._rates = Rates(lr, newton if lr is None else 0)
+        given = {"alpha": alpha, "noise": noise, "mc_samples": particles, "seed": seed}
+        self._choices = {"retraction": "plain", "own_site": True, **choices, **given}
+        self._lr, self._newton = lr, newton
         self._params = Params(param_optimizer)
-        self._streamed = False
-        self._seen: list[tuple[Tensor, list[Tensor]]] = []
-        self._inside = False
         self._pending: Mapping[str, Any] | None = None
         self._ready: _Made | None = None
 
@@ -137,12 +122,13 @@ class NaturalVI:
         latents = latents_of(trace)
         kept = keep(latents, self.family)
         groups = [{**group, "curvature": self._curvature_of(group)} for group in groups_of(kept)]
-        optimizer = PosteriorCorrected(groups, groups[0]["family"], self._rates.rate(), 1.0, **self._choices)
-        parts = parts_of(kept)
-        guide = NaturalGuide(parts, optimizer.posterior_states)
-        self._ready = _Made(Reader(self.model, trace, latents), kept, parts, optimizer, guide)
+        optimizer = PosteriorCorrected(groups, groups[0]["family"], 1.0, 1.0, **self._choices)
+        parts, rates = parts_of(kept), Rates(self._lr, self._newton if self._lr is None else 0)
         if not _can_start(optimizer):
-            self._rates.newton = 0
+            rates.newton = 0
+        losses = Losses(Reader(self.model, trace, latents), kept, parts, self._params)
+        guide = NaturalGuide(parts, optimizer.posterior_states)
+        self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:
             self._take(self._pending)
 
@@ -181,19 +167,8 @@ class NaturalVI:
             (at its mean, in a Newton step): without noise where q is the posterior.
         """
         self.setup(*args, **kwargs)
-        optimizer = self.optimizer
-        self._made().reader.next_batch()
-        closure = self._closure(args, kwargs)
-        before = optimizer.posterior_states()
-        starting = self._rates.is_starting
-        fall = self._newton(closure) if starting else None
-        if not starting:
-            self._stepped(closure)
-        draws = 1 if starting else optimizer.mc_samples * (2 if optimizer.noise == "antithetic" else 1)
-        loss = self._negative_elbo(before, draws)
-        self._params.step(draws)
-        self._rates.stepped(fall)
-        return loss
+        made = self._made()
+        return made.steps.step(made.losses.of(args, kwargs))
 
     def refresh(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate a mega-batch, much data or all of it, with which steps are corrected from now on.
@@ -202,11 +177,10 @@ class NaturalVI:
             ValueError: with α = 0, for which no step would be.
         """
         self.setup(*args, **kwargs)
-        optimizer = self.optimizer
-        if all(group["alpha"] == 0.0 for group in optimizer.param_groups):
+        made = self._made()
+        if all(group["alpha"] == 0.0 for group in made.optimizer.param_groups):
             raise ValueError("alpha=0.0: no step would be corrected; give NaturalVI(…, alpha=1.0).")
-        self._made().reader.next_batch()
-        return float(optimizer.refresh([self._closure(args, kwargs)]))
+        return float(made.optimizer.refresh([made.losses.of(args, kwargs)]))
 
     def next_data(self) -> None:
         """Make the posterior the prior of the data that follow, in place of the model's own prior of its latents.
@@ -216,99 +190,22 @@ class NaturalVI:
         """
         made = self._made()
         made.optimizer.next_task()
-        made.reader.forget_sizes()
-        self._streamed = True
-        self._rates.restart()
-
-    def _closure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Tensor]:
-        """ℓ of this batch at the weights that the parameters hold."""
-        reader, kept = self._made().reader, self._made().kept
-
-        def closure() -> Tensor:
-            self._inside = True
-            weights = [site.weight for site in kept]
-            values = values_of(kept, weights)
-            total = reader.log_joint(values, args, kwargs, prior=not self._streamed)
-            self._seen.append((total.detach(), [weight.detach().clone() for weight in weights]))
-            self._params.measure(-total, reader.params)
-            if not self._streamed:
-                for site in kept:
-                    factor = site.log_density_factor(site.weight, values[site.name])
-                    total = total if factor is None else total + factor
-            self._inside = False
-            return -total
-
-        return closure
-
-    def _stepped(self, closure: Callable[[], Tensor]) -> float:
-        """A step; with half the rate where it would leave the family's domain. The loss before it."""
-        while True:
-            self._begin()
-            try:
-                return float(self.optimizer.step(closure))
-            except (ValueError, NonFiniteError):
-                if self._inside or not self._seen or not self._rates.taken_back():
-                    raise
-
-    def _newton(self, closure: Callable[[], Tensor]) -> float:
-        """A step without noise that lowers the loss of its batch at the posterior's point; by how much."""
-        kept, optimizer = self._made().kept, self.optimizer
-        weights = [site.weight.detach().clone() for site in kept]
-        saved, noise = optimizer.state_dict(), optimizer.noise
-        optimizer.noise = "zero"
-        try:
-            while True:
-                before = self._stepped(closure)
-                seen = list(self._seen)
-                with torch.no_grad():
-                    fall = before - float(closure())
-                self._seen = seen
-                if fall > -self._rates.enough or not self._rates.taken_back():
-                    return fall
-                with torch.no_grad():
-                    for site, weight in zip(kept, weights, strict=True):
-                        site.weight.copy_(weight)
-                optimizer.noise = noise
-                optimizer.load_state_dict(saved)
-                optimizer.noise = "zero"
-        finally:
-            optimizer.noise = noise
-
-    def _begin(self) -> None:
-        """Make ready for evaluations of a step at the present rate."""
-        self._seen, self._inside = [], False
-        self._params.begin()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rates.rate()
-
-    def _negative_elbo(self, before: Mapping[str, Any], draws: int) -> float:
-        """The mean of −log p + log q over the evaluations at q; −log p₀ with it where p₀ is a posterior."""
-        kept, parts, optimizer = self._made().kept, self._made().parts, self.optimizer
-        total, seen = 0.0, self._seen[:: max(1, len(self._seen) // draws)]
-        priors = {name: state for group in optimizer.param_groups for name, state in (group["prior"] or {}).items()}
-        for log_joint, weights in seen:
-            named = {site.name: weight for site, weight in zip(kept, weights, strict=True)}
-            value = -float(log_joint)
-            for part in parts:
-                theta = part.gather(named).to(before[part.name][0].dtype)
-                value += float(part.family.log_prob(before[part.name], theta).sum())
-                if self._streamed:
-                    value -= float(part.family.log_prob(priors[part.name], theta).sum())
-            total += value / len(seen)
-        return total
+        made.losses.reader.forget_sizes()
+        made.losses.streamed = True
+        made.steps.restart()
 
     # ---- saving ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, beside the model's own parameters (Pyro's parameter store, or the module's)."""
-        reader, kept, optimizer = self._made().reader, self._made().kept, self.optimizer
+        made = self._made()
         return {
-            "optimizer": optimizer.state_dict(),
-            "weights": {site.name: site.weight.detach().clone() for site in kept},
-            "rates": self._rates.state_dict(),
-            "params": self._params.state_dict(),
-            "streamed": self._streamed,
-            "sizes": dict(reader.sizes),
+            "optimizer": made.optimizer.state_dict(),
+            "weights": {site.name: site.weight.detach().clone() for site in made.kept},
+            "steps": made.steps.state_dict(),
+            "params": made.losses.params.state_dict(),
+            "streamed": made.losses.streamed,
+            "sizes": dict(made.losses.reader.sizes),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -323,20 +220,18 @@ class NaturalVI:
             self._take(state)
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        reader, kept, optimizer = self._made().reader, self._made().kept, self.optimizer
-        shapes = {site.name: tuple(site.weight.shape) for site in kept}
+        made = self._made()
+        shapes = {site.name: tuple(site.weight.shape) for site in made.kept}
         saved = {name: tuple(value.shape) for name, value in state["weights"].items()}
         if shapes != saved:
-            raise ValueError(
-                f"state_dict['weights']: it has sites {saved}, the model {shapes}; load that model's state."
-            )
-        optimizer.load_state_dict(state["optimizer"])
+            raise ValueError(f"state_dict['weights']: its sites are {saved}, the model's {shapes}; load that model's.")
         with torch.no_grad():
-            for site in kept:
+            for site in made.kept:
                 site.weight.copy_(state["weights"][site.name])
-        self._rates.load_state_dict(state["rates"])
-        self._params.load_state_dict(state["params"])
-        self._streamed, reader.sizes = bool(state["streamed"]), dict(state["sizes"])
+        made.optimizer.load_state_dict(state["optimizer"])
+        made.steps.load_state_dict(state["steps"])
+        made.losses.params.load_state_dict(state["params"])
+        made.losses.streamed, made.losses.reader.sizes = bool(state["streamed"]), dict(state["sizes"])
         self._pending = None
 
 

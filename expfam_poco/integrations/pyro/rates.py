@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
+
+SHARE = 0.2  # of the newest estimate of −ELBO in its average
+SPREADS = 5.0  # how many of its deviations it may rise
 
 
 @dataclass
 class Rates:
     """The rate of the next step.
 
-    A start of Newton steps (rate 1 at the posterior's point, without noise) ends where the loss falls by less than
-    `enough`; then η_t = c/(c + t), so that posteriors of many steps are averaged and the noise of draws and of
-    mini-batches dies out. Where a step has to be taken back, the next are smaller by the same factor, which is
-    forgotten little by little.
+    A start of Newton steps (at the posterior's point, without noise, rate 1) ends where the loss falls by less than
+    `enough`. Then η_t = 1/(2 + t/c), or 1/(1 + t/c) without such a start: posteriors of more and more steps are
+    averaged, so that the noise of draws and of mini-batches dies out, and the start is forgotten as t^−c. Where a step
+    has to be taken back the rate is halved, and doubled again step by step. A step from the start's end on is to be
+    taken back if −ELBO is higher after it by much more than by what its estimates vary.
 
     Args:
         constant: a rate for all steps in place of these, or None.
-        newton: the most steps at the start.
+        newton: the most Newton steps at the start.
         memory: c.
+        begun: Newton steps taken, or `newton` where they have ended.
+        averaged: t.
+        factor: what halving has left of the rate.
+        level: the average of the latest estimates of −ELBO, None before the first.
+        spread: the average distance of the next estimate from it.
     """
 
     constant: float | None = None
     newton: int = 10
-    memory: float = 2.0
+    memory: float = 3.0
     begun: int = 0
     averaged: int = 0
     factor: float = 1.0
+    level: float | None = None
+    spread: float = 0.0
 
     enough: ClassVar[float] = 0.1
     least: ClassVar[float] = 2.0**-10
@@ -43,25 +55,47 @@ class Rates:
             return self.constant * self.factor
         if self.is_starting:
             return self.factor
-        return self.factor * self.memory / (self.memory + self.averaged)
+        first = 1.0 if self.newton == 0 else 2.0
+        return self.factor / (first + self.averaged / self.memory)
 
     def taken_back(self) -> bool:
         """Halve the rate; whether it is worth trying again."""
         self.factor *= 0.5
         return self.factor >= self.least
 
-    def stepped(self, fall: float | None) -> None:
-        """Count a step; `fall` is by how much a Newton step lowered the loss of its batch."""
-        if self.is_starting:
-            self.begun = self.newton if fall is not None and abs(fall) < self.enough else self.begun + 1
+    def has_fallen_back(self, loss: float, weights: int) -> bool:
+        """Whether an estimate of −ELBO tells that the step before it was a bad one.
+
+        Under q the estimate varies by about (weights/2)^½ at most where q is any good.
+
+        Args:
+            loss: the estimate.
+            weights: how many there are.
+        """
+        if self.is_starting or self.level is None or not loss < math.inf:
+            return not loss < math.inf and self.level is not None
+        return loss > self.level + SPREADS * max(self.spread, (0.5 * weights) ** 0.5)
+
+    def stepped(self, loss: float, fall: float | None = None) -> None:
+        """Count a step.
+
+        Args:
+            loss: the estimate of −ELBO before it.
+            fall: by how much a Newton step lowered the loss of its batch.
+        """
+        if fall is not None:
+            self.begun = self.newton if abs(fall) < self.enough else self.begun + 1
         else:
             self.averaged += 1
+            off = 0.0 if self.level is None else abs(loss - self.level)
+            self.spread += SHARE * (off - self.spread)
+            self.level = loss if self.level is None else self.level + SHARE * (loss - self.level)
         self.factor = min(1.0, 2.0 * self.factor)
 
     def restart(self) -> None:
         """Begin again, with other data."""
         self.begun = self.averaged = 0
-        self.factor = 1.0
+        self.factor, self.level, self.spread = 1.0, None, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain numbers."""

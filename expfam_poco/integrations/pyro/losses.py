@@ -1,0 +1,82 @@
+"""The loss of a batch at the weights that the parameters hold, and what its evaluations in a step leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from expfam_poco.integrations.pyro.params import Params
+from expfam_poco.integrations.pyro.reading import Reader
+from expfam_poco.integrations.pyro.sites import Kept, Part, values_of
+
+
+class Losses:
+    """ℓ = −log p(x, θ) + log h of batches (see `sites`), as closures; with the evaluations of the present step.
+
+    Args:
+        reader: of the model.
+        kept: its latent sites.
+        parts: of the posterior.
+        params: the model's `pyro.param`s, whose gradients are taken at each evaluation.
+    """
+
+    def __init__(self, reader: Reader, kept: Sequence[Kept], parts: Sequence[Part], params: Params) -> None:
+        self.reader, self.params = reader, params
+        self.streamed = False
+        self.in_model = False
+        self._kept, self._parts = list(kept), list(parts)
+        self._seen: list[tuple[Tensor, list[Tensor]]] = []
+
+    def begin(self) -> None:
+        """Forget earlier evaluations."""
+        self._seen, self.in_model = [], False
+        self.params.begin()
+
+    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Tensor]:
+        """ℓ of a batch, as a function of nothing; all its evaluations see one subsample of every plate."""
+        self.reader.next_batch()
+
+        def closure() -> Tensor:
+            self.in_model = True
+            weights = [site.weight for site in self._kept]
+            values = values_of(self._kept, weights)
+            total = self.reader.log_joint(values, args, kwargs, prior=not self.streamed)
+            self._seen.append((total.detach(), [weight.detach().clone() for weight in weights]))
+            self.params.measure(-total, self.reader.params)
+            if not self.streamed:
+                for site in self._kept:
+                    factor = site.log_density_factor(site.weight, values[site.name])
+                    total = total if factor is None else total + factor
+            self.in_model = False
+            return -total
+
+        return closure
+
+    @property
+    def is_models_fault(self) -> bool:
+        """Whether an error comes from the model: from inside an evaluation, or before the first had ended."""
+        return self.in_model or not self._seen
+
+    def negative_elbo(self, states: Mapping[str, Any], priors: Mapping[str, Any], draws: int) -> float:
+        """The mean of −log p + log q over the evaluations at q; − log p₀ with it where p₀ is a posterior.
+
+        Args:
+            states: of q.
+            priors: of p₀, by the same names; empty where it is the base measure.
+            draws: how many evaluations there were at q; of each pair, where a step is corrected, the first counts.
+        """
+        seen = self._seen[:: max(1, len(self._seen) // draws)][:draws]
+        total = 0.0
+        for log_joint, weights in seen:
+            named = {site.name: weight for site, weight in zip(self._kept, weights, strict=True)}
+            value = -float(log_joint)
+            for part in self._parts:
+                state = states[part.name]
+                theta = part.gather(named).to(state[0].dtype)
+                value += float(part.family.log_prob(state, theta).sum())
+                if self.streamed:
+                    value -= float(part.family.log_prob(priors[part.name], theta).sum())
+            total += value / len(seen)
+        return total
