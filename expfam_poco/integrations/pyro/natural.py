@@ -120,13 +120,24 @@ class NaturalVI:
             return
         trace = first_trace(self.model, self._init, args, kwargs)
         latents = latents_of(trace)
-        kept = keep(latents, self.family)
+        reader = Reader(self.model, trace, latents)
+
+        def closure_of(kept: list[Kept]) -> Callable[[], Tensor]:
+            return Losses(reader, kept, [], Params(None, silent=True)).of(args, kwargs)
+
+        if isinstance(self.family, str) and self.family == AUTO:
+            kept = keep(latents, automatic(latents, closure_of))
+        else:
+            kept = keep(latents, families_of(latents, self.family))
+        parts = parts_of(kept)
         groups = [{**group, "curvature": self._curvature_of(group)} for group in groups_of(kept)]
-        optimizer = PosteriorCorrected(groups, groups[0]["family"], 1.0, 1.0, **self._choices)
-        parts, rates = parts_of(kept), Rates(self._lr, self._newton if self._lr is None else 0)
+        choices = {**self._choices, "mc_samples": self._particles or self._draws_for(parts)}
+        optimizer = PosteriorCorrected(groups, groups[0]["family"], 1.0, 1.0, **choices)
+        memory = 3.0 if reader.subsampled else 5.0
+        rates = Rates(self._lr, self._newton if self._lr is None else 0, memory)
         if not _can_start(optimizer):
             rates.newton = 0
-        losses = Losses(Reader(self.model, trace, latents), kept, parts, self._params)
+        losses = Losses(reader, kept, parts, self._params)
         guide = NaturalGuide(parts, optimizer.posterior_states)
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:

@@ -25,10 +25,6 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.registry import resolve_family
 from expfam_poco.integrations.pyro.reading import Latent
 
-AUTO = "auto"
-# Which family "auto" tries for a support; everything else is Gaussian in unconstrained space.
-OWN = {"positive": "gamma", "unit": "beta", "simplex": "dirichlet"}
-JOINT = "full_gaussian"
 _KINDS = {
     "positive": (constraints.positive, constraints.nonnegative),
     "unit": (constraints.unit_interval, constraints.interval(0.0, 1.0)),
@@ -82,31 +78,38 @@ class Kept:
         return jacobian.flatten(-rightmost).sum(-1) if rightmost > 0 else jacobian
 
 
-def keep(latents: Sequence[Latent], choice: Any) -> list[Kept]:
-    """Make a parameter of every latent site.
+def families_of(latents: Sequence[Latent], choice: Any) -> list[ExponentialFamily]:
+    """Every site's family.
 
     Args:
         latents: the sites.
-        choice: a family or its name for all, or a mapping from patterns of names to families.
+        choice: a family or its name for all, or a mapping from patterns of names to families, the first match wins.
 
     Raises:
-        ValueError: for a site that no pattern matches, or a support that neither its family nor a bijection has.
+        ValueError: for a site that no pattern matches.
     """
-    return [_keep(latent, resolve_family(family_of(latent, choice))) for latent in latents]
-
-
-def family_of(latent: Latent, choice: Any) -> Any:
-    """What a site's family is said to be: the first pattern that matches its name."""
-    if isinstance(choice, str) and choice == AUTO:
-        return OWN.get(kind_of(latent.support), JOINT)
     if not isinstance(choice, Mapping):
-        return choice
-    for pattern, family in choice.items():
-        if fnmatchcase(latent.name, pattern):
-            return family
-    raise ValueError(
-        f"family={shown(dict(choice))}: no pattern matches the site {latent.name!r}; add one, '*' matches every name."
-    )
+        return [resolve_family(choice)] * len(latents)
+    found = {pattern: resolve_family(family) for pattern, family in choice.items()}
+    families = []
+    for latent in latents:
+        family = next((found[pattern] for pattern in found if fnmatchcase(latent.name, pattern)), None)
+        if family is None:
+            raise ValueError(
+                f"family={shown(dict(choice))}: no pattern matches the site {latent.name!r}; add one, '*' matches every "
+                "name."
+            )
+        families.append(family)
+    return families
+
+
+def keep(latents: Sequence[Latent], families: Sequence[ExponentialFamily]) -> list[Kept]:
+    """Make a parameter of every latent site.
+
+    Raises:
+        ValueError: for a support that neither the site's family nor a bijection has.
+    """
+    return [_keep(latent, family) for latent, family in zip(latents, families, strict=True)]
 
 
 def kind_of(support: Any) -> str:
