@@ -265,7 +265,7 @@ def test_another_version_is_refused() -> None:
     model, opt, _ = trained("IVON", 2)
     later = copy.deepcopy(opt.state_dict())
     later["poco"]["format"] += 1
-    refused(opt, model, later, "state_dict['poco']", "format 6", "5 is needed")
+    refused(opt, model, later, "state_dict['poco']", "format 7", "6 is needed")
     del later["poco"]
     refused(opt, model, later, "state_dict['poco']", "not a checkpoint")
 

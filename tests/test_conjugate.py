@@ -228,11 +228,12 @@ def test_at_the_outer_point_shared_noise_leaves_no_variance_for_any_loss(name: s
     family, rng = poco.resolve_family(name), np.random.default_rng(4)
     x = tensor(rng.normal(size=(N, D)))
     state = family.centred_at(tensor([0.4, -0.6, 0.2]), 2.0)
-    noise = family.noise((D,), 2, poco.noise.NoiseKey(3), dtype=torch.float64)
     for estimator in poco.estimators.available(family).values():
         if estimator.needs == "variations":
             continue  # held by the optimizer's tests: its losses are not of these draws alone
-        probes = poco.noise.noise("rademacher", (D,), 2, poco.noise.NoiseKey(4), dtype=torch.float64)
+        draws = max(2, estimator.least_draws(family, torch.Size([D])))
+        noise = family.noise((D,), draws, poco.noise.NoiseKey(3), dtype=torch.float64)
+        probes = poco.noise.noise("rademacher", (D,), draws, poco.noise.NoiseKey(4), dtype=torch.float64)
         sites = [
             site_of(family, estimator, state, noise, lambda t, i=i: torch.cosh(t @ x[i]), probes=probes)
             for i in range(N)

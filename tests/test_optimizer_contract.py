@@ -180,7 +180,11 @@ def as_good_as_equal(first: Any, second: Any) -> bool:
 @pytest.mark.parametrize(("family", "estimator"), pairs())
 def test_the_shell_equals_the_pure_functions(family: Any, estimator: Any) -> None:
     model = AnyWeights(family)
-    draws = 3 if estimator.independent_draws else 2
+    shapes = [p.shape for p in model.parameters()]
+    if family.joint:
+        shapes = [torch.Size([sum(shape.numel() for shape in shapes)])]
+    least = [estimator.least_draws(family, shape) + 3 * estimator.compares for shape in shapes]  # well conditioned
+    draws = max(3 if estimator.independent_draws else 2, *least)
     pure = Pure(model, family, estimator, seed=9, draws=draws)
     opt = poco.PosteriorCorrected(
         model.parameters(), family, lr=0.02, ess=50.0, weight_decay=0.02, alpha=(0.7, 0.4), rho=(0.5, 0.2),

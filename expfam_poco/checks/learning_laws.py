@@ -5,6 +5,7 @@ The losses here are ⟨c, T(θ)⟩, whose natural gradient is c exactly, whateve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def natural_gradient(s: Specimen) -> Findings:
         return
     for name, estimator in available(s.family).items():
         estimator.check(s.family)
+        if estimator.compares:  # see `noiseless_laws.regression`
+            continue
         for number in (0, 2):
             c = s.direction(200 + number)
             if estimator.unbiased:
@@ -136,13 +139,21 @@ def _estimate(s: Specimen, estimator: Estimator, number: int, epsilon: Tensor, c
 
 def estimate(s: Specimen, estimator: Estimator, state: Any, epsilon: Tensor, c: Any, group: int = 0) -> Any:
     """What the estimator makes of ⟨c, T⟩ measured at its own points, as a site at `state`."""
-    if estimator.antithetic:
-        epsilon = torch.stack([epsilon, s.family.reflect(epsilon)], 1).flatten(0, 1)
-    theta = estimator.points(s.family, state, epsilon).detach().requires_grad_(True)
 
     def loss_of(points: Tensor) -> Tensor:
         return s.family.inner(c, s.family.statistics(points)).reshape(len(points), -1).sum(-1)
 
+    draws = draws_at(s, estimator, state, epsilon, loss_of, group)
+    return estimator.natural_gradient(s.family, state, draws)
+
+
+def draws_at(
+    s: Specimen, estimator: Estimator, state: Any, epsilon: Tensor, loss_of: Callable[[Tensor], Tensor], group: int
+) -> Draws:
+    """What the optimizer would measure of a loss (K × P → K) for this estimator, at its own points."""
+    if estimator.antithetic:
+        epsilon = torch.stack([epsilon, s.family.reflect(epsilon)], 1).flatten(0, 1)
+    theta = estimator.points(s.family, state, epsilon).detach().requires_grad_(True)
     gradient, hessian, pairs, variations = None, None, None, None
     with torch.enable_grad():
         loss = loss_of(theta)
@@ -154,9 +165,7 @@ def estimate(s: Specimen, estimator: Estimator, state: Any, epsilon: Tensor, c: 
             (gradient,) = torch.autograd.grad(loss.sum(), theta, create_graph=estimator.needs in ("hvp", "hessian"))
             hessian, pairs = _curvature(s, estimator, theta, gradient, group)
             gradient = gradient.detach()
-    return estimator.natural_gradient(
-        s.family, state, Draws(epsilon, theta.detach(), loss.detach(), gradient, hessian, pairs, variations)
-    )
+    return Draws(epsilon, theta.detach(), loss.detach(), gradient, hessian, pairs, variations)
 
 
 def _curvature(s: Specimen, estimator: Estimator, theta: Tensor, gradient: Tensor, group: int) -> tuple[Any, Any]:

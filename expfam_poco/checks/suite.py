@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from expfam_poco.checks import curved_laws, density_laws, learning_laws, output_laws
+from expfam_poco.checks import curved_laws, density_laws, learning_laws, noiseless_laws, output_laws
 from expfam_poco.checks.density_laws import Law
 from expfam_poco.checks.specimens import Finding, Specimen, Unverified
 from expfam_poco.errors import LawError
@@ -54,6 +54,8 @@ LAWS: tuple[Law, ...] = (
         learning_laws.natural_gradient,
         "check natural_gradient, the estimators and what they declare (unbiased, needs)",
     ),
+    Law("own_site", noiseless_laws.own_site, "check log_ratio and log_ratio_gradient if you wrote them"),
+    Law("regression", noiseless_laws.regression, "check the regressed natural gradients and least_draws"),
     Law("reanchor", learning_laws.reanchor, "a site moved to another state is the same function ⟨∇̃L, T(θ)⟩"),
     Law("retraction", learning_laws.retraction, "check retract (a precision moves before its mean) and domain"),
     Law("chart", learning_laws.chart, "check retract, reanchor, kl_gradient and the sites"),

@@ -61,10 +61,10 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         ess: N (κ), the number of examples that the mean loss stands for.
         weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
         prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
-        correction: what natural gradients are corrected with, by name ("snapshot": the posterior of the last refresh;
-            "stored", "recursive", "transported", "none") or as an object; see `correction`.
+        correction: of natural gradients, an object or a name ("snapshot": by the posterior of the last refresh;
+            "stored", "recursive", "transported", "none"); see `correction`.
         alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`LinearAlpha`), "adaptive" (of least
-            variance, measured for every tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
+            variance, by tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
         noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
             refresh, Alg. 3 and 5), "antithetic" (pairs ±ε), "zero" (the delta method).
@@ -83,15 +83,14 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         own_site: the posterior's own site is a control variate, which takes the draws' noise (`rule.own_site`).
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
-        nonfinite: "raise" a `NonFiniteError` or "skip" the step if a loss or gradient is not finite (docs/speed.md).
+        nonfinite: "raise" a `NonFiniteError` or "skip" the step if it is not finite (docs/speed.md).
         backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
-        one_pass: between steps the model holds the next step's draw instead of the point, which saves a pass over the
-            weights of models that are stepped in place; evaluate inside `with optimizer.sampled(at_point=True)`.
+        one_pass: between steps a model that is stepped in place holds the next step's draw instead of the point, which
+            saves a pass over its weights; evaluate inside `with optimizer.sampled(at_point=True)`.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
         seed: the noise key; None takes one from torch's global generator.
-        lr_scale: a constant factor on lr, which named optimizers use for other conventions of lr;
-            "initial_hessian" is each group's hess_init + weight_decay, "mean_loss" makes lr the η on the mean loss. In
-            a group it is called `lr_convention`, for `lr_scale` is others' label there.
+        lr_scale: a factor on lr, for other conventions of it: a number, "initial_hessian" (each group's hess_init +
+            weight_decay) or "mean_loss" (lr is the η on the mean loss); in a group it is called `lr_convention`.
         maximize: make the loss large in place of small; a group may differ.
 
     Example:
