@@ -18,7 +18,7 @@ class Losses:
     Args:
         reader: of the model.
         kept: its latent sites.
-        parts: of the posterior.
+        parts: of the posterior, of which `negative_elbo` takes the density.
         params: the model's `pyro.param`s, whose gradients are taken at each evaluation.
     """
 

@@ -6,24 +6,27 @@ a `PosteriorCorrected` with ess = 1 and the prior p₀ ∝ h steps them (`rates`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor
 
 from expfam_poco.arguments import function, number, shown, whole
 from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.integrations.pyro.auto import AUTO, JOINT, automatic, can_be_solved, draws_for
 from expfam_poco.integrations.pyro.guide import NaturalGuide
 from expfam_poco.integrations.pyro.losses import Losses
 from expfam_poco.integrations.pyro.params import Params
 from expfam_poco.integrations.pyro.rates import Rates
 from expfam_poco.integrations.pyro.reading import Model, Reader, first_trace, latents_of
-from expfam_poco.integrations.pyro.sites import JOINT, Kept, groups_of, keep, parts_of
+from expfam_poco.integrations.pyro.sites import Kept, Part, families_of, groups_of, keep, parts_of
 from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
+WHOLE, SUBSAMPLED = 5.0, 3.0  # c of `Rates`, with all data in a step and with a part of them
 LARGEST_HESSIAN = 1000  # weights of which the Hessian's diagonal is computed entry by entry
 
 
@@ -48,11 +51,12 @@ class NaturalVI:
 
     Args:
         model: a Pyro model; all its latent sites are continuous.
-        family: of the latents: an `ExponentialFamily` or its registered name for all of them, or a mapping from
-            patterns of site names to families. A family of real weights keeps a site in unconstrained space, one with
-            the site's support ("gamma", "beta", "dirichlet") in its own; a joint one is over all sites that have it.
+        family: of the latents: an `ExponentialFamily` or its registered name for all of them; a mapping from patterns
+            of site names to families; or "auto": conjugate sites (see `auto`) have their own, all others a Gaussian.
+            A family of real weights keeps a site in unconstrained space, one with the site's support ("gamma", "beta",
+            "dirichlet") in its own; a joint one is over all sites that have it.
         lr: a rate η in (0, 1] for all steps; None: Newton steps at first, then averages (see `Rates`).
-        particles: draws of q in a step.
+        particles: draws of q in a step; None: one, or as many as a regression on the statistics takes.
         newton: the most Newton steps at the start; 0 for none.
         curvature: how ∇²ℓ is measured, as in `PosteriorCorrected`; None: exactly, where it is small enough.
         alpha: α of posterior correction, after `refresh`; 0, the default: none.
@@ -83,7 +87,7 @@ class NaturalVI:
         family: str | ExponentialFamily | Mapping[str, Any] = JOINT,
         *,
         lr: float | None = None,
-        particles: int = 1,
+        particles: int | None = None,
         newton: int = 10,
         curvature: Any = None,
         alpha: Any = 0.0,
@@ -96,7 +100,8 @@ class NaturalVI:
         if model is None or not callable(model):
             raise TypeError(f"model={model!r}: give a Pyro model, a function or a PyroModule.")
         function("init", init, "give a function of pyro.infer.autoguide.initialization")
-        whole("particles", particles, 1)
+        if particles is not None:
+            whole("particles", particles, 1)
         whole("newton", newton, 0)
         for name in ("ess", "prior", "weight_decay", "hess_init"):
             if name in choices:
@@ -105,9 +110,9 @@ class NaturalVI:
             number("lr", lr, lambda v: 0.0 < v <= 1.0, "give a rate in (0, 1], or None")
         self.model, self.family = model, family
         self._curvature, self._init = curvature, init
-        given = {"alpha": alpha, "noise": noise, "mc_samples": particles, "seed": seed}
+        given = {"alpha": alpha, "noise": noise, "seed": seed}
         self._choices = {"retraction": "plain", "own_site": True, **choices, **given}
-        self._lr, self._newton = lr, newton
+        self._lr, self._newton, self._particles = lr, newton, particles
         self._params = Params(param_optimizer)
         self._pending: Mapping[str, Any] | None = None
         self._ready: _Made | None = None
@@ -123,33 +128,33 @@ class NaturalVI:
         reader = Reader(self.model, trace, latents)
 
         def closure_of(kept: list[Kept]) -> Callable[[], Tensor]:
-            return Losses(reader, kept, [], Params(None, silent=True)).of(args, kwargs)
+            return Losses(reader, kept, [], self._params).of(args, kwargs)
 
         if isinstance(self.family, str) and self.family == AUTO:
             kept = keep(latents, automatic(latents, closure_of))
         else:
             kept = keep(latents, families_of(latents, self.family))
         parts = parts_of(kept)
-        groups = [{**group, "curvature": self._curvature_of(group)} for group in groups_of(kept)]
-        choices = {**self._choices, "mc_samples": self._particles or self._draws_for(parts)}
-        optimizer = PosteriorCorrected(groups, groups[0]["family"], 1.0, 1.0, **choices)
-        memory = 3.0 if reader.subsampled else 5.0
-        rates = Rates(self._lr, self._newton if self._lr is None else 0, memory)
-        if not _can_start(optimizer):
-            rates.newton = 0
+        optimizer = self._optimizer_of(kept, parts)
         losses = Losses(reader, kept, parts, self._params)
+        newton = self._newton if self._lr is None and _can_start(optimizer) else 0
+        rates = Rates(self._lr, newton, SUBSAMPLED if reader.subsampled else WHOLE)
         guide = NaturalGuide(parts, optimizer.posterior_states)
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:
             self._take(self._pending)
 
-    def _curvature_of(self, group: Mapping[str, Any]) -> Any:
-        if self._curvature is not None:
-            return self._curvature
-        family, size = group["family"], sum(weight.numel() for _, weight in group["params"])
-        if family.curvature in ("dense", "diagonal"):
-            return "exact" if size <= LARGEST_HESSIAN or family.curvature == "dense" else "hutchinson"
-        return "hutchinson" if family.curvature == "pairs" else None
+    def _optimizer_of(self, kept: list[Kept], parts: list[Part]) -> PosteriorCorrected:
+        """The rule with ess = 1; families without a curvature are solved for by regression, where draws suffice."""
+        solved = [part for part in parts if part.family.curvature == "none" and can_be_solved(part)]
+        draws = max([1, *map(draws_for, solved)]) if self._particles is None else self._particles
+        by_hand = {part.family for part in solved if part.family.least_draws(part.shape) > draws}
+        groups = groups_of(kept)
+        for group in groups:
+            group["curvature"] = self._curvature
+            if self._curvature is None:
+                group["curvature"] = _curvature_of(group, solved={part.family for part in solved} - by_hand)
+        return PosteriorCorrected(groups, groups[0]["family"], 1.0, 1.0, mc_samples=draws, **self._choices)
 
     def _made(self) -> _Made:
         if self._ready is None:
@@ -244,6 +249,15 @@ class NaturalVI:
         made.losses.params.load_state_dict(state["params"])
         made.losses.streamed, made.losses.reader.sizes = bool(state["streamed"]), dict(state["sizes"])
         self._pending = None
+
+
+def _curvature_of(group: Mapping[str, Any], solved: set[ExponentialFamily]) -> str | None:
+    """How a group's natural gradient is measured, where nobody says it; None: as its family likes."""
+    family, size = group["family"], sum(weight.numel() for _, weight in group["params"])
+    if family.curvature == "none":
+        return "regression" if family in solved else None
+    is_small = family.curvature == "dense" or (family.curvature == "diagonal" and size <= LARGEST_HESSIAN)
+    return "exact" if is_small else "hutchinson"
 
 
 def _can_start(optimizer: PosteriorCorrected) -> bool:

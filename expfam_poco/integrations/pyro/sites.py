@@ -96,8 +96,8 @@ def families_of(latents: Sequence[Latent], choice: Any) -> list[ExponentialFamil
         family = next((found[pattern] for pattern in found if fnmatchcase(latent.name, pattern)), None)
         if family is None:
             raise ValueError(
-                f"family={shown(dict(choice))}: no pattern matches the site {latent.name!r}; add one, '*' matches every "
-                "name."
+                f"family={shown(dict(choice))}: no pattern matches the site {latent.name!r}; add one, '*' matches "
+                "every name."
             )
         families.append(family)
     return families
