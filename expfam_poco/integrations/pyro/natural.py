@@ -110,6 +110,7 @@ class NaturalVI:
             number("lr", lr, lambda v: 0.0 < v <= 1.0, "give a rate in (0, 1], or None")
         self.model, self.family = model, family
         self._curvature, self._init = curvature, init
+        seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         given = {"alpha": alpha, "noise": noise, "seed": seed}
         self._choices = {"retraction": "plain", "own_site": True, **choices, **given}
         self._lr, self._newton, self._particles = lr, newton, particles
@@ -123,17 +124,18 @@ class NaturalVI:
         """Read the model's sites from a trace with these arguments, as the first step does; once."""
         if self._ready is not None:
             return
-        trace = first_trace(self.model, self._init, args, kwargs)
-        latents = latents_of(trace)
-        reader = Reader(self.model, trace, latents)
+        with torch.random.fork_rng():  # a resumed run sees the random numbers that an undisturbed one sees
+            trace = first_trace(self.model, self._init, args, kwargs)
+            latents = latents_of(trace)
+            reader = Reader(self.model, trace, latents)
 
-        def closure_of(kept: list[Kept]) -> Callable[[], Tensor]:
-            return Losses(reader, kept, [], self._params).of(args, kwargs)
+            def closure_of(kept: list[Kept]) -> Callable[[], Tensor]:
+                return Losses(reader, kept, [], self._params).of(args, kwargs)
 
-        if isinstance(self.family, str) and self.family == AUTO:
-            kept = keep(latents, automatic(latents, closure_of))
-        else:
-            kept = keep(latents, families_of(latents, self.family))
+            if isinstance(self.family, str) and self.family == AUTO:
+                kept = keep(latents, automatic(latents, closure_of))
+            else:
+                kept = keep(latents, families_of(latents, self.family))
         parts = parts_of(kept)
         optimizer = self._optimizer_of(kept, parts)
         losses = Losses(reader, kept, parts, self._params)
