@@ -1,5 +1,6 @@
 """The posterior's own site as control variate, in the optimizer: no noise at the optimum of a model in the family."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -150,3 +151,22 @@ def test_von_has_it_and_what_it_does_not_fit_is_refused() -> None:
     assert poco.IVON([weights], lr=0.1, ess=1.0).param_groups[0]["own_site"] is False
     with pytest.raises(ValueError, match="own_site=True: SingleFlip measures variations"):
         poco.PosteriorCorrected([weights], "bernoulli", 0.1, 1.0, curvature="flip", own_site=True)
+
+
+def test_a_precision_that_beta2_keeps_where_it_was_is_told_once() -> None:
+    def run(**choices: Any) -> list[str]:
+        weight = torch.nn.Parameter(torch.zeros(1))
+        opt = poco.IVON([weight], lr=0.1, ess=4.0, weight_decay=1.0, seed=0, **choices)
+        opt.step(lambda: weight.square().sum())
+        state = opt.state_dict()
+        state["poco"]["clock"]["step"] = 998  # as after so many steps
+        opt.load_state_dict(state)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(4):
+                opt.step(lambda: weight.square().sum())
+        return [str(warning.message) for warning in caught]
+
+    (told,) = run()
+    assert "beta2=0.99999 " in told and "1.0% of its way" in told and "beta2=1 - 10/steps" in told
+    assert run(beta2=0.9999) == [] and run(beta2=1.0) == []  # 9.5 %, and a width that is meant to stay

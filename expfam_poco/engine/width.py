@@ -1,4 +1,4 @@
-"""Whether a posterior begins so wide that its first draw destroys what the weights have learnt."""
+"""Whether a posterior begins so wide that its first draw destroys what the weights have learnt, or never gets away."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from expfam_poco.engine.evaluator import Evaluator
 
 SUSPICIOUS = 0.1  # σ over the weights' scale, from which the loss is looked at
 HARMLESS = 0.05  # the same, at which pretrained networks keep their outputs
+PATIENCE, REACH = 1000, 0.05  # steps, and the share of its way that a precision should have gone by then
 WORSE, WORSE_AT_ZERO = 0.5, 0.1  # how much a loss may grow at the first draw: of its size, and beside
 
 
@@ -67,3 +68,30 @@ class StartingWidth:
             UserWarning,
             stacklevel=5,
         )
+
+
+def check_reach(step: int, blocks: Sequence[Block]) -> None:
+    """Warn at step `PATIENCE` if precisions can have moved by less than `REACH` of their way.
+
+    A precision with the rate ρ = 1 − β₂ and the target S*, of ess (curvature + weight_decay), is after t steps
+
+        S_t = (1−ρ)ᵗ S₀ + (1 − (1−ρ)ᵗ) S*
+
+    so that it has gone 1 − (1−ρ)ᵗ of its way. Where one rate is that of the mean as well, its lr says all.
+    """
+    if step != PATIENCE:
+        return
+    for block in blocks:
+        family, rate = block.family, block.settings.precision_lr
+        way = 1.0 - (1.0 - rate) ** PATIENCE
+        if len(family.momentum_block) == len(family.Site._fields) or rate in (0.0, block.settings.lr) or way >= REACH:
+            continue
+        warnings.warn(
+            f"beta2={1.0 - rate:.10g} (precision_lr={rate:.3g}): after {PATIENCE} steps the precision of {block.name!r} "
+            f"has gone {way:.1%} of its way, so that the posterior is as wide as hess_init made it; if its width is "
+            f"wanted, give beta2=1 - 10/steps, {1.0 - 10.0 / PATIENCE:g} for as many as these (docs/optimizers.md). "
+            "For training alone all is well.",
+            UserWarning,
+            stacklevel=5,
+        )
+        return

@@ -34,7 +34,7 @@ from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.step import Step, clip_factor, remember
 from expfam_poco.engine.watch import Watch
-from expfam_poco.engine.width import StartingWidth
+from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
@@ -326,9 +326,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
         try:
             with self._weights_restored(blocks), self._evaluator.undone_on_error(watched=True):
-                at_weights = (
-                    None if self.noise == "zero" or number > 1 else self._width.loss(parts, blocks, self._evaluator)
-                )
+                drawn_first = self.noise != "zero" and number == 1
+                at_weights = self._width.loss(parts, blocks, self._evaluator) if drawn_first else None
                 loss, steps = self._measured(parts, blocks, number)
                 if at_weights is not None:
                     self._width.compare(float(loss), at_weights)
@@ -340,6 +339,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
         else:
             self._skips.stepped()
+            check_reach(number, blocks)
         finally:
             self._layout.recover()
         return loss
