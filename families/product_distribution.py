@@ -40,15 +40,21 @@ class ProductDistribution(FamilyDistribution):
         return all(part.has_rsample for part in self._parts)
 
     def _draw(self, sample_shape: Any) -> Tensor:
-        drawn = [part.rsample(sample_shape) if part.has_rsample else part.sample(sample_shape) for part in self._parts]
+        shape = torch.Size(sample_shape) + self.batch_shape
+        drawn = [part.rsample(shape) if part.has_rsample else part.sample(shape) for part in self._parts]
         return torch.cat(drawn, -1)
 
     @property
     def mean(self) -> Tensor:
         """E_q[θ]."""
-        return torch.cat([part.mean for part in self._parts], -1)
+        return self._expanded(torch.cat([part.mean for part in self._parts], -1))
+
+    @property
+    def mode(self) -> Tensor:
+        """Every part's."""
+        return self._expanded(torch.cat([part.mode for part in self._parts], -1))
 
     @property
     def variance(self) -> Tensor:
         """Var_q(θ) of every entry."""
-        return torch.cat([part.variance for part in self._parts], -1)
+        return self._expanded(torch.cat([part.variance for part in self._parts], -1))

@@ -140,9 +140,19 @@ class VonMises(ExponentialFamily):
         """The mean direction m."""
         return torch.atan2(state.sin, state.cos)
 
+    def mode(self, state: Any) -> Tensor:
+        """The mean direction m."""
+        return self.point(state)
+
     def recentre(self, state: Any, theta: Tensor) -> Circular:
         """Direction θ, the concentration kept (where it is 0, as little as shows the direction)."""
         return self.centred_at(theta, torch.hypot(state.cos, state.sin).clamp_min(torch.finfo(theta.dtype).tiny ** 0.5))
+
+    def distribution(self, state: Any) -> Any:
+        """A Pyro distribution of angles, one event of the tensor's shape."""
+        from .von_mises_distribution import VonMisesDistribution
+
+        return VonMisesDistribution(self, state)
 
     def variance(self, state: Any) -> Tensor:
         """The circular one, 1 − ρ(κ), as torch's von Mises has it."""

@@ -58,6 +58,7 @@ class Block:
         params: the parameters it consists of (several only for joint families and blocks laid side by side).
         index: number of its first parameter in the optimizer; with the key it determines the noise.
         name: the parameter's name, or the group's for a joint block.
+        names: of the parameters, one by one.
         group_number: which group it is in.
         settings: what the group says now.
         family: the group's family, as it is for a parameter of this shape.
@@ -72,11 +73,18 @@ class Block:
     record: Record
 
     def __init__(
-        self, params: Sequence[Parameter], settings: Settings, index: int, name: str, group_number: int
+        self,
+        params: Sequence[Parameter],
+        settings: Settings,
+        index: int,
+        name: str,
+        group_number: int,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.params = list(params)
         self.index = index
         self.name = name
+        self.names = [name] if names is None else list(names)
         self.group_number = group_number
         self.at_point = False
         self.drawn: NoiseKey | None = None
@@ -324,13 +332,16 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
                 )
         warn_of_levels(blocks)
         return blocks
-    members = [p for p in group["params"] if p.requires_grad]
+    named = [(p, name) for p, name in zip(group["params"], names, strict=True) if p.requires_grad]
+    members = [p for p, _ in named]
     if len({p.device for p in members}) > 1:
         raise ValueError(
             f"params: a joint family ({type(settings.family).__name__}) needs all parameters of its group on one "
             "device; make a group for each device."
         )
-    return [Block(members, settings, start, f"group{number}", number)] if members else []
+    if not members:
+        return []
+    return [Block(members, settings, start, f"group{number}", number, [name for _, name in named])]
 
 
 def singular_error(block: Block) -> NonFiniteError:

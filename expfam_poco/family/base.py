@@ -259,6 +259,16 @@ class ExponentialFamily(ABC):
 
         return FamilyDistribution(self, state)
 
+    def marginal(self, state: Any, start: int, stop: int) -> Any:
+        """Of a joint family: the Pyro distribution of the entries `start` … `stop` − 1 of θ, one event.
+
+        Raises:
+            NotImplementedError: unless the family says it.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no marginals: define marginal(state, start, stop), or sample the joint q."
+        )
+
     # ---- the Bayesian learning rule ----------------------------------------------------------------------
 
     def natural_gradient(self, state: Any, draws: Draws) -> Any:
@@ -378,6 +388,14 @@ class ExponentialFamily(ABC):
             NotImplementedError: where it is none, and the family says nothing else.
         """
         return derived.variance(self, state)
+
+    def mode(self, state: Any) -> Tensor:
+        """Where the density q(θ) is largest.
+
+        Raises:
+            NotImplementedError: unless the family says it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no mode: define mode(state).")
 
     def fisher_vector_product(self, nat: Any, vector: Any) -> Any:
         """∇²A(λ) v, by differentiating ⟨∇A(λ), v⟩."""

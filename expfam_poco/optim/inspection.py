@@ -118,6 +118,17 @@ def distribution_of(block: Block, state: Any) -> Any:
         raise singular_error(block) from None
 
 
+def _marginals(block: Block, state: Any) -> dict[str, Any]:
+    """What a joint q says of every parameter by itself."""
+    from expfam_poco.family.distribution import Reshaped  # Pyro takes long to import
+
+    made, start = {}, 0
+    for name, p in zip(block.names, block.params, strict=True):
+        made[name] = Reshaped(block.family.marginal(state, start, start + p.numel()), p.shape)
+        start += p.numel()
+    return made
+
+
 class Inspection(Shell):
     """The questions that a `PosteriorCorrected` answers; mixed into it."""
 
@@ -145,6 +156,18 @@ class Inspection(Shell):
     def posterior(self) -> dict[str, Any]:
         """The trained q as Pyro distributions, by parameter name (by "group<i>" for joint families)."""
         return {b.name: distribution_of(b, _copied(self._state(b)["posterior"])) for b in self._active()}
+
+    def marginals(self) -> dict[str, Any]:
+        """The trained q of every parameter by its name and in its shape: a joint family's marginals, else `posterior`.
+
+        Raises:
+            NotImplementedError: a joint family has no marginals.
+        """
+        made: dict[str, Any] = {}
+        for block in self._active():
+            state = _copied(self._state(block)["posterior"])
+            made |= _marginals(block, state) if block.family.joint else {block.name: distribution_of(block, state)}
+        return made
 
     def posterior_states(self) -> dict[str, Any]:
         """The trained q as `State`s by the same names: a prior for the next task, or q_out for `set_outer`."""

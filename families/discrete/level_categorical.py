@@ -61,6 +61,11 @@ class LevelCategorical(dist.TorchDistribution):
         return self.logits.exp() @ self.levels
 
     @property
+    def mode(self) -> Tensor:
+        """The likeliest level."""
+        return self.levels[self.logits.argmax(-1)]
+
+    @property
     def variance(self) -> Tensor:
         """Σ p_k (l_k − mean)²."""
         return (self.logits.exp() * (self.levels - self.mean.unsqueeze(-1)).square()).sum(-1)

@@ -442,3 +442,10 @@ class FullGaussian(_CurvedGaussian):
         import pyro.distributions as dist
 
         return dist.MultivariateNormal(state.mean, precision_matrix=state.precision)
+
+    def marginal(self, state: Any, start: int, stop: int) -> Any:
+        """N(m, S⁻¹) of some entries: the block of S⁻¹."""
+        import pyro.distributions as dist
+
+        covariance = self._covariance(state.precision)[start:stop, start:stop]
+        return dist.MultivariateNormal(state.mean[start:stop], covariance)

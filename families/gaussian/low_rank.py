@@ -219,6 +219,15 @@ class LowRankGaussian(StructuredGaussian):
         basis = self._basis(state)
         return self._power(basis, (vector / basis.root).unsqueeze(-2), -1.0).squeeze(-2) / basis.root
 
+    def marginal(self, state: Any, start: int, stop: int) -> Any:
+        """N(m, S⁻¹) of some entries, by solving for as many columns of S⁻¹."""
+        import pyro.distributions as dist
+
+        basis = self._basis(state)
+        rows = torch.eye(len(state.mean), dtype=state.mean.dtype, device=state.mean.device)[start:stop]
+        covariance = (self._power(basis, rows / basis.root, -1.0) / basis.root)[:, start:stop]
+        return dist.MultivariateNormal(state.mean[start:stop], 0.5 * (covariance + covariance.mT))
+
     # ---- densities ---------------------------------------------------------------------------------------------------
 
     def log_det(self, state: Any) -> Tensor:

@@ -105,6 +105,10 @@ class StructuredGaussian(CurvedFamily):
         mean: Tensor = state.mean
         return mean
 
+    def mode(self, state: Any) -> Tensor:
+        """The mean."""
+        return self.point(state)
+
     def recentre(self, state: Any, theta: Tensor) -> Any:
         """A new mean, the precision kept."""
         return state._replace(mean=theta)

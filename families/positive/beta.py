@@ -171,6 +171,6 @@ class Beta(ExponentialFamily):
 
     def distribution(self, state: Any) -> Any:
         """A Pyro Beta, one event of the tensor's shape."""
-        import pyro.distributions as dist
+        from . import distributions  # Pyro takes long to import
 
-        return dist.Beta(state.log, state.log_rest).to_event(state.log.ndim)
+        return distributions.Beta(state.log, state.log_rest).to_event(state.log.ndim)

@@ -313,6 +313,6 @@ class Dirichlet(ExponentialFamily):
 
     def distribution(self, state: Any) -> Any:
         """A Pyro Dirichlet, one event of the tensor's shape."""
-        import pyro.distributions as dist
+        from . import distributions  # Pyro takes long to import
 
-        return dist.Dirichlet(state.log).to_event(state.log.ndim - 1)
+        return distributions.Dirichlet(state.log).to_event(state.log.ndim - 1)

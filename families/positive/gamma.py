@@ -177,6 +177,6 @@ class Gamma(ExponentialFamily):
 
     def distribution(self, state: Any) -> Any:
         """A Pyro Gamma, one event of the tensor's shape."""
-        import pyro.distributions as dist
+        from . import distributions  # Pyro takes long to import
 
-        return dist.Gamma(state.log, -state.theta).to_event(state.log.ndim)
+        return distributions.Gamma(state.log, -state.theta).to_event(state.log.ndim)

@@ -133,6 +133,11 @@ class InverseGaussian(ExponentialFamily):
         """The mean m."""
         return _mean(state)
 
+    def mode(self, state: Any) -> Tensor:
+        """m (√(1 + c²) − c) with c = 3/(2φ), as m / (√(1 + c²) + c)."""
+        c = 1.5 / _phi(state)
+        return _mean(state) / ((1.0 + c * c).sqrt() + c)
+
     def recentre(self, state: Any, theta: Tensor) -> Reciprocal:
         """A new mean, φ kept."""
         return _state(theta, _phi(state))
