@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro_models import ONE, ZERO, beta_bernoulli, normal_normal, real
+from pyro_models import ONE, ZERO, gamma_poisson, normal_normal, real
 from torch import Tensor
 
 from expfam_poco.integrations.pyro import NaturalVI
@@ -108,7 +108,11 @@ def test_a_model_that_changes(model: Any, other: Tensor, words: str) -> None:
 @pytest.mark.parametrize(
     ("choices", "error", "words"),
     [
-        ({"family": "gamma"}, ValueError, r"family=Gamma for the site 'mean': the family's support is .* the site's Real"),
+        (
+            {"family": "gamma"},
+            ValueError,
+            r"family=Gamma for the site 'mean': the family's support is .* the site's Real",
+        ),
         ({"family": "bernoulli"}, ValueError, r"family=Bernoulli for the site 'mean': its weights have a few levels"),
         ({"family": {"other": "gamma"}}, ValueError, r"no pattern matches the site 'mean'; add one, '\*' matches"),
         ({"ess": 3.0}, TypeError, r"ess=3.0: NaturalVI has it from the model; leave it out"),
@@ -125,8 +129,8 @@ def test_arguments(choices: dict[str, Any], error: type[Exception], words: str) 
 
 
 def test_a_start_on_the_border() -> None:
-    with pytest.raises(ValueError, match=r"init: it puts the site 'p' on the border of its support"):
-        NaturalVI(beta_bernoulli, init=lambda site=None: torch.zeros((), dtype=torch.float64), seed=0).step(Y.round().clamp(0, 1))
+    with pytest.raises(ValueError, match=r"init: it puts the site 'rate' on the border of its support"):
+        NaturalVI(gamma_poisson, init=lambda site=None: real(0.0), seed=0).step(Y.round()[:, None])
     with pytest.raises(TypeError, match=r"model=None: give a Pyro model"):
         NaturalVI(None)  # type: ignore[arg-type]
 
@@ -153,5 +157,5 @@ def test_an_error_of_the_models_is_raised_as_it_is() -> None:
 def test_quantiles(quantiles: Any) -> None:
     vi = NaturalVI(normal_normal, seed=0)
     vi.step(Y)
-    with pytest.raises((TypeError, ValueError), match="quantiles=.*give a list of numbers between 0 and 1"):
+    with pytest.raises((TypeError, ValueError), match=r"quantiles=.*give a list of numbers between 0 and 1"):
         vi.guide.quantiles(quantiles)
