@@ -8,12 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from expfam_poco.integrations.pyro.params import Params
-from expfam_poco.integrations.pyro.reading import Reader
+from expfam_poco.integrations.pyro.reading import Model, Reader
 from expfam_poco.integrations.pyro.sites import Kept, Part, values_of
 
 
 class Losses:
     """ℓ = −log p(x, θ) + log h of batches (see `sites`), as closures; with the evaluations of the present step.
+
+    Before a step the engine looks for modules with buffers in all that a closure holds. It has to find the model, but
+    nothing in here, which changes all the time: hence slots, into which it does not look.
 
     Args:
         reader: of the model.
@@ -22,42 +25,44 @@ class Losses:
         params: the model's `pyro.param`s, whose gradients are taken at each evaluation.
     """
 
+    __slots__ = ("__weakref__", "_in_model", "_kept", "_parts", "_seen", "params", "reader", "streamed")
+
     def __init__(self, reader: Reader, kept: Sequence[Kept], parts: Sequence[Part], params: Params) -> None:
         self.reader, self.params = reader, params
         self.streamed = False
-        self.in_model = False
+        self._in_model = False
         self._kept, self._parts = list(kept), list(parts)
         self._seen: list[tuple[Tensor, list[Tensor]]] = []
 
     def begin(self) -> None:
         """Forget earlier evaluations."""
-        self._seen, self.in_model = [], False
+        self._seen, self._in_model = [], False
         self.params.begin()
 
-    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Tensor]:
+    def of(self, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Tensor]:
         """ℓ of a batch, as a function of nothing; all its evaluations see one subsample of every plate."""
         self.reader.next_batch()
+        return lambda: self.at_weights(model, args, kwargs)
 
-        def closure() -> Tensor:
-            self.in_model = True
-            weights = [site.weight for site in self._kept]
-            values = values_of(self._kept, weights)
-            total = self.reader.log_joint(values, args, kwargs, prior=not self.streamed)
-            self._seen.append((total.detach(), [weight.detach().clone() for weight in weights]))
-            self.params.measure(-total, self.reader.params)
-            if not self.streamed:
-                for site in self._kept:
-                    factor = site.log_density_factor(site.weight, values[site.name])
-                    total = total if factor is None else total + factor
-            self.in_model = False
-            return -total
-
-        return closure
+    def at_weights(self, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """ℓ of a batch at the weights that the parameters hold."""
+        self._in_model = True
+        weights = [site.weight for site in self._kept]
+        values = values_of(self._kept, weights)
+        total = self.reader.log_joint(model, values, args, kwargs, prior=not self.streamed)
+        self._seen.append((total.detach(), [weight.detach().clone() for weight in weights]))
+        self.params.measure(-total, self.reader.params)
+        if not self.streamed:
+            for site in self._kept:
+                factor = site.log_density_factor(site.weight, values[site.name])
+                total = total if factor is None else total + factor
+        self._in_model = False
+        return -total
 
     @property
     def is_models_fault(self) -> bool:
         """Whether an error comes from the model: from inside an evaluation, or before the first had ended."""
-        return self.in_model or not self._seen
+        return self._in_model or not self._seen
 
     def negative_elbo(self, states: Mapping[str, Any], priors: Mapping[str, Any], draws: int) -> float:
         """The mean of −log p + log q over the evaluations at q; − log p₀ with it where p₀ is a posterior.

@@ -127,10 +127,10 @@ class NaturalVI:
         with torch.random.fork_rng():  # a resumed run sees the random numbers that an undisturbed one sees
             trace = first_trace(self.model, self._init, args, kwargs)
             latents = latents_of(trace)
-            reader = Reader(self.model, trace, latents)
+            reader = Reader(trace, latents)
 
             def closure_of(kept: list[Kept]) -> Callable[[], Tensor]:
-                return Losses(reader, kept, [], self._params).of(args, kwargs)
+                return Losses(reader, kept, [], self._params).of(self.model, args, kwargs)
 
             if isinstance(self.family, str) and self.family == AUTO:
                 kept = keep(latents, automatic(latents, closure_of))
@@ -186,7 +186,7 @@ class NaturalVI:
         """
         self.setup(*args, **kwargs)
         made = self._made()
-        return made.steps.step(made.losses.of(args, kwargs))
+        return made.steps.step(made.losses.of(self.model, args, kwargs))
 
     def refresh(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate a mega-batch, much data or all of it, with which steps are corrected from now on.
@@ -198,7 +198,7 @@ class NaturalVI:
         made = self._made()
         if all(group["alpha"] == 0.0 for group in made.optimizer.param_groups):
             raise ValueError("alpha=0.0: no step would be corrected; give NaturalVI(…, alpha=1.0).")
-        return float(made.optimizer.refresh([made.losses.of(args, kwargs)]))
+        return float(made.optimizer.refresh([made.losses.of(self.model, args, kwargs)]))
 
     def next_data(self) -> None:
         """Make the posterior the prior of the data that follow, in place of the model's own prior of its latents.

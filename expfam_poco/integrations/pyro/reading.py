@@ -134,13 +134,11 @@ class Reader:
     """Reads a model's log joint at values of its latent sites, and holds the model to what it was at first.
 
     Args:
-        model: the Pyro model.
-        trace: its first trace.
+        trace: the model's first.
         latents: the latent sites of that trace.
     """
 
-    def __init__(self, model: Model, trace: Any, latents: list[Latent]) -> None:
-        self.model = model
+    def __init__(self, trace: Any, latents: list[Latent]) -> None:
         self._shapes = {latent.name: latent.value.shape for latent in latents}
         self.sizes = dict(_plates(trace))
         self.rows: dict[str, Tensor] = {}
@@ -152,7 +150,13 @@ class Reader:
         self.rows = {}
 
     def log_joint(
-        self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, prior: bool
+        self,
+        model: Model,
+        values: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        prior: bool,
     ) -> Tensor:
         """log p(x, θ), or log p(x | θ) without the latent sites' own densities, at values of the latent sites.
 
@@ -161,7 +165,7 @@ class Reader:
         Raises:
             ValueError: where the model has not the latent sites, or not the plates, that it had at first.
         """
-        handled = Replayed(values, self.rows)(self.model)
+        handled = Replayed(values, self.rows)(model)
         with poutine.block():
             trace = poutine.trace(handled).get_trace(*args, **kwargs)
         self._check(trace)
