@@ -32,7 +32,7 @@ class Losses:
         self.streamed = False
         self._in_model = False
         self._kept, self._parts = list(kept), list(parts)
-        self._seen: list[tuple[Tensor, list[Tensor]]] = []
+        self._seen: list[tuple[Tensor, Tensor, list[Tensor]]] = []
 
     def begin(self) -> None:
         """Forget earlier evaluations."""
@@ -50,12 +50,13 @@ class Losses:
         weights = [site.weight for site in self._kept]
         values = values_of(self._kept, weights)
         total = self.reader.log_joint(model, values, args, kwargs, prior=not self.streamed)
-        self._seen.append((total.detach(), [weight.detach().clone() for weight in weights]))
+        log_joint = total.detach()
         self.params.measure(-total, self.reader.params)
         if not self.streamed:
             for site in self._kept:
                 factor = site.log_density_factor(site.weight, values[site.name])
                 total = total if factor is None else total + factor
+        self._seen.append((log_joint, -total.detach(), [weight.detach().clone() for weight in weights]))
         self._in_model = False
         return -total
 
@@ -63,6 +64,10 @@ class Losses:
     def is_models_fault(self) -> bool:
         """Whether an error comes from the model: from inside an evaluation, or before the first had ended."""
         return self._in_model or not self._seen
+
+    def mean(self) -> float:
+        """ℓ, the mean over the evaluations so far."""
+        return sum(float(loss) for _, loss, _ in self._seen) / len(self._seen)
 
     def negative_elbo(self, states: Mapping[str, Any], priors: Mapping[str, Any], draws: int) -> float:
         """The mean of −log p + log q over the evaluations at q; − log p₀ with it where p₀ is a posterior.
@@ -74,7 +79,7 @@ class Losses:
         """
         seen = self._seen[:: max(1, len(self._seen) // draws)][:draws]
         total = 0.0
-        for log_joint, weights in seen:
+        for log_joint, _, weights in seen:
             named = {site.name: weight for site, weight in zip(self._kept, weights, strict=True)}
             value = -float(log_joint)
             for part in self._parts:

@@ -140,7 +140,7 @@ class NaturalVI:
         optimizer = self._optimizer_of(kept, parts)
         losses = Losses(reader, kept, parts, self._params)
         newton = self._newton if self._lr is None and _can_start(optimizer) else 0
-        rates = Rates(self._lr, newton, SUBSAMPLED if reader.subsampled else WHOLE)
+        rates = Rates(self._lr, newton, SUBSAMPLED if reader.subsampled else WHOLE, whole=not reader.subsampled)
         guide = NaturalGuide(parts, optimizer.posterior_states)
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:

@@ -17,24 +17,26 @@ class Rates:
 
     A start of Newton steps (at the posterior's point, without noise, rate 1) ends where the loss falls by less than
     `enough`. Then η_t = 1/(2 + t/c), or 1/(1 + t/c) without such a start: posteriors of more and more steps are
-    averaged, so that the noise of draws and of mini-batches dies out, and the start is forgotten as t^−c. Where a step
-    has to be taken back the rate is halved, and doubled again step by step. A step from the start's end on is to be
-    taken back if −ELBO is higher after it by much more than by what its estimates vary.
+    averaged, so that the noise of draws and of mini-batches dies out, and the start is forgotten as t^−c. A step after
+    which the loss (−ELBO, once the start has ended) is higher is taken back, and the rate quartered; it doubles again
+    step by step.
 
     Args:
         constant: a rate for all steps in place of these, or None.
         newton: the most Newton steps at the start.
         memory: c.
+        whole: whether every step sees all data, so that losses can be compared without allowance for mini-batches.
         begun: Newton steps taken, or `newton` where they have ended.
         averaged: t.
-        factor: what halving has left of the rate.
-        level: the average of the latest estimates of −ELBO, None before the first.
+        factor: what taking back has left of the rate.
+        level: the last loss of the start, or the average of the latest estimates of −ELBO; None before the first.
         spread: the average distance of the next estimate from it.
     """
 
     constant: float | None = None
     newton: int = 10
     memory: float = 3.0
+    whole: bool = False
     begun: int = 0
     averaged: int = 0
     factor: float = 1.0
@@ -59,38 +61,43 @@ class Rates:
         return self.factor / (first + self.averaged / self.memory)
 
     def taken_back(self) -> bool:
-        """Halve the rate; whether it is worth trying again."""
-        self.factor *= 0.5
+        """Quarter the rate; whether it is worth trying again."""
+        self.factor *= 0.25
         return self.factor >= self.least
 
-    def has_fallen_back(self, loss: float, weights: int) -> bool:
-        """Whether an estimate of −ELBO tells that the step before it was a bad one.
+    def is_bad(self, loss: float, weights: int) -> bool:
+        """Whether a loss tells that the step before it was a bad one.
 
-        Under q the estimate varies by about (weights/2)^½ at most where q is any good.
+        Under q estimates of −ELBO vary by about (weights/2)^½ at most where q is any good.
 
         Args:
-            loss: the estimate.
+            loss: of the start, or an estimate of −ELBO.
             weights: how many there are.
         """
-        if self.is_starting or self.level is None or not loss < math.inf:
-            return not loss < math.inf and self.level is not None
-        return loss > self.level + SPREADS * max(self.spread, (0.5 * weights) ** 0.5)
+        if self.level is None:
+            return False
+        wide = SPREADS * max(self.spread, (0.5 * weights) ** 0.5)
+        return not loss <= self.level + (self.enough if self.is_starting and self.whole else wide)
 
-    def stepped(self, loss: float, fall: float | None = None) -> None:
+    def stepped(self, loss: float, *, again: bool = False) -> None:
         """Count a step.
 
         Args:
-            loss: the estimate of −ELBO before it.
-            fall: by how much a Newton step lowered the loss of its batch.
+            loss: from where it was taken.
+            again: whether it was taken from there for the second time.
         """
-        if fall is not None:
-            self.begun = self.newton if abs(fall) < self.enough else self.begun + 1
+        off = math.inf if self.level is None or again else self.level - loss
+        if self.is_starting:
+            self.begun = self.newton if abs(off) < self.enough else self.begun + (0 if again and self.whole else 1)
+            self.level = loss if self.is_starting else None
         else:
             self.averaged += 1
-            off = 0.0 if self.level is None else abs(loss - self.level)
-            self.spread += SHARE * (off - self.spread)
-            self.level = loss if self.level is None else self.level + SHARE * (loss - self.level)
-        self.factor = min(1.0, 2.0 * self.factor)
+            if self.level is not None and not again:
+                self.spread += SHARE * (abs(off) - self.spread)
+                loss = self.level - SHARE * off
+            self.level = loss
+        if not again:
+            self.factor = min(1.0, 2.0 * self.factor)
 
     def restart(self) -> None:
         """Begin again, with other data."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,20 +36,24 @@ class Steps:
         self._last: dict[str, Any] | None = None
 
     def step(self, closure: Closure) -> float:
-        """Step, and return the estimate of −ELBO before it."""
-        if self.rates.is_starting:
-            return self._newton(closure)
-        before, loss = self._moved(closure)
-        if self._last is not None and self.rates.has_fallen_back(loss, self._weights):
-            self._put(self._last)
-            self._last = None
-            self.rates.taken_back()
-            before, loss = self._moved(closure)
-        else:
-            self._last = before
-        self._losses.params.step(self._draws)
-        self.rates.stepped(loss)
-        return loss
+        """Step, and return the estimate of −ELBO before it; from the posterior of a step ago where the last was bad."""
+        starting, again = self.rates.is_starting, False
+        with self._noise("zero" if starting else self._optimizer.noise):
+            moved = self._moved(closure)
+            if moved is None:
+                assert self._last is not None
+                self._put(self._last)
+                self.rates.taken_back()
+                again, level, self._last, self.rates.level = True, self.rates.level, None, None
+                moved = self._moved(closure)
+                assert moved is not None
+                if starting and self.rates.whole:
+                    self.rates.level = level  # else the level may have been luck: go on from here in any case
+            self._losses.params.step(self._draws)
+        before, loss, estimate = moved
+        self.rates.stepped(loss, again=again)
+        self._last = before if starting == self.rates.is_starting else None
+        return estimate
 
     def restart(self) -> None:
         """Begin again, with other data."""
@@ -61,63 +66,65 @@ class Steps:
         optimizer = self._optimizer
         return {"zero": 1, "antithetic": 2 * optimizer.mc_samples}.get(optimizer.noise, optimizer.mc_samples)
 
-    def _moved(self, closure: Closure) -> tuple[dict[str, Any], float]:
-        """Step; the states before it, and the estimate of −ELBO there."""
-        before = self._optimizer.posterior_states()
-        self._allowed(closure)
-        return before, self._losses.negative_elbo(before, self._priors(), self._draws)
+    def _moved(self, closure: Closure) -> tuple[dict[str, Any], float, float] | None:
+        """Step: the states before it, the loss there that rates go by, and the estimate of −ELBO.
 
-    def _newton(self, closure: Closure) -> float:
-        """A step without noise that does not raise the loss of its batch at the posterior's point."""
-        with self._without_noise():
-            while True:
-                before = self._optimizer.posterior_states()
-                at_point = self._allowed(closure)
-                loss = self._losses.negative_elbo(before, self._priors(), 1)
-                with torch.no_grad():
-                    fall = at_point - float(closure())
-                if fall > -self.rates.enough or not self.rates.taken_back():
-                    break
-                self._put(before)
-        self._losses.params.step(1)
-        self.rates.stepped(loss, fall)
-        return loss
-
-    def _allowed(self, closure: Closure) -> float:
-        """A step, at half the rate where it would leave the family's domain; the optimizer's loss.
-
-        The exact rule may leave it where the loss is not convex; at last comes a retraction that cannot.
+        None, where that loss tells that the last step was a bad one. A step that would leave the family's domain, as
+        the exact rule may where the loss is not convex, is tried again at a smaller rate; at last with a retraction
+        that cannot.
         """
+        before = self._optimizer.posterior_states()
         while True:
-            try:
-                return self._at_rate(closure)
-            except (ValueError, NonFiniteError):
-                if self._losses.is_models_fault:
-                    raise
-                if not self.rates.taken_back():
-                    break
-        chosen = [group["retraction"] for group in self._optimizer.param_groups]
-        try:
-            for group in self._optimizer.param_groups:
-                group["retraction"] = "second_order"
-            return self._at_rate(closure)
-        finally:
-            for group, retraction in zip(self._optimizer.param_groups, chosen, strict=True):
-                group["retraction"] = retraction
+            error = self._tried(closure)
+            loss = estimate = self._losses.mean()
+            if math.isfinite(loss):
+                estimate = self._losses.negative_elbo(before, self._priors(), self._draws)
+                loss = loss if self.rates.is_starting else estimate
+            if self._last is not None and self.rates.is_bad(loss, self._weights):
+                return None
+            if error is None:
+                return before, loss, estimate
+            if not math.isfinite(loss):
+                raise error
+            if not self.rates.taken_back():
+                with self._retraction("second_order"):
+                    self._at_rate(closure)
+                return before, loss, estimate
 
-    def _at_rate(self, closure: Closure) -> float:
+    def _tried(self, closure: Closure) -> ValueError | NonFiniteError | None:
+        """A step, or why it could not be taken; the model's own errors are raised."""
+        try:
+            self._at_rate(closure)
+        except (ValueError, NonFiniteError) as error:
+            if self._losses.is_models_fault:
+                raise
+            return error
+        return None
+
+    def _at_rate(self, closure: Closure) -> None:
         self._losses.begin()
         for group in self._optimizer.param_groups:
             group["lr"] = self.rates.rate()
-        return float(self._optimizer.step(closure))
+        self._optimizer.step(closure)
 
     @contextmanager
-    def _without_noise(self) -> Iterator[None]:
-        noise, self._optimizer.noise = self._optimizer.noise, "zero"
+    def _noise(self, mode: str) -> Iterator[None]:
+        chosen, self._optimizer.noise = self._optimizer.noise, mode
         try:
             yield
         finally:
-            self._optimizer.noise = noise
+            self._optimizer.noise = chosen
+
+    @contextmanager
+    def _retraction(self, variant: str) -> Iterator[None]:
+        chosen = [group["retraction"] for group in self._optimizer.param_groups]
+        for group in self._optimizer.param_groups:
+            group["retraction"] = variant
+        try:
+            yield
+        finally:
+            for group, own in zip(self._optimizer.param_groups, chosen, strict=True):
+                group["retraction"] = own
 
     def _priors(self) -> dict[str, Any]:
         groups = self._optimizer.param_groups
