@@ -11,6 +11,7 @@ Example:
 from expfam_poco import blr, checks, correction, estimators, family, gradient_model, noise
 from expfam_poco.checks import check_correction, check_family
 from expfam_poco.closures.batched import BatchedDraws, PerExample
+from expfam_poco.closures.rows import Rows
 from expfam_poco.correction.alpha import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha, MegaBatchAlpha
 from expfam_poco.errors import CheckpointError, LawError, NonFiniteError
 from expfam_poco.family.base import ExponentialFamily
@@ -66,6 +67,7 @@ __all__ = [
     "log_diagnostics",
     "BatchedDraws",
     "PerExample",
+    "Rows",
     "megabatches",
     "find_lr",
     "LearningRates",

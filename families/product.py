@@ -249,7 +249,6 @@ class ProductFamily(ExponentialFamily):
     natural_gradient = _parted("natural_gradient", "State", "draws", gives="Site")
     score_natural_gradient = _parted("score_natural_gradient", "State", "draws", gives="Site")
     regressed_natural_gradient = _parted("regressed_natural_gradient", "State", "draws", gives="Site")
-    regressed_score_natural_gradient = _parted("regressed_score_natural_gradient", "State", "draws", gives="Site")
     log_ratio_gradient = _parted("log_ratio_gradient", "State", "State", "theta", gives="theta")
     kl_gradient = _parted("kl_gradient", "State", "State", gives="Site")
     retract = _parted("retract", "State", "Site", "Site", gives="State")

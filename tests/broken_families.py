@@ -379,7 +379,19 @@ class StepsTogether(DiagonalGaussian):
         return curvature * (curvature / precision.min())
 
 
+class NoPull(DiagonalGaussian):
+    def log_ratio_gradient(self, state, prior, theta):
+        return -state.precision * (theta - state.mean)
+
+
+class PlainRegression(DiagonalGaussian):
+    def regressed_natural_gradient(self, state, draws):
+        return self.natural_gradient(state, draws)
+
+
 BROKEN = [
+    (NoPull, "own_site"),
+    (PlainRegression, "regression"),
     (StepsTogether, "spans"),
     (ScaledPartition, "gradient_of_log_partition"),
     (MissingTerm, "gradient_of_log_partition"),

@@ -103,7 +103,7 @@ def test_the_sentence_tells_law_error_tolerance_hint_and_what_else_fails() -> No
     assert sentence == (
         f"SignOfKL() breaks the law 'kl_gradient': {result.detail}: error {result.error:.3g} where "
         f"{result.tolerance:.3g} is allowed; check the sign and the coordinates of kl_gradient "
-        "(then also fail: chart, conjugate)."
+        "(then also fail: own_site, chart, conjugate)."
     )
     assert isinstance(caught.value, AssertionError) and "\n" not in sentence
 

@@ -32,6 +32,7 @@ class Record(TypedDict):
     * `momentum`: the average of each momentum field, or ().
     * `memory`: the correction's, or None.
     * `step`: the number of steps in the momentum's average.
+    * `ages`: the same for every row of a local parameter, or None.
     * `stamp`: the number of the memory that this one is a part of; blocks of one stamp belong together.
     * `in_mega`: whether the mega-batch depended on the block.
     * `drawn`: the key of the draw that the model holds between steps, if any.
@@ -41,6 +42,7 @@ class Record(TypedDict):
     momentum: tuple[Tensor, ...]
     memory: Any
     step: int
+    ages: Tensor | None
     stamp: int
     in_mega: bool
     drawn: NoiseKey | None
@@ -48,7 +50,7 @@ class Record(TypedDict):
 
 def new_record(posterior: Any) -> Record:
     """The record of a block that has not been stepped."""
-    return Record(posterior=posterior, momentum=(), memory=None, step=0, stamp=0, in_mega=False, drawn=None)
+    return Record(posterior=posterior, momentum=(), memory=None, step=0, ages=None, stamp=0, in_mega=False, drawn=None)
 
 
 class Block:

@@ -19,6 +19,7 @@ from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.kernels import Numbers
 from expfam_poco.engine.layout import Layout, Unit
 from expfam_poco.engine.noise_plan import NoisePlan, Part
+from expfam_poco.engine.rows import Selection, selected
 from expfam_poco.engine.step import Step, age_of
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.trial import Trial
@@ -103,11 +104,13 @@ class Round:
         """
         first: list[Trial] = []
         second: list[Trial] | None = None
-        numbers = [self._numbers(*unit, alpha) for unit, alpha in zip(self.units, alphas, strict=True)]
+        rows = [selected(parts, *unit) for unit in self.units]
+        triples = zip(self.units, alphas, rows, strict=True)
+        numbers = [self._numbers(*unit, alpha, chosen) for unit, alpha, chosen in triples]
         total: Tensor | None = None
         products, several = None, len(parts) > 1
         for index, (closure, share) in enumerate(parts):
-            first = self._at_present(closure, Part(index, share, None, several), numbers, first)
+            first = self._at_present(closure, Part(index, share, None, several), numbers, first, rows)
             if wanted is not None:
                 second = self._at_reference(first, Part(index, share, None, several), refresh, second)
             loss, found = evaluator.evaluate(closure, first, second)
@@ -128,12 +131,18 @@ class Round:
         return total, steps
 
     def _at_present(
-        self, closure: Closure, part: Part, numbers: Sequence[Numbers], before: Sequence[Trial]
+        self,
+        closure: Closure,
+        part: Part,
+        numbers: Sequence[Numbers],
+        before: Sequence[Trial],
+        rows: Sequence[Selection | None],
     ) -> list[Trial]:
         made = []
         for i, (block, record) in enumerate(self.units):
             place = part._replace(before=before[i]) if before else part
             made.append(self.plan.at_present(block, record, numbers[i], self.number, closure, place))
+            made[-1].rows = rows[i]
         return made
 
     def _at_reference(
@@ -169,8 +178,11 @@ class Round:
         return [Step(own, one, other) for moved, own, one, other in rows if moved]
 
     @staticmethod
-    def _numbers(block: Block, record: Record, alpha: Pair) -> Numbers:
-        settings, family, age = block.settings, block.family, age_of(block, record)
+    def _numbers(block: Block, record: Record, alpha: Pair, rows: Selection | None = None) -> Numbers:
+        settings, family = block.settings, block.family
+        age: Any = age_of(block, record)
+        if rows is not None and settings.momentum > 0.0:
+            age = rows.ages.to(block.dtype)
         unbias = blr.unbias_of(settings.momentum, age, settings.debias)
         return Numbers(
             settings.rates(family),

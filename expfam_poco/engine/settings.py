@@ -410,7 +410,7 @@ class Settings:
         """The step sizes of a posterior's fields, as a Site of numbers."""
         return family.per_block(self.lr, self.precision_lr)
 
-    def share(self, age: int) -> float:
+    def share(self, age: Any) -> Any:
         """w_t = (1 − β₁)/(1 − β₁ᵗ), the share of the newest natural gradient in the momentum's average."""
         return (1.0 - self.momentum) / (1.0 - self.momentum**age)
 

@@ -90,6 +90,8 @@ class Step:
         ((tile, weights, first, second),) = self._measured()
         like = self.first.like(tile)
         self.moved = kernels.advance(self.constants, weights, first, second, self.numbers, like, self.anchor)
+        if self.first.rows is not None:
+            self.moved = self.first.rows.kept(self.moved, kernels.Moved(*weights[:3]))
         family = self.block.family
         sound = family.in_domain(self.moved.state) if family.joint else kernels.sound(self.constants, self.moved, like)
         if sound is not None and not bool(sound.all()):
@@ -122,6 +124,8 @@ class Step:
         finally:
             if self.begun:
                 record["step"] = self.age if record["momentum"] else 0
+                rows = self.first.rows
+                record["ages"] = rows.ages_after() if rows is not None and record["momentum"] else None
 
     def _replace(self, moved: kernels.Moved) -> None:
         """Keep a whole block's new values, a flat one's in the storage that its members see."""

@@ -24,6 +24,7 @@ from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, numbers_of
+from expfam_poco.engine.rows import Selection
 from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
 from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
@@ -53,6 +54,7 @@ class Trial:
         used: which parameters an evaluation has depended on.
         grads: of a whole block, its gradients at all draws; None where nothing depended on it.
         raw: in place, the gradient of the last draw as each parameter has it.
+        rows: of a local parameter, those that the batch has used.
         noises: the noise of all draws of a whole block, once it has been made, for all trials of one key.
     """
 
@@ -77,6 +79,7 @@ class Trial:
     hessians: list[Tensor] = field(default_factory=list)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     variations: list[Tensor] = field(default_factory=list)
+    rows: Selection | None = None
     noises: list[Tensor] = field(default_factory=list)
     _points: Tensor | None = None
     _site: Any = None
@@ -303,13 +306,19 @@ class Trial:
             self._keep(loss, row)
             self._keep_pair()
 
+    @property
+    def factor(self) -> float:
+        """What makes the loss the objective that becomes small, of the rows that the batch has used."""
+        share = 1.0 if self.rows is None else self.rows.share
+        return -share if self.block.settings.maximize else share
+
     def signed(self, measured: Tensor) -> Tensor:
-        """What was measured of the loss, as it is of the objective that becomes small."""
-        return -measured if self.block.settings.maximize else measured
+        """What was measured of the loss, as it is of the objective."""
+        return measured if self.factor == 1.0 else measured * self.factor
 
     def _keep(self, loss: Tensor, grads: list[Tensor | None]) -> None:
-        if self.block.settings.maximize:
-            loss, grads = -loss, [None if grad is None else -grad for grad in grads]
+        if self.factor != 1.0:
+            loss, grads = self.signed(loss), [None if grad is None else self.signed(grad) for grad in grads]
         losses_alone = self.estimator.needs in LOSSES_ALONE
         if not all(self.used) or not self.used:
             before = self.used or [losses_alone] * len(grads)

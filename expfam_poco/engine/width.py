@@ -87,10 +87,10 @@ def check_reach(step: int, blocks: Sequence[Block]) -> None:
         if len(family.momentum_block) == len(family.Site._fields) or rate in (0.0, block.settings.lr) or way >= REACH:
             continue
         warnings.warn(
-            f"beta2={1.0 - rate:.10g} (precision_lr={rate:.3g}): after {PATIENCE} steps the precision of {block.name!r} "
-            f"has gone {way:.1%} of its way, so that the posterior is as wide as hess_init made it; if its width is "
-            f"wanted, give beta2=1 - 10/steps, {1.0 - 10.0 / PATIENCE:g} for as many as these (docs/optimizers.md). "
-            "For training alone all is well.",
+            f"beta2={1.0 - rate:.10g} (precision_lr={rate:.3g}): after {PATIENCE} steps the precision of "
+            f"{block.name!r} has gone {way:.1%} of its way: the posterior is as wide as hess_init made it; if its "
+            f"width is wanted, give beta2=1 - 10/steps, {1.0 - 10.0 / PATIENCE:g} for as many as these "
+            "(docs/optimizers.md). For training alone all is well.",
             UserWarning,
             stacklevel=5,
         )

@@ -16,6 +16,7 @@ from torch.optim import optimizer as torch_hooks
 from expfam_poco.arguments import is_real, shown
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
+from expfam_poco.closures.rows import rows_of
 from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
 from expfam_poco.errors import CheckpointError, NonFiniteError
@@ -121,6 +122,10 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             the mini-batch loss at the current weights.
         """
         engine, parts = self._engine, parts_of(closure, weights, scaler=scaler)
+        if any(map(any, (rows_of(part) for part, _ in parts))):
+            raise ValueError(
+                "rows: the base optimizer steps all rows of a parameter; give AlphaSVRG the closure alone."
+            )
         blocks = engine._trainable()
         params = [block.params[0] for block in blocks]
         number = engine._clock["step"] + 1

@@ -32,6 +32,7 @@ from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
+from expfam_poco.engine.rows import are_local, check_refreshed
 from expfam_poco.engine.step import Step, clip_factor, remember
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth, check_reach
@@ -60,23 +61,23 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         lr: η of the Bayesian learning rule (for the mean, where the family has more than one block).
         ess: N (κ), the number of examples that the mean loss stands for.
         weight_decay: δ on the mean-loss scale: the prior has precision ess·δ around the middle of the support.
-        prior: a `State` (or a dictionary of them by parameter name) in place of `weight_decay`.
+        prior: a `State` (or a dictionary of them by name) in place of `weight_decay`.
         correction: of natural gradients, an object or a name ("snapshot": by the posterior of the last refresh;
             "stored", "recursive", "transported", "none"); see `correction`.
-        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α (`LinearAlpha`), "adaptive" (of least
-            variance, by tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
+        alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α, "adaptive" (of least variance, by
+            tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
-        noise: "shared" (one noise for λ_in and λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next
-            refresh, Alg. 3 and 5), "antithetic" (pairs ±ε), "zero" (the delta method).
-        curvature: the estimator's name or object; see `estimators`.
-        anchor: "curvature" (the anchor term from the curvature), "stored" (from the mega-batch's dense Hessian
-            and products, small models) or "products" (products on the whole mega-batch at every step).
+        noise: "shared" (one noise for λ_in, λ_out), "independent" (Alg. 4), "fixed" (one θ_out until the next refresh,
+            Alg. 3, 5), "antithetic" (pairs ±ε), "zero" (the delta method).
+        curvature: the estimator, by name or as an object; see `estimators`.
+        anchor: "curvature" (the anchor term from it), "stored" (from the mega-batch's dense Hessian and products, small
+            models) or "products" (products on the whole mega-batch at every step).
         anchor_weight: weight of the anchor term; None takes the estimator's.
         retraction: "second_order" (always in the domain) or "plain" (the exact rule; refuses to leave it).
         momentum: β₁ on the family's momentum block.
         debias: divide the momentum by 1−β₁ᵗ.
-        precision_lr: rate of the other blocks (the precision); None: the same as lr.
-        clip_radius: ξ, limit of each entry of the preconditioned step before lr.
+        precision_lr: rate of the other blocks (the precision); None: lr.
+        clip_radius: ξ, limit of each entry of the step before lr.
         hess_init: initial precision is ess·(hess_init + weight_decay); None: the family's own.
         reanchor_average: move the old mega-batch average to the new λ_out, by the anchor's weight (False: Alg. 4).
         prior_in_momentum: momentum averages the prior's pull with the gradient, as BayesBiNN does.
@@ -84,10 +85,10 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         mc_samples: draws (or antithetic pairs) per evaluation.
         max_grad_norm: clip the *corrected* gradient of all groups together to this norm.
         nonfinite: "raise" a `NonFiniteError` or "skip" the step if it is not finite (docs/speed.md).
-        backend: how large models are stepped, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
-        one_pass: between steps a model that is stepped in place holds the next step's draw instead of the point, which
-            saves a pass over its weights; evaluate inside `with optimizer.sampled(at_point=True)`.
-        stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
+        backend: of large models, "auto", "eager", "mixed" or "compiled" (docs/speed.md).
+        one_pass: a model that is stepped in place holds the next draw between steps, which saves a pass over its
+            weights; evaluate inside `with optimizer.sampled(at_point=True)`.
+        stale_after: warn, once, when α > 0 and the last refresh is more steps ago; None: never.
         seed: the noise key; None takes one from torch's global generator.
         lr_scale: a factor on lr, for other conventions of it: a number, "initial_hessian" (each group's hess_init +
             weight_decay) or "mean_loss" (lr is the η on the mean loss); in a group it is called `lr_convention`.
@@ -306,8 +307,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         """One step of the Bayesian learning rule, corrected where a `refresh` has made a q_out and α > 0.
 
         Args:
-            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched`; a list of closures
-                accumulates the gradients of micro-batches, as if they were one batch.
+            closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched` or `Rows`; a list of
+                closures accumulates the gradients of micro-batches, as if they were one batch.
             weights: the micro-batches' numbers of examples; None counts them equally.
             fresh_noise: draw weights anew for every micro-batch, and average their natural gradients.
             scaler: a `torch.amp.GradScaler` for fp16; a step whose gradients overflow is skipped, and the scaler told.
@@ -318,7 +319,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
         Raises:
             TypeError: without a closure: the loss must be evaluated at weights drawn here.
-            NonFiniteError: if a loss or gradient is NaN or infinite (with nonfinite="raise"), nothing being changed; or
+            NonFiniteError: if a loss or gradient is not finite (with nonfinite="raise"), nothing being changed; or
                 after a step in place in which some weights had to keep their values (`docs/speed.md`).
         """
         parts = parts_of(closure, weights, fresh_noise=fresh_noise, scaler=scaler)
@@ -348,7 +349,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
-        now = self._round(blocks, number)
+        now = self._round(blocks, number, apart=are_local(parts, blocks))
         alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, number), always=always)
         self._alphas = now.alphas_by_name(alphas)
         asked = any(map(any, alphas)) or any(wanted)
@@ -365,9 +366,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
-        factor: float | Tensor = 1.0
-        if self.max_grad_norm is not None and steps:
-            factor = clip_factor(steps, self.max_grad_norm)
+        most = self.max_grad_norm
+        factor: float | Tensor = clip_factor(steps, most) if most is not None and steps else 1.0
         ahead = self.one_pass and not self.correction.moves
         following = self._plan(None).step_key(number + 1) if ahead else None
         try:
@@ -431,9 +431,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             scaler: a `torch.amp.GradScaler` for fp16, told of overflows; call `scaler.update()` after the next step.
 
         Returns:
-            the mega-batch's mean loss at the sampled weights; NaN if its scaled gradients overflow.
-
-        On any other error, also with nonfinite="skip", q_out stays as it was and the error is raised.
+            the mega-batch's mean loss at the sampled weights; NaN if its scaled gradients overflow. On any other error,
+            also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
         self._settle(raising=True)
         try:
@@ -448,12 +447,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
         chunks, shares = check_chunks(closures, weights)
         parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
-        blocks = self._trainable()
+        blocks, weighed = self._trainable(), list(zip(parts, shares, strict=True))
         refresh, first = self._clock["refresh"] + 1, self._clock["chunk"] + 1
+        check_refreshed(weighed, blocks)
         now = self._round(blocks, self._clock["step"] + 1)
         self._products.begin()
         with self._weights_restored(blocks):
-            loss, trials = now.evaluate_chunks(list(zip(parts, shares, strict=True)), self._evaluator, refresh, first)
+            loss, trials = now.evaluate_chunks(weighed, self._evaluator, refresh, first)
         if not any(any(trial.used) for trial in trials):
             raise unused_error()
         memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
@@ -485,13 +485,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             record = self._state(block)
             record["memory"], record["stamp"], record["in_mega"] = memory, self._clock["memory"], True
 
-    def _round(self, blocks: Sequence[Block], number: int) -> Round:
-        apart = self._products.kind != "curvature"
-        return Round(self._layout, blocks, self._plan(blocks), number, apart=apart)
+    def _round(self, blocks: Sequence[Block], number: int, *, apart: bool = False) -> Round:
+        apart = apart or self._products.kind != "curvature"
+        return Round(self._layout, blocks, self._plan(None if apart else blocks), number, apart=apart)
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         """Where noise comes from in a step or refresh of these blocks, and whether they are stepped in place."""
-        backend = None if blocks is None or self._products.kind != "curvature" else self.backend
+        backend = None if blocks is None else self.backend
         if backend is not None and not self._layout.in_place(backend, blocks or ()):
             backend = None
         return NoisePlan(self.noise, self.mc_samples, self.seed, self.correction, backend)

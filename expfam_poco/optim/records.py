@@ -65,6 +65,7 @@ def encode_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """One block's record: NamedTuples become dictionaries of copies, which later steps in place do not reach."""
     return {
         "step": state["step"],
+        "ages": None if state["ages"] is None else state["ages"].clone(),
         "stamp": state["stamp"],
         "in_mega": state["in_mega"],
         "drawn": None if state["drawn"] is None else dataclasses.asdict(state["drawn"]),
@@ -97,6 +98,7 @@ def decode_state(block: Block, plain: Any, correction: Correction) -> Record:
         drawn = plain["drawn"]
         record = Record(
             step=_count(plain, "step"),
+            ages=_ages(plain["ages"], block),
             stamp=_count(plain, "stamp"),
             in_mega=_boolean(plain["in_mega"]),
             drawn=None if drawn is None else NoiseKey(**{f.name: drawn[f.name] for f in dataclasses.fields(NoiseKey)}),
@@ -114,6 +116,16 @@ def decode_state(block: Block, plain: Any, correction: Correction) -> Record:
     if not all(bool(family.in_domain(state)) for state in states):
         raise CheckpointError(f"{where} is outside the domain of {type(family).__name__}; use another file.")
     return record
+
+
+def _ages(ages: Any, block: Block) -> Tensor | None:
+    if ages is None:
+        return None
+    if ages.dtype != torch.int64 or ages.shape != block.batch[:1] or bool((ages < 0).any()):
+        raise ValueError(
+            f"ages are {tuple(ages.shape)} of {ages.dtype} where {tuple(block.batch[:1])} counts are needed"
+        )
+    return torch.as_tensor(ages).to(block.device)
 
 
 def _states_in(memory: Any, like: Any, state: Any) -> list[Any]:
@@ -199,6 +211,7 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
             scale = group["lr_convention" if "lr_convention" in group else "lr_scale"]
             groups.append({"own_site": False, **kept, "lr_convention": scale})
+        state = {key: {"ages": None, **record} for key, record in state_dict["state"].items()}
         header = {
             "records": sorted(filter(is_count, state_dict["state"])),
             **state_dict["poco"],
@@ -209,7 +222,7 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         raise CheckpointError(
             f"state_dict: a damaged checkpoint of format {header['format']} ({error!r}); use another file."
         ) from None
-    return {**state_dict, "param_groups": groups, "poco": header}
+    return {**state_dict, "state": state, "param_groups": groups, "poco": header}
 
 
 def _from_2(state_dict: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -356,7 +369,7 @@ class Resuming(Recorded, Shell):
                 own = self.state.get(block.params[0])
                 if own:  # a parameter that was always frozen has no posterior, and keeps its prior
                     known[block.name] = fields.map_fields(torch.clone, own["posterior"])
-                    own.update(memory=None, stamp=0, in_mega=False, momentum=(), step=0)
+                    own.update(memory=None, stamp=0, in_mega=False, momentum=(), step=0, ages=None)
             group["prior"] = known
         self._products.reset()
 

@@ -178,7 +178,7 @@ def update(
     return BLRState(posterior, memory)
 
 
-def unbias_of(momentum: float, step: int, debias: bool) -> float:
+def unbias_of(momentum: float, step: Any, debias: bool) -> Any:
     """1 − βᵗ, or 1 without debiasing."""
     return 1.0 - momentum**step if debias else 1.0
 
