@@ -5,12 +5,11 @@
     python benchmarks/natural_vi.py nuts          # means and deviations beside a long NUTS run (minutes)
     python benchmarks/natural_vi.py report        # tables into RESULTS.md
 
-A pass is one evaluation of the log joint of all data with its gradient (of a mini-batch, its part of that); NaturalVI's
-evaluations that are taken back, and its comparisons at the start, count. The gap is (ELBO* − ELBO)/N in nats a datum, by
+A pass is one evaluation of the log joint of all data, with its gradient and, for NaturalVI, its Hessian (of a mini-batch,
+its part of that); the first trace and steps that are taken back count. The gap is (ELBO* − ELBO)/N in nats a datum, by
 1,000 draws that are the same for all; ELBO* is that of the family's best member, found by a long run of NaturalVI. SVI's
-rate is tuned for every guide and optimizer, on a seed that is not reported; its draws are one a step. `--quick` makes all
-so short that it shows only that everything works. (The file is not called pyro.py, which would hide Pyro from the
-scripts beside it.)
+rate is tuned for every guide and optimizer on a seed that is not reported; it takes one draw a step. `--quick` makes all
+so short that it shows only that everything works. (A file called pyro.py would hide Pyro from the scripts beside it.)
 """
 
 from __future__ import annotations
@@ -309,7 +308,7 @@ def markdown(part: str, found: dict[str, Any]) -> str:
     if part == "nuts":
         return (
             "| logistic regression, full Gaussian beside NUTS | worst of 31 | all together |\n|---|---|---|\n"
-            f"| means apart, in posterior deviations | {found['mean']:.3f} | {found['mean_rms']:.3f} (root mean square) |\n"
+            f"| means apart, in posterior deviations | {found['mean']:.3f} | {found['mean_rms']:.3f} (rms) |\n"
             f"| deviations apart | {100 * found['sd']:.1f} % | {100 * found['sd_mean']:+.1f} % (mean) |"
         )
     lines = ["| method | passes to 1e-2 | to 1e-3 | to 1e-4 | last gap |", "|---|---|---|---|---|"]

@@ -70,3 +70,15 @@ def schools(y: Tensor, error: Tensor) -> None:
     with pyro.plate("schools", len(y)):
         z = pyro.sample("z", dist.Normal(ZERO, ONE))
         pyro.sample("y", dist.Normal(mu + tau * z, error), obs=y)
+
+
+def local(y: Tensor, size: int | None = None, shared: bool = False) -> None:
+    """A latent of every column, of which a batch may have a part: of mean 0 or a shared one, posterior precision 1 + n.
+
+    The plate is not the first axis of the site, which has two entries with the same data.
+    """
+    mean = pyro.sample("mean", dist.Normal(ZERO, 3 * ONE)) if shared else ZERO
+    with pyro.plate("twice", 2, dim=-2), pyro.plate("columns", y.shape[1], subsample_size=size, dim=-1) as i:
+        z = pyro.sample("z", dist.Normal(mean, ONE))
+        with pyro.plate("data", y.shape[0], dim=-3):
+            pyro.sample("y", dist.Normal(z, ONE), obs=y[:, None, i].expand(-1, 2, -1))

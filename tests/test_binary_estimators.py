@@ -158,7 +158,9 @@ def test_the_page_shows_what_was_measured() -> None:
     for part, content in STORED.items():
         assert f"<!-- table {part} -->\n\n{benchmark.markdown(part, content)}\n<!-- end -->" in text, part
     known = {name.split(",")[0] for name in STORED["moments"]}
-    assert known == {name for name, each in available(FAMILY).items() if not each.compares}, "an estimator is missing in benchmarks/binary_estimators.py"
+    assert known == {name for name, each in available(FAMILY).items() if not each.compares}, (
+        "an estimator is missing in benchmarks/binary_estimators.py"
+    )
 
 
 def test_shared_noise_is_worth_as_much_as_the_page_says() -> None:

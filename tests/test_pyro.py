@@ -21,6 +21,7 @@ from pyro_models import (
     gamma_poisson,
     gamma_precision,
     linear,
+    local,
     normal_normal,
     real,
     rows_of,
@@ -223,6 +224,29 @@ def normal_scaled(y: Tensor, scale: float) -> None:
     mean = pyro.sample("mean", dist.Normal(ZERO, ONE))
     with poutine.scale(scale=scale), pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(mean, ONE), obs=y)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_of_local_sites_are_stepped_where_they_are_used(shared: bool) -> None:
+    """Every row as if its own data were all: precision 1 + n; rows that no batch has had are as they began."""
+    y = 1.0 + torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vi = NaturalVI(local, seed=0, newton=2)
+    losses = steps(vi, 1, y, 3, shared)
+    states = vi.optimizer.posterior_states()
+    assert int((states["z"].precision != 1.0).any(1).sum()) == 3 and states["z"].mean.shape == (12, 2)
+    losses += steps(vi, 119, y, 3, shared)
+    states = vi.optimizer.posterior_states()
+    torch.testing.assert_close(states["z"].precision, torch.full_like(states["z"].precision, 6.0), rtol=0.1, atol=0.0)
+    assert vi.guide.sample(3)["z"].shape == (3, 2, 12)
+    if not shared:
+        exact = (y.sum(0) / 6)[:, None].expand(-1, 2)
+        torch.testing.assert_close(states["z"].mean, exact, atol=0.02, rtol=0.0)
+        covariance = torch.ones(5, 5, dtype=torch.float64) + torch.eye(5, dtype=torch.float64)
+        normal = torch.distributions.MultivariateNormal(torch.zeros(5, dtype=torch.float64), covariance)
+        evidence = 2 * float(normal.log_prob(y.T).sum())
+        assert -sum(losses[-40:]) / 40 == pytest.approx(evidence, abs=0.1 * abs(evidence))
+    else:
+        torch.testing.assert_close(states["group0"].precision, real(1 / 9 + 24)[None], rtol=1e-2, atol=0.0)
 
 
 # ---- streaming ---------------------------------------------------------------------------------------------

@@ -26,10 +26,9 @@ def sphere(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(direction[0], ONE).expand([4]).to_event(1), obs=y)
 
 
-def local(y: Tensor) -> None:
-    with pyro.plate("rows", 8, subsample_size=4):
-        z = pyro.sample("z", dist.Normal(ZERO, ONE))
-        pyro.sample("y", dist.Normal(z, ONE), obs=y)
+def local_to_two(y: Tensor) -> None:
+    with pyro.plate("rows", 8, subsample_size=4, dim=-1), pyro.plate("columns", 6, subsample_size=2, dim=-2):
+        pyro.sample("z", dist.Normal(ZERO, ONE))
 
 
 def sequential(y: Tensor) -> None:
@@ -63,7 +62,7 @@ def growing(y: Tensor) -> None:
 MODELS: dict[str, tuple[Callable[[Tensor], None], str]] = {
     "discrete": (discrete, r"site 'k': it is discrete, and no gradient reaches it; sum it out"),
     "support": (sphere, r"site 'direction': nothing maps real numbers one to one onto its support"),
-    "local": (local, r"site 'z': it is local to the plate 'rows', of which a batch has 4 rows of 8; give all rows"),
+    "local": (local_to_two, r"site 'z': it is local to 2 subsampled plates, .*; subsample one of them"),
     "sequential": (sequential, r"site 'z0': the plate 'rows' around it is sequential; use it as a context"),
     "no latent": (nothing, r"model: it has no latent site, so there is no posterior; sample one without obs="),
     "mean loss": (mean, r"model: every site is scaled by 0.25, as for a mean loss, where the log joint is meant"),

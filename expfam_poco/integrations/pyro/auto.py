@@ -18,7 +18,7 @@ from expfam_poco.errors import NonFiniteError
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.registry import resolve_family
 from expfam_poco.integrations.pyro.reading import Latent
-from expfam_poco.integrations.pyro.sites import Kept, Part, groups_of, keep, kind_of, parts_of
+from expfam_poco.integrations.pyro.sites import Kept, Part, families_of, groups_of, keep, kind_of, parts_of
 from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.rule.estimators import available
 
@@ -37,13 +37,12 @@ def automatic(latents: Sequence[Latent], closure_of: MakeClosure) -> list[Expone
         latents: the sites.
         closure_of: gives ℓ as a function of nothing, at the weights of sites that are kept.
     """
-    joint = resolve_family(JOINT)
-    families = [joint] * len(latents)
+    families = families_of(latents, JOINT)
     for number, latent in enumerate(latents):
         own = OWN.get(kind_of(latent.support))
         if own is None:
             continue
-        tried = [*families[:number], resolve_family(own), *[joint] * (len(latents) - number - 1)]
+        tried = [*families[:number], resolve_family(own), *families[number + 1 :]]
         kept = keep(latents, tried)
         if is_conjugate(kept, number, closure_of(kept)):
             families[number] = tried[number]

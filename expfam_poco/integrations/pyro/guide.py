@@ -75,7 +75,9 @@ class NaturalGuide:
                 key = NoiseKey(seed, parameter=position)
                 noise = part.family.noise(part.shape, draws, key, dtype=state[0].dtype, device=state[0].device)
                 rows = part.split(part.family.sample(state, noise))
-                found.update({site.name: site.value(row) for site, row in zip(part.sites, rows, strict=True)})
+                found.update(
+                    {site.name: site.value(site.laid(row)) for site, row in zip(part.sites, rows, strict=True)}
+                )
         return found
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -102,7 +104,7 @@ class NaturalGuide:
                 rows = _marginal_quantiles(part, states[part.name], levels)
                 for position, site in enumerate(part.sites):
                     if rows is not None and (site.transform is None or site.transform.domain.event_dim == 0):
-                        found[site.name] = site.value(part.split(rows)[position])
+                        found[site.name] = site.value(site.laid(part.split(rows)[position]))
                         continue
                     drawn = drawn or self.sample(DRAWS, seed=0)
                     values = drawn[site.name]
@@ -138,6 +140,7 @@ def _marginal_quantiles(part: Part, state: Any, levels: Sequence[float]) -> Tens
 
 
 def _sample_site(site: Kept, weight: Tensor, plates: dict[str, Any]) -> Tensor:
+    weight = site.laid(weight)
     value = site.value(weight)
     density = site.site_log_density(weight, value)
     with ExitStack() as stack:

@@ -51,14 +51,14 @@ class Rates:
         """Whether the next step is a Newton step."""
         return self.begun < self.newton
 
-    def rate(self) -> float:
-        """η of the next step."""
+    def rate(self, share: float = 1.0) -> float:
+        """η of the next step; of rows of which a batch has this share, t counts the steps that one of them has seen."""
         if self.constant is not None:
             return self.constant * self.factor
         if self.is_starting:
             return self.factor
-        first = 1.0 if self.newton == 0 else 2.0
-        return self.factor / (first + self.averaged / self.memory)
+        first = 1.0 if self.newton == 0 or share < 1.0 else 2.0
+        return self.factor / (first + share * self.averaged / self.memory)
 
     def taken_back(self) -> bool:
         """Quarter the rate; whether it is worth trying again."""

@@ -27,11 +27,12 @@ class Latent:
 
     Attributes:
         name: of the site.
-        value: where it was initialised, in its own space.
+        value: where it was initialised, in its own space; of a local site all rows, which begin as the first batch's.
         support: of its distribution.
         event_dim: trailing axes of one draw of its distribution.
         frames: the plates around it, by name.
-        scale: what its log density is multiplied with.
+        plate: of whose rows a batch uses a part, for a local site; None for all others.
+        axis: which axis of the value has that plate's rows.
     """
 
     name: str
@@ -39,7 +40,8 @@ class Latent:
     support: Any
     event_dim: int
     frames: Mapping[str, Any]
-    scale: float
+    plate: str | None = None
+    axis: int = 0
 
 
 class Replayed(Messenger):
@@ -79,7 +81,7 @@ def latents_of(trace: Any) -> list[Latent]:
     found = [_latent(name, site) for name, site in _samples(trace) if not site["is_observed"]]
     if not found:
         raise ValueError("model: it has no latent site, so there is no posterior; sample one without obs=.")
-    scales = {_number(site["scale"]) for _, site in _samples(trace)}
+    scales = {round(_own_scale(site), 12) for _, site in _samples(trace)}
     if len(scales) == 1 and scales != {1.0}:
         raise ValueError(
             f"model: every site is scaled by {scales.pop():.3g}, as for a mean loss, where the log joint is meant: the "
@@ -101,15 +103,26 @@ def _latent(name: str, site: Any) -> Latent:
                 f"site {name!r}: the plate {frame.name!r} around it is sequential; use it as a context, "
                 f"with pyro.plate({frame.name!r}, …):, so that its rows are one tensor."
             )
-        if frame.full_size not in (None, frame.size):
-            raise ValueError(
-                f"site {name!r}: it is local to the plate {frame.name!r}, of which a batch has {frame.size} rows of "
-                f"{frame.full_size}; give all rows at once, or sum the site out of the model."
-            )
     value = site["value"].detach()
     if not value.is_floating_point():
         raise ValueError(f"site {name!r}: its values are {value.dtype}; only real latent sites have posteriors here.")
-    return Latent(name, value, fn.support, fn.event_dim, frames, _number(site["scale"]))
+    parts = [frame for frame in frames.values() if is_part(frame)]
+    if not parts:
+        return Latent(name, value, fn.support, fn.event_dim, frames)
+    if len(parts) > 1:
+        raise ValueError(
+            f"site {name!r}: it is local to {len(parts)} subsampled plates, {', '.join(f.name for f in parts)}; "
+            "subsample one of them."
+        )
+    (frame,), batch = parts, value.ndim - fn.event_dim
+    axis = batch + frame.dim
+    rows = torch.arange(frame.full_size, device=value.device) % frame.size
+    return Latent(name, value.index_select(axis, rows), fn.support, fn.event_dim, frames, frame.name, axis)
+
+
+def is_part(frame: Any) -> bool:
+    """Whether a plate has a part of its rows in this trace."""
+    return frame.full_size is not None and frame.full_size != frame.size
 
 
 def _samples(trace: Any) -> Iterator[tuple[str, Any]]:
@@ -126,8 +139,13 @@ def _is_deterministic(site: Any) -> bool:
     return site["is_observed"] and isinstance(fn, dist.Delta)
 
 
-def _number(scale: Any) -> float:
-    return float(scale)
+def _own_scale(site: Any) -> float:
+    """What a site's log density is multiplied with, beside what its plates' subsamples do."""
+    scale = float(site["scale"])
+    for frame in site["cond_indep_stack"]:
+        if is_part(frame):
+            scale *= frame.size / frame.full_size
+    return scale
 
 
 class Reader:
@@ -139,11 +157,11 @@ class Reader:
     """
 
     def __init__(self, trace: Any, latents: list[Latent]) -> None:
-        self._shapes = {latent.name: latent.value.shape for latent in latents}
+        self._latents = {latent.name: latent for latent in latents}
         self.sizes = dict(_plates(trace))
         self.rows: dict[str, Tensor] = {}
         self.params: dict[str, Tensor] = {}
-        self.subsampled = any(_number(site["scale"]) != 1.0 for _, site in _samples(trace))
+        self.subsampled = any(is_part(frame) for _, site in _samples(trace) for frame in site["cond_indep_stack"])
 
     def next_batch(self) -> None:
         """Let plates draw a new subsample at the next evaluation."""
@@ -174,11 +192,18 @@ class Reader:
             (name, site["value"]) for name, site in trace.nodes.items() if site["type"] == "param"
         ]
         self.params = {name: value.unconstrained() for name, value in params}
-        shown = None if prior else (lambda name, site: name not in self._shapes)
+        shown = None if prior else (lambda name, site: name not in self._latents)
         total = trace.log_prob_sum(shown) if shown else trace.log_prob_sum()
         if not isinstance(total, Tensor):
             raise ValueError("model: it has no density to speak of; observe something with obs=.")
         return total
+
+    def look(self, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The rows that this batch has of every plate, which evaluations before the next `next_batch` will see."""
+        with poutine.block(), torch.no_grad():
+            trace = poutine.trace(Replayed({}, self.rows)(model)).get_trace(*args, **kwargs)
+        self.rows = {name: torch.as_tensor(rows) for name, rows in _rows(trace)}
+        return self.rows
 
     def forget_sizes(self) -> None:
         """Let the next data have plates of other sizes, where no latent site is in them."""
@@ -190,8 +215,8 @@ class Reader:
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
         }
-        if seen.keys() != self._shapes.keys():
-            (name, *_) = sorted(seen.keys() ^ self._shapes.keys())
+        if seen.keys() != self._latents.keys():
+            (name, *_) = sorted(seen.keys() ^ self._latents.keys())
             how = "appears now and did not at first" if name in seen else "was there at first and is missing now"
             raise ValueError(
                 f"site {name!r}: it {how}; a posterior is over the same sites at every step: sample it always, and let "
@@ -205,9 +230,11 @@ class Reader:
                     f"data: give pyro.plate({name!r}, {max(known, size)}, subsample=rows), or call next_data() for "
                     "new data."
                 )
-        for name, shape in self._shapes.items():
-            fn = seen[name]["fn"]
+        for name, latent in self._latents.items():
+            fn, shape = seen[name]["fn"], latent.value.shape
             now = fn.batch_shape + fn.event_shape
+            if latent.plate is not None:
+                now = torch.Size([*now[: latent.axis], shape[latent.axis], *now[latent.axis + 1 :]])
             if now != shape:
                 raise ValueError(
                     f"site {name!r}: its shape was {tuple(shape)} and is {tuple(now)} now; a posterior is of one shape."

@@ -25,6 +25,7 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.registry import resolve_family
 from expfam_poco.integrations.pyro.reading import Latent
 
+LOCAL = "diagonal_gaussian"  # of local sites, where the family is one of all weights together
 _KINDS = {
     "positive": (constraints.positive, constraints.nonnegative),
     "unit": (constraints.unit_interval, constraints.interval(0.0, 1.0)),
@@ -40,7 +41,7 @@ class Kept:
     Attributes:
         latent: the site.
         family: of its weights.
-        weight: the parameter, in the family's space.
+        weight: the parameter, in the family's space; of a local site the rows come first.
         transform: from the family's space to the site's; None where they are one.
     """
 
@@ -53,6 +54,19 @@ class Kept:
     def name(self) -> str:
         """The site's."""
         return self.latent.name
+
+    def laid(self, weight: Tensor) -> Tensor:
+        """The weight with its axes as the site has them, after any axes of draws."""
+        draws = weight.ndim - self.weight.ndim
+        return weight if self.latent.plate is None else weight.movedim(draws, draws + self.latent.axis)
+
+    def used(self, weight: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """What a batch with these rows uses of the weight, laid as the site is."""
+        return weight if self.latent.plate is None else self.laid(weight[rows[self.latent.plate]])
+
+    def count(self, rows: Mapping[str, Tensor]) -> float:
+        """How many rows of the whole each of the batch's stands for."""
+        return 1.0 if self.latent.plate is None else len(self.weight) / len(rows[self.latent.plate])
 
     def value(self, weight: Tensor) -> Tensor:
         """θ = t(u), in the site's own space."""
@@ -83,13 +97,16 @@ def families_of(latents: Sequence[Latent], choice: Any) -> list[ExponentialFamil
 
     Args:
         latents: the sites.
-        choice: a family or its name for all, or a mapping from patterns of names to families, the first match wins.
+        choice: a family or its name for all (local sites have independent rows, and so not a joint one, but `LOCAL`),
+            or a mapping from patterns of names to families, the first match wins.
 
     Raises:
         ValueError: for a site that no pattern matches.
     """
     if not isinstance(choice, Mapping):
-        return [resolve_family(choice)] * len(latents)
+        every = resolve_family(choice)
+        by_row = resolve_family(LOCAL) if every.joint else every
+        return [every if latent.plate is None else by_row for latent in latents]
     found = {pattern: resolve_family(family) for pattern, family in choice.items()}
     families = []
     for latent in latents:
@@ -165,7 +182,9 @@ def _keep(latent: Latent, family: ExponentialFamily) -> Kept:
             f"init: it puts the site {latent.name!r} on the border of its support, {latent.support}; give init= "
             "another function of pyro.infer.autoguide.initialization, such as init_to_feasible."
         )
-    return Kept(latent, family, nn.Parameter(start.clone()), transform)
+    if latent.plate is not None:
+        start = start.movedim(latent.axis, 0)
+    return Kept(latent, family, nn.Parameter(start.clone(memory_format=torch.contiguous_format)), transform)
 
 
 def _bijection(latent: Latent) -> Any:
@@ -179,21 +198,17 @@ def _bijection(latent: Latent) -> Any:
 
 
 def groups_of(kept: Sequence[Kept]) -> list[dict[str, Any]]:
-    """Parameter groups: the sites of one family together, which a joint family sees as one vector."""
+    """Parameter groups: the sites of one family together, which a joint one sees as one vector; local ones by plate."""
     groups: list[dict[str, Any]] = []
     for site in kept:
         for group in groups:
-            if group["family"] == site.family:
+            if group["family"] == site.family and group["plate"] == site.latent.plate:
                 group["params"].append((site.name, site.weight))
                 break
         else:
-            groups.append({"params": [(site.name, site.weight)], "family": site.family})
+            own = {"family": site.family, "plate": site.latent.plate}
+            groups.append({"params": [(site.name, site.weight)], **own})
     return groups
-
-
-def values_of(kept: Sequence[Kept], weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Every site's value at weights of the families' spaces."""
-    return {site.name: site.value(weight) for site, weight in zip(kept, weights, strict=True)}
 
 
 @dataclass(frozen=True)
