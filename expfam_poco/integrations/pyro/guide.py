@@ -41,8 +41,8 @@ class NaturalGuide:
         ...     loss = vi.step(y)
         >>> vi.guide.quantiles([0.05, 0.5, 0.95])["rate"].shape
         torch.Size([3])
-        >>> pyro.infer.Predictive(model, guide=vi.guide, num_samples=7)(y)["rate"].shape
-        torch.Size([7])
+        >>> pyro.infer.Predictive(model, guide=vi.guide, num_samples=7)(y)["y"].shape
+        torch.Size([7, 3])
     """
 
     def __init__(self, parts: Sequence[Part], states: Callable[[], Mapping[str, Any]]) -> None:
