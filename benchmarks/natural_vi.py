@@ -9,7 +9,7 @@ A pass is one evaluation of the log joint of all data, with its gradient and, fo
 its part of that); the first trace and steps that are taken back count. The gap is (ELBO* − ELBO)/N in nats a datum, by
 1,000 draws that are the same for all; ELBO* is that of the family's best member, found by a long run of NaturalVI.
 SVI's rate is tuned for every guide and optimizer on a seed that is not reported; it takes one draw a step. `--quick`
-makes all so short that it shows only that everything works. (A file called pyro.py would hide Pyro from its neighbours.)
+makes all so short that it shows only that everything works. (A file called pyro.py would hide Pyro.)
 """
 
 from __future__ import annotations

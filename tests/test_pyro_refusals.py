@@ -75,7 +75,9 @@ def test_a_model_that_has_no_posterior_here(name: str) -> None:
     vi = NaturalVI(model, seed=0)
     with pytest.raises(ValueError, match=words):
         vi.step(Y)
-    with pytest.raises(RuntimeError, match=r"vi.guide: the model's sites are not known yet; call vi.step\(batch\)"):
+    with pytest.raises(
+        RuntimeError, match=r"model: its sites are not known before the first step; call vi.step\(batch\)"
+    ):
         vi.guide(Y)
 
 

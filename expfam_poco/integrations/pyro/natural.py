@@ -161,7 +161,7 @@ class NaturalVI:
     def _made(self) -> _Made:
         if self._ready is None:
             raise RuntimeError(
-                "vi.guide: the model's sites are not known yet; call vi.step(batch) or vi.setup(batch) first."
+                "model: its sites are not known before the first step; call vi.step(batch) or vi.setup(batch) first."
             )
         return self._ready
 
@@ -204,7 +204,7 @@ class NaturalVI:
         """Make the posterior the prior of the data that follow, in place of the model's own prior of its latents.
 
         From now on the latent sites' own densities are not counted; what the model observes is. Plates may have other
-        sizes, unless latent sites are in them.
+        sizes, unless latent sites are in them: those are taken for the same ones again.
         """
         made = self._made()
         made.optimizer.next_task()

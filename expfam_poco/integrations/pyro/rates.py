@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 SHARE = 0.2  # of the newest estimate of −ELBO in its average
+ROUNDING = 1e-6  # of a loss in float32
 SPREADS = 5.0  # how many of its deviations it may rise
 
 
@@ -76,8 +77,10 @@ class Rates:
         """
         if self.level is None:
             return False
-        wide = SPREADS * max(self.spread, (0.5 * weights) ** 0.5)
-        return not loss <= self.level + (self.enough if self.is_starting and self.whole else wide)
+        margin = SPREADS * max(self.spread, (0.5 * weights) ** 0.5)
+        if self.is_starting and self.whole:
+            margin = self.enough + ROUNDING * abs(self.level)
+        return not loss <= self.level + margin
 
     def stepped(self, loss: float, *, again: bool = False) -> None:
         """Count a step.
