@@ -26,7 +26,7 @@ from expfam_poco.integrations.pyro.sites import Kept, Part, families_of, groups_
 from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
-WHOLE, SUBSAMPLED = 5.0, 3.0  # c of `Rates`, with all data in a step and with a part of them
+WHOLE, SUBSAMPLED = 5.0, 2.0  # c of `Rates`, with all data in a step and with a part of them
 LARGEST_HESSIAN = 1000  # weights of which the Hessian's diagonal is computed entry by entry
 
 
@@ -140,7 +140,8 @@ class NaturalVI:
         optimizer = self._optimizer_of(kept, parts)
         losses = Losses(reader, kept, parts, self._params)
         newton = self._newton if self._lr is None and _can_start(optimizer) else 0
-        rates = Rates(self._lr, newton, SUBSAMPLED if reader.subsampled else WHOLE, whole=not reader.subsampled)
+        memory = SUBSAMPLED if reader.subsampled else WHOLE
+        rates = Rates(self._lr, newton, memory, whole=not reader.subsampled)
         guide = NaturalGuide(parts, optimizer.posterior_states)
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:
