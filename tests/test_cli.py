@@ -149,9 +149,9 @@ def alive_in_group(group: int) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="lists processes by the command ps, which is missing")
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_a_signal_stops_all_processes(name: str, tmp_path: Path) -> None:
-    """Ctrl-C goes to the whole group, the others to the main process alone."""
+    """Ctrl-C goes to the whole group, the other to the main process alone; SIGTERM: see the next test."""
     command = [sys.executable, "-m", "expfam_poco.cli", "compare", "--task", "wine", "--passes", "100000"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)],

@@ -31,7 +31,7 @@ def test_digits_network_trains_all_three_methods() -> None:
 
 
 def test_exponentiated_svrg_gets_closer_with_correction() -> None:
-    found = re.findall(r"distance to least squares (\S+)", run("exponentiated_svrg.py", "--steps", "600"))
+    found = re.findall(r"distance to least squares (\S+)", run("exponentiated_svrg.py", "--steps", "400"))
     plain, corrected = map(float, found)
     assert corrected < plain
 
@@ -112,6 +112,13 @@ def test_every_example_has_a_test() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     missing = [path.name for path in EXAMPLES.glob("*.py") if re.search(rf"\b{path.stem}\b", source) is None]
     assert not missing
+
+
+def test_the_distributed_example_trains() -> None:
+    """On one process here; several are in test_processes.py."""
+    assert re.search(
+        r"1 process\(es\): [2-5]\.\d+ nats", run("train_distributed.py", "--steps=12", "--batch=4", "--every=5")
+    )
 
 
 def test_every_example_explains_itself() -> None:

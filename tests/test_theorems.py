@@ -306,8 +306,7 @@ def flattened(path: list[tuple[ndarray, ndarray]]) -> list[ndarray]:
     return [np.concatenate([m, s.ravel()]) for m, s in path]
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.6])
-@pytest.mark.parametrize("ridge", PRIORS)
+@pytest.mark.parametrize(("ridge", "alpha"), list(zip(PRIORS, (1.0, 0.6), strict=True)))
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name", WITH_CURVATURE)

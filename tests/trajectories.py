@@ -241,7 +241,6 @@ STREAMED: dict[str, Case] = {
     "network-IVONPoCoMo": Case(named(poco.IVONPoCoMo, **MOMENTUM, **EAGER)),
     "network-next-task": Case(diagonal(**EAGER), loop=interrupted(at_15=scheduled, at_25=next_task)),
     "every-family/float64": Case(every_leafwise(momentum=0.5, rho=0.3), problem=mixture),
-    "every-family/float32": Case(every_leafwise(noise="independent"), F32, mixture),
     "antithetic-draws": Case(diagonal(noise="antithetic", mc_samples=2, **EAGER), F32, wells()),
     "independent-rho-clip": Case(
         diagonal(noise="independent", rho=(0.6, 0.1), clip_radius=0.2, max_grad_norm=20.0, **EAGER), F64, wells()
@@ -265,13 +264,9 @@ REAL, IN_PLACE = wells(shapes=LARGE), {"seed": 1, "backend": "eager"}
 LARGE_CASES: dict[str, Case] = {
     "IVON-one-pass": Case(named(poco.IVON, **IVON, **EAGER, one_pass=True), F32, REAL, plain),
     "IVONPoCoMo": Case(named(poco.IVONPoCoMo, **MOMENTUM, **EAGER), F32, REAL),
-    "IVONPoCo-max-grad-norm": Case(named(poco.IVONPoCo, **IVON, **EAGER, max_grad_norm=100.0), F64, REAL),
     "SVRG-weight-decay": Case(named(poco.SVRG, lr=0.1, weight_decay=0.1, alpha=0.9, **IN_PLACE), F32, REAL),
     "BayesBiNNPoCo": Case(
         named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, curvature="relaxed", alpha=1.0, **IN_PLACE), F32, REAL
-    ),
-    "log-normal-one-pass": Case(
-        poco_of("log_normal", 0.02, 50.0, one_pass=True, **EAGER), F32, wells("positive", {"table": (300_000,), **TINY})
     ),
     "VSGD": Case(named(poco.VSGD, lr=0.05, **EAGER), F32, REAL, on_gradients),
     "ConstantVSGD": Case(named(poco.ConstantVSGD, lr=0.05, **EAGER), F32, REAL, on_gradients),

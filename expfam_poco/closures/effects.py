@@ -231,11 +231,11 @@ class Buffers:
 
         `closure` is one closure, or a list.
         """
-        return Evaluations(self._modules(params, closure), params)
+        return Evaluations(self.modules(params, closure), params)
 
     def state_of(self, params: Sequence[Parameter], closure: Any) -> ModuleState:
         """The state of all modules around these parameters, or within reach of the closure, as it is now."""
-        return ModuleState(self._modules(params, closure), params)
+        return ModuleState(self.modules(params, closure), params)
 
     @contextmanager
     def kept(self, params: Sequence[Parameter], closure: Any) -> Iterator[None]:
@@ -247,7 +247,8 @@ class Buffers:
         finally:
             record.restore()
 
-    def _modules(self, params: Sequence[Parameter], closure: Any) -> list[nn.Module]:
+    def modules(self, params: Sequence[Parameter], closure: Any) -> list[nn.Module]:
+        """The modules around these parameters, or within reach of the closure (or several)."""
         self._find(params)
         owners = [module for owner in self._owners if (module := owner()) is not None]
         return self._reach.modules([*owners, closure])

@@ -57,6 +57,18 @@ class Request(NamedTuple):
 PLAIN_REQUEST = Request()
 
 
+class NoBatchError(ValueError):
+    """This process has no part of the batch, which is right where others have."""
+
+
+def no_batch() -> Any:
+    """The closure of an empty list of closures."""
+    raise NoBatchError(
+        "closures: give a list of functions, at least one; an empty list is for one of several processes that has no "
+        "batch now."
+    )
+
+
 @dataclass(frozen=True)
 class Accumulated:
     """Closures of micro-batches that are evaluated, at the same weights, as one batch of their weighted mean loss.
@@ -361,6 +373,8 @@ def parts_of(
             f"closure={shown(closure)}: step() evaluates the loss itself; call step(closure) with a function that "
             "returns the mini-batch's mean loss, or with a list of such functions."
         )
+    if not callable(closure) and not closure and not weights:
+        return [(no_batch, 1.0)]
     if weights is not None and callable(closure):
         raise ValueError("weights: they are for a list of closures; leave them out for one closure.")
     closures, shares = check_chunks(closure, weights)

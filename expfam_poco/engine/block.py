@@ -371,6 +371,11 @@ def warn_of_levels(blocks: Sequence[Block]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Refuse tensors that no family can be about."""
+    if hasattr(p, "device_mesh"):  # torch's DTensor
+        raise ValueError(
+            f"params: {name} is spread over processes (fully_shard, DTensor), which is not supported; keep whole "
+            "parameters on every process, by DistributedDataParallel."
+        )
     if p.is_complex():
         raise ValueError(f"params: {name} is complex; split it into real and imaginary parts.")
     if not p.is_floating_point():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.effects import Buffers, ModuleState, Replay, capture_random, replay_random
-from expfam_poco.closures.evaluate import Closure
-from expfam_poco.engine.measure import measure_batched, measure_draw, measure_variations, params_of
+from expfam_poco.closures.evaluate import Closure, Request, require_sound
+from expfam_poco.closures.processes import Processes
+from expfam_poco.engine.measure import evaluate_together, measure_batched, measure_draw, measure_variations, params_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
 
@@ -28,6 +30,16 @@ class Evaluator:
         self._moved: list[ModuleState] = []
         self._evaluations = 0
         self._watched = False
+        self._averaged: Processes | None = None
+        self.processes: Processes | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks for its own processes."""
+        return {**self.__dict__, "processes": None, "_averaged": None}
+
+    def modules(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> list[nn.Module]:
+        """The modules around these parameters, and those that closures may call."""
+        return self._buffers.modules(params, closures)
 
     @contextmanager
     def undone_on_error(self, *, watched: bool = False) -> Iterator[None]:
@@ -64,6 +76,8 @@ class Evaluator:
             the mean loss there, and the anchor's H̄ (m − m_ref) for every trial, where it comes from products.
         """
         params = params_of(first)
+        averaged = self.processes is not None and not self.processes.own_noise
+        self._averaged = self.processes if averaged else None
         if isinstance(closure, Batched):
             return self._evaluate_batched(closure, params, first, second), None
         shift = None
@@ -89,9 +103,16 @@ class Evaluator:
         mean_terms = [torch.stack(values).mean(0) for values in zip(*terms, strict=True)] if terms else None
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), mean_terms
 
+    def loss(self, closure: Closure, params: Sequence[Parameter]) -> Tensor:
+        """The loss of a batch, of all processes, at the weights as they are."""
+        measured = evaluate_together(self.processes, closure, params, Request(gradient=False), check=False)
+        require_sound(measured)
+        return measured.loss
+
     def evaluate_chunk(self, closure: Closure, trials: Sequence[Trial], share: float) -> Tensor:
         """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
         params = params_of(trials)
+        self._averaged = None  # the natural gradients of all chunks are
         with self._buffers.kept(params, closure):
             if isinstance(closure, Batched):
                 loss = measure_batched(closure, trials)
@@ -119,11 +140,11 @@ class Evaluator:
         varying = [trial for trial in trials if trial.estimator.needs == "variations"]
         random = capture_random(params_of(trials)) if varying else None
         check = not self._watched or not all(trial.watched for trial in trials)
-        measured = measure_draw(closure, trials, draw, product_with, check=check)
+        measured = measure_draw(closure, trials, draw, product_with, check=check, processes=self._averaged)
         self._require_untouched(trials, draw)
         if random is not None:
             with self._buffers.kept(params_of(trials), closure):
-                measure_variations(closure, trials, draw, lambda: replay_random(random))
+                measure_variations(closure, trials, draw, lambda: replay_random(random), self._averaged)
         for trial in trials:
             if trial.in_place:
                 trial.collect(draw)

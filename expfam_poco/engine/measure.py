@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.closures.batched import Batched
-from expfam_poco.closures.evaluate import PLAIN_REQUEST, Closure, Request, evaluate, require_sound
+from expfam_poco.closures.evaluate import PLAIN_REQUEST, Closure, Measured, Request, evaluate, require_sound
+from expfam_poco.closures.processes import Processes
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.trial import Trial
 from expfam_poco.family.draws import LOSSES_ALONE
@@ -24,6 +25,7 @@ def measure_draw(
     product_with: Sequence[Tensor] | None = None,
     *,
     check: bool = True,
+    processes: Processes | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Evaluate the closure at draw number `draw` of every trial and record it.
 
@@ -33,6 +35,7 @@ def measure_draw(
         draw: which of the K draws.
         product_with: one vector per trial; their product with the whole Hessian is returned.
         check: look for NaN and infinity at once.
+        processes: over which the evaluation is averaged.
 
     Returns:
         the loss, and one product per trial (empty where none was asked).
@@ -42,7 +45,7 @@ def measure_draw(
         trial.write(draw)
         params += trial.block.params
         places.append(slice(len(params) - len(trial.block.params), len(params)))
-    measured = evaluate(closure, params, _request(trials, places, draw, product_with), check=False)
+    measured = evaluate_together(processes, closure, params, _request(trials, places, draw, product_with), check=False)
     gathered: list[Tensor | None] = []
     for trial, place in zip(trials, places, strict=True):
         gathered += trial.record(draw, measured, place)
@@ -55,8 +58,21 @@ def measure_draw(
     return measured.loss, products
 
 
+def evaluate_together(
+    processes: Processes | None, closure: Closure, params: Sequence[Parameter], request: Request, *, check: bool = True
+) -> Measured:
+    """One evaluation, averaged over the processes where there are several."""
+    if processes is None:
+        return evaluate(closure, params, request, check=check)
+    return processes.average(lambda: evaluate(closure, params, request, check=check), params, request)
+
+
 def measure_variations(
-    closure: Closure, trials: Sequence[Trial], draw: int, replayed: Callable[[], AbstractContextManager[None]]
+    closure: Closure,
+    trials: Sequence[Trial],
+    draw: int,
+    replayed: Callable[[], AbstractContextManager[None]],
+    processes: Processes | None = None,
 ) -> None:
     """Losses at the variations of the draw just measured, for the trials that need them, one after the other.
 
@@ -70,7 +86,7 @@ def measure_variations(
         for varied in trial.estimator.variations(trial.block.family, theta):
             trial.block.write(varied)
             with replayed():
-                losses.append(evaluate(closure, params, Request(gradient=False)).loss)
+                losses.append(evaluate_together(processes, closure, params, Request(gradient=False)).loss)
         trial.block.write(theta)
         trial.variations.append(trial.signed(torch.stack(losses)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expfam_poco.closures.evaluate import Closure, unused_error
+from expfam_poco.closures.processes import Processes
 from expfam_poco.correction.alpha import Pace
 from expfam_poco.correction.snapshot import alpha_at
 from expfam_poco.correction.variance import VarianceMeter
@@ -23,6 +25,7 @@ from expfam_poco.engine.rows import Selection, selected
 from expfam_poco.engine.step import Step, age_of
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.trial import Trial
+from expfam_poco.family import fields
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.rule import blr
@@ -105,18 +108,25 @@ class Round:
         first: list[Trial] = []
         second: list[Trial] | None = None
         rows = [selected(parts, *unit) for unit in self.units]
+        if evaluator.processes is not None and any(chosen is not None for chosen in rows):
+            raise ValueError("rows: processes would name different ones; step local parameters in one process.")
         triples = zip(self.units, alphas, rows, strict=True)
         numbers = [self._numbers(*unit, alpha, chosen) for unit, alpha, chosen in triples]
         total: Tensor | None = None
-        products, several = None, len(parts) > 1
-        for index, (closure, share) in enumerate(parts):
-            first = self._at_present(closure, Part(index, share, None, several), numbers, first, rows)
-            if wanted is not None:
-                second = self._at_reference(first, Part(index, share, None, several), refresh, second)
-            loss, found = evaluator.evaluate(closure, first, second)
-            part = share * loss if several else loss
-            total = part if total is None else total + part
-            products = evaluator.products.add_products(products, found, share)
+        own = evaluator.processes if evaluator.processes is not None and evaluator.processes.own_noise else None
+        products, several = None, len(parts) > 1 or own is not None
+        begin = 0 if own is None else own.rank * len(parts)
+        with contextlib.nullcontext() if own is None else own.failing_together():
+            for index, (closure, share) in enumerate(parts, begin):
+                first = self._at_present(closure, Part(index, share, None, several), numbers, first, rows)
+                if wanted is not None:
+                    second = self._at_reference(first, Part(index, share, None, several), refresh, second)
+                loss, found = evaluator.evaluate(closure, first, second)
+                part = share * loss if several else loss
+                total = part if total is None else total + part
+                products = evaluator.products.add_products(products, found, share)
+        if own is not None:
+            total = averaged(own, own.weight, total, *([first] if second is None else [first, second]))
         if total is None or not any([any(trial.used) for trial in first]):
             raise unused_error()
         steps: list[Step] = []
@@ -210,14 +220,17 @@ class Round:
         trials: list[Trial] = []
         losses = []
         numbers = [self._numbers(*unit, (0.0, 0.0)) for unit in self.units]
-        for chunk, (closure, share) in enumerate(chunks, number):
-            now = []
-            for i, (block, record) in enumerate(self.units):
-                part = Part(0, share, trials[i] if trials else None)
-                now.append(self.plan.at_mega(block, record, numbers[i], chunk, refresh, closure, part))
-            trials = now
-            losses.append(share * evaluator.evaluate_chunk(closure, trials, share))
-        return torch.stack(losses).sum(), trials
+        processes = evaluator.processes
+        with contextlib.nullcontext() if processes is None else processes.failing_together():
+            for chunk, (closure, share) in enumerate(chunks, number):
+                now = []
+                for i, (block, record) in enumerate(self.units):
+                    part = Part(0, share, trials[i] if trials else None)
+                    now.append(self.plan.at_mega(block, record, numbers[i], chunk, refresh, closure, part))
+                trials = now
+                losses.append(share * evaluator.evaluate_chunk(closure, trials, share))
+        loss = torch.stack(losses).sum()
+        return loss if processes is None else averaged(processes, processes.weight, loss, trials), trials
 
     def keep(self, memories: Sequence[Any], trials: Sequence[Trial], stamp: int) -> None:
         """Make the memories the blocks'; all of them belong together from now on."""
@@ -228,6 +241,21 @@ class Round:
                 block.settle()
             for member, used in zip(block.members, _used(trial), strict=True):
                 member.record["in_mega"] = used
+
+
+def averaged(processes: Processes, weight: float, loss: Tensor | None, *sides: Sequence[Trial]) -> Tensor:
+    """Average over processes what trials have made of their parts, each counting `weight`; the mean loss."""
+    trials = [trial for side in sides for trial in side]
+    used = [float(own) for trial in trials for own in trial.used]
+    value = 0.0 if loss is None else float(loss)
+    total, loss_sum, *counts = processes.totals([weight, weight * value, *used])
+    sites = [trial.settled() for trial in trials]
+    values = iter(processes.sums(fields.leaves(tuple(map(tuple, sites))), weight / total))
+    flags = iter(counts)
+    for trial, site in zip(trials, sites, strict=True):
+        mean = fields.map_leaves(lambda own: next(values).to(own.dtype), site)
+        trial.settle_for(mean, [next(flags) > 0.0 for _ in trial.used])
+    return torch.tensor(loss_sum / total, dtype=torch.get_default_dtype() if loss is None else loss.dtype)
 
 
 def _used(trial: Trial) -> list[bool]:

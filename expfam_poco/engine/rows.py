@@ -90,15 +90,15 @@ def selected(parts: Sequence[tuple[Closure, float]], block: Block, record: Recor
     return Selection(mask, float(mask.sum()) / max(count, 1), (ages + 1).reshape(shape))
 
 
-def check_refreshed(chunks: Sequence[tuple[Closure, float]], blocks: Sequence[Block]) -> None:
+def check_refreshed(chunks: Sequence[Closure], blocks: Sequence[Block]) -> None:
     """Refuse a mega-batch that has not used all rows of a local parameter, whose others it would call zero.
 
     Raises:
         ValueError: names the parameter.
     """
-    are_local(chunks, blocks)
+    are_local([(chunk, 1.0) for chunk in chunks], blocks)
     for block in blocks:
-        known = [rows for closure, _ in chunks for each in rows_of(closure) if (rows := _find(each, block)) is not None]
+        known = [rows for chunk in chunks for each in rows_of(chunk) if (rows := _find(each, block)) is not None]
         used = torch.cat(known).unique().numel() if known else 0
         if known and used != _rows_in(block):
             raise ValueError(

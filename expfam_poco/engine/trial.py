@@ -391,6 +391,14 @@ class Trial:
             self._site = site if self.total is None else fields.add(self.total, site)
         return self._site
 
+    def settle_for(self, site: Any, used: list[bool]) -> None:
+        """Go by a mean natural gradient that was formed elsewhere of this one and others."""
+        self.used = used
+        if self.in_place:
+            self.total = site
+        else:
+            self._site = site
+
     def natural_gradient(self) -> Any:
         """The estimator's site from all recorded evaluations."""
         theta = self.points()
@@ -449,6 +457,7 @@ class Trial:
             trial.grads = [None if row is None else flat.views(row)[number] for row in self.grads]
             trial.losses, trial.used = list(self.losses), [self.used[number]]
             if not self.in_place:
+                trial._site = None if self._site is None else flat.cut(self._site, number)
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
             made.append(trial)
         return made

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from expfam_poco.closures.evaluate import Closure, Request, evaluate
+from expfam_poco.closures.evaluate import Closure
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.evaluator import Evaluator
 
@@ -43,7 +43,7 @@ class StartingWidth:
             return None
         params = [p for block in blocks for p in block.params]
         with evaluator.undone(params, [closure for closure, _ in parts]):
-            return sum(share * float(evaluate(c, params, Request(gradient=False)).loss) for c, share in parts)
+            return sum(share * float(evaluator.loss(closure, params)) for closure, share in parts)
 
     def _is_suspicious(self, blocks: Sequence[Block]) -> bool:
         variance = square = 0.0

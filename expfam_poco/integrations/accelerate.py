@@ -8,10 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.optimizer import PosteriorCorrected
+
+# Kinds of processes that keep whole parameters, by DistributedDataParallel or alone.
+_WHOLE = (
+    "NO",
+    "MULTI_CPU",
+    "MULTI_GPU",
+    "MULTI_XPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_MUSA",
+    "MULTI_SDAA",
+    "MULTI_HPU",
+)
 
 
 def unwrap_optimizer(accelerator: Accelerator, optimizer: Any) -> PosteriorCorrected | AlphaSVRG:
@@ -26,7 +38,7 @@ def unwrap_optimizer(accelerator: Accelerator, optimizer: Any) -> PosteriorCorre
 
     Raises:
         TypeError: if it is no optimizer of this package.
-        ValueError: with several processes, DeepSpeed, FSDP, or fp16 with a gradient scaler.
+        ValueError: with DeepSpeed, FSDP, or fp16 with a gradient scaler.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -56,12 +68,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
     """Refuse what would train wrongly without a word.
 
     Raises:
-        ValueError: with several processes, DeepSpeed, FSDP, or a gradient scaler.
+        ValueError: with DeepSpeed, FSDP, or a gradient scaler.
     """
-    if accelerator.distributed_type != DistributedType.NO or accelerator.num_processes > 1:
+    if accelerator.distributed_type.value not in _WHOLE:
         raise ValueError(
-            f"accelerator.distributed_type={accelerator.distributed_type}: gradients taken inside a closure are not "
-            "averaged over processes or shards; use one process without DeepSpeed or FSDP."
+            f"accelerator.distributed_type={accelerator.distributed_type}: parameters that are spread over processes "
+            "are not supported; use plain data parallelism (MULTI_GPU, MULTI_CPU), without DeepSpeed or FSDP."
         )
     if accelerator.scaler is not None:
         raise ValueError(

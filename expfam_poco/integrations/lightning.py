@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
@@ -85,10 +86,10 @@ class PoCoModule(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what is not supported."""
         trainer = self.trainer
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise ValueError(
-                f"devices={trainer.world_size}: gradients taken inside a closure are not averaged over devices; use "
-                "devices=1."
+                f"strategy={type(trainer.strategy).__name__}: parameters that are spread over processes are not "
+                "supported; use strategy='ddp'."
             )
         if trainer.precision in ("16-mixed", "transformer-engine-float16"):
             raise ValueError(

@@ -45,7 +45,7 @@ class PoCoTrainer(Trainer):
 
     Raises:
         TypeError: without an optimizer of this package.
-        ValueError: for what is not supported: several processes or devices, DeepSpeed, FSDP, fp16 with a gradient
+        ValueError: for what is not supported: several devices in a process, DeepSpeed, FSDP, fp16 with a gradient
             scaler, `one_pass=True`, a training set without length (with `every`).
 
     Example:

@@ -40,6 +40,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             every tensor); no effect before `refresh`.
         max_grad_norm: clip the *corrected* gradient of all parameters together to this norm.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
+        process_group: of `torch.distributed`, as in `PosteriorCorrected`.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -58,6 +59,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         alpha: Alpha = 1.0,
         max_grad_norm: float | None = None,
         stale_after: int | None = 1000,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(base_optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -75,7 +77,15 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         groups = [_bare(group) for group in base_optimizer.param_groups]
         family = get_family("isotropic_gaussian")()
         self._engine = PosteriorCorrected(
-            groups, family, 0.0, 1.0, alpha=alpha, noise="zero", stale_after=stale_after, seed=0
+            groups,
+            family,
+            0.0,
+            1.0,
+            alpha=alpha,
+            noise="zero",
+            stale_after=stale_after,
+            seed=0,
+            process_group=process_group,
         )
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.param_groups = base_optimizer.param_groups
@@ -129,6 +139,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         blocks = engine._trainable()
         params = [block.params[0] for block in blocks]
         number = engine._clock["step"] + 1
+        engine._join(parts, blocks, "a step", weights)
         try:
             with engine._evaluator.undone_on_error():
                 with engine._weights_restored(blocks):

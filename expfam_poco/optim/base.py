@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from expfam_poco.engine.backend import Backend
     from expfam_poco.engine.block import Block, Record
     from expfam_poco.engine.evaluator import Evaluator
+    from expfam_poco.engine.layout import Layout
     from expfam_poco.engine.noise_plan import NoisePlan
     from expfam_poco.engine.products import Products
+    from expfam_poco.engine.round import Round
     from expfam_poco.engine.watch import Watch
 
 
@@ -48,6 +50,7 @@ class Shell:
     _stale: Staleness
     _alphas: dict[str, tuple[float, float]]
     _watch: Watch
+    _layout: Layout
 
     def _active(self) -> list[Block]:
         raise NotImplementedError("the optimizer knows its blocks")
@@ -64,6 +67,9 @@ class Shell:
     def _weights_restored(self, blocks: Sequence[Block], *, evaluating: bool = True) -> AbstractContextManager[None]:
         raise NotImplementedError("the optimizer restores the weights")
 
+    def _round(self, blocks: Sequence[Block], number: int) -> Round:
+        raise NotImplementedError("the optimizer plans its rounds")
+
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         raise NotImplementedError("the optimizer plans its noise")
 
@@ -74,6 +80,11 @@ class Shell:
         raise NotImplementedError("the optimizer watches its steps")
 
     def _measured(
-        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
+        self,
+        parts: Sequence[tuple[Closure, float]],
+        blocks: Sequence[Block],
+        number: int,
+        *,
+        always: bool = False,
     ) -> tuple[Tensor, list[Any]]:
         raise NotImplementedError("the optimizer evaluates its steps")

@@ -7,7 +7,7 @@ family, how tensors are laid and stepped in `engine`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from expfam_poco.closures.effects import mark_used
-from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
+from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction import Correction, resolve_correction
-from expfam_poco.correction.alpha import Pace, Staleness, refreshed
-from expfam_poco.correction.snapshot import Alpha, outer_from_posterior
+from expfam_poco.correction.alpha import Pace, Staleness
+from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
@@ -32,21 +32,21 @@ from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.round import Round, holds_draw
-from expfam_poco.engine.rows import are_local, check_refreshed
-from expfam_poco.engine.step import Step, clip_factor, remember
+from expfam_poco.engine.rows import are_local
+from expfam_poco.engine.step import Step, clip_factor
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
-from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator, require_draws
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
-from expfam_poco.optim.records import CLOCK, Resuming, posteriors_of
+from expfam_poco.optim.outer import Refreshing
+from expfam_poco.optim.records import CLOCK, Resuming
 
 
-class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
+class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer):
     r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
 
         ĝ = ∇̃L_B(λ_in) − α [∇̃L_B(λ_out) − ḡ_out],      λ ← λ − η (∇̃KL(q_λ ‖ p₀) + N ĝ)     (PC Eq. 13, 18)
@@ -90,6 +90,9 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             weights; evaluate inside `with optimizer.sampled(at_point=True)`.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago; None: never.
         seed: the noise key; None takes one from torch's global generator.
+        process_group: of `torch.distributed`, whose processes train one model (docs/scaling.md); None: that of a
+            DistributedDataParallel around the parameters or within the closure, if there is one.
+        noise_per_rank: every process has draws of its own, whose natural gradients are averaged, in place of one draw.
         lr_scale: a factor on lr, for other conventions of it: a number, "initial_hessian" (each group's hess_init +
             weight_decay) or "mean_loss" (lr is the η on the mean loss); in a group it is called `lr_convention`.
         maximize: make the loss large in place of small; a group may differ.
@@ -140,6 +143,8 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         one_pass: bool = False,
         stale_after: int | None = 1000,
         seed: int | None = None,
+        process_group: Any = None,
+        noise_per_rank: bool = False,
         lr_scale: float | str = 1.0,
         maximize: bool = False,
     ) -> None:
@@ -151,6 +156,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         self.nonfinite = nonfinite
         self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         NoiseKey(self.seed)
+        self._start_together(process_group, noise_per_rank, seed is not None)
         self.backend = Backend(backend)
         self.one_pass = one_pass
         self._products = Products(anchor)
@@ -193,7 +199,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
-        return without_hooks(self.__dict__)
+        return {**without_hooks(self.__dict__), "_process_group": None}
 
     # ---- groups ------------------------------------------------------------------------------------------
 
@@ -309,7 +315,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         Args:
             closure: returns the mean loss of the mini-batch (`closures.evaluate`), or is `Batched` or `Rows`; a list of
                 closures accumulates the gradients of micro-batches, as if they were one batch.
-            weights: the micro-batches' numbers of examples; None counts them equally.
+            weights: the micro-batches' numbers of examples; None counts them (and processes) equally.
             fresh_noise: draw weights anew for every micro-batch, and average their natural gradients.
             scaler: a `torch.amp.GradScaler` for fp16; a step whose gradients overflow is skipped, and the scaler told.
                 Closures return the unscaled loss. Call `scaler.update()` afterwards.
@@ -325,6 +331,7 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         parts = parts_of(closure, weights, fresh_noise=fresh_noise, scaler=scaler)
         blocks = self._trainable()
         number, loss = self._clock["step"] + 1, NonFiniteError.loss
+        self._join(parts, blocks, "a step", weights)
         try:
             with self._weights_restored(blocks), self._evaluator.undone_on_error(watched=True):
                 drawn_first = self.noise != "zero" and number == 1
@@ -346,7 +353,12 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
         return loss
 
     def _measured(
-        self, parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block], number: int, *, always: bool = False
+        self,
+        parts: Sequence[tuple[Closure, float]],
+        blocks: Sequence[Block],
+        number: int,
+        *,
+        always: bool = False,
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
         now = self._round(blocks, number, apart=are_local(parts, blocks))
@@ -417,81 +429,13 @@ class PosteriorCorrected(Inspection, Resuming, torch.optim.Optimizer):
             for block in stepped:
                 self._state(block)["stamp"] = self._clock["memory"]
 
-    # ---- q_out -------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def refresh(
-        self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
-    ) -> Tensor:
-        """Make q_out from a mega-batch: λ_out ← λ_in, ḡ_out ← ρ ḡ_out + (1−ρ) mean over chunks (Eq. 17, 26).
-
-        Args:
-            closures: one for each chunk of the mega-batch; each returns the mean loss of its chunk.
-            weights: the chunks' numbers of examples; None counts chunks equally.
-            scaler: a `torch.amp.GradScaler` for fp16, told of overflows; call `scaler.update()` after the next step.
-
-        Returns:
-            the mega-batch's mean loss at the sampled weights; NaN if its scaled gradients overflow. On any other error,
-            also with nonfinite="skip", q_out stays as it was and the error is raised.
-        """
-        self._settle(raising=True)
-        try:
-            return self._refresh(closures, weights, scaler)
-        except ScaledOverflow:
-            return NonFiniteError.loss
-        finally:
-            self._layout.recover()
-
-    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
-        if self.correction.compares and not self.correction.refresh_evaluations:
-            raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
-        chunks, shares = check_chunks(closures, weights)
-        parts = [part for chunk in chunks for part, _ in parts_of(chunk, None, scaler=scaler)]
-        blocks, weighed = self._trainable(), list(zip(parts, shares, strict=True))
-        refresh, first = self._clock["refresh"] + 1, self._clock["chunk"] + 1
-        check_refreshed(weighed, blocks)
-        now = self._round(blocks, self._clock["step"] + 1)
-        self._products.begin()
-        with self._weights_restored(blocks):
-            loss, trials = now.evaluate_chunks(weighed, self._evaluator, refresh, first)
-        if not any(any(trial.used) for trial in trials):
-            raise unused_error()
-        memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
-        with Uninterrupted():
-            self._clock.update(refreshed(self._clock, len(parts)))
-            now.keep(memories, trials, self._clock["memory"])
-            self._products.commit()
-        return loss
-
-    @torch.no_grad()
-    def set_outer(self, state: Mapping[str, Any]) -> None:
-        """Make q_out from a stored posterior (knowledge transfer, PC §3.1): its ḡ_out is the one that a fixed
-        point of the rule has, −∇̃KL(q_out ‖ p₀)/N.
-
-        Args:
-            state: a `State` for every block by name (as `posterior_states()` gives), or the `state_dict()` of an
-                optimizer of the same model.
-        """
-        blocks = self._active()
-        self._products.check_set_outer()
-        states = posteriors_of(state, blocks, self.param_groups)
-        self._clock.update(refreshed(self._clock, 0))
-        for block in blocks:
-            own = fields.map_fields(torch.clone, states[block.name])  # steps in place must not reach the caller's
-            site = outer_from_posterior(block.family, own, beginning.prior_of(block), block.settings.ess).site
-            memory = self.correction.after_refresh(
-                block.family, None, own, site, block.settings.averaging(block.family)
-            )
-            record = self._state(block)
-            record["memory"], record["stamp"], record["in_mega"] = memory, self._clock["memory"], True
-
     def _round(self, blocks: Sequence[Block], number: int, *, apart: bool = False) -> Round:
         apart = apart or self._products.kind != "curvature"
         return Round(self._layout, blocks, self._plan(None if apart else blocks), number, apart=apart)
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         """Where noise comes from in a step or refresh of these blocks, and whether they are stepped in place."""
-        backend = None if blocks is None else self.backend
+        backend = None if blocks is None or self._products.kind != "curvature" else self.backend
         if backend is not None and not self._layout.in_place(backend, blocks or ()):
             backend = None
         return NoisePlan(self.noise, self.mc_samples, self.seed, self.correction, backend)

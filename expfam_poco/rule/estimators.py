@@ -201,7 +201,10 @@ class Regression(Estimator):
 class ExactRegression(Regression):
     """`Regression` of a Gaussian whose curvature is the measured Hessian: a single draw is exact for quadratic losses.
 
-        g = mean ∇ℓ(θ_k) − H mean(θ_k − m),   H = mean ∇²ℓ(θ_k)
+        g = mean(∇ℓ(θ_k) − H_k' (θ_k − m)),   H = mean ∇²ℓ(θ_k),   H_k' the mean of the other draws' Hessians
+
+    From two draws it is unbiased. From a single one, whose own Hessian is all there is, it has a bias of
+    E[∇²ℓ (θ − m)], half a standard deviation on a small logistic regression: for losses that are nearly quadratic.
 
     Example:
         >>> import expfam_poco as poco

@@ -184,14 +184,17 @@ class _CurvedGaussian(ExponentialFamily):
     def regressed_natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
         """H from the regression of ∇ℓ on ε = Lᵀ(θ−m), unless it was measured, and g = mean ∇ℓ − H mean(θ−m).
 
-        ∇ℓ(θ) ≈ g + H (θ−m), exactly so for quadratic losses: H Lᵀ⁻¹ = Cov(∇ℓ, ε) Cov(ε, ε)⁻¹.
+        ∇ℓ(θ) ≈ g + H (θ−m), exactly so for quadratic losses: H Lᵀ⁻¹ = Cov(∇ℓ, ε) Cov(ε, ε)⁻¹. From two measured
+        Hessians on, g = mean(∇ℓ_k − H_k' (θ_k−m)) with the mean H_k' of the *others*, which is unbiased.
         """
-        grad = draws.require_grad()
-        if draws.hessian is not None or draws.pairs is not None:
-            curvature = self.natural_gradient(state, draws).curvature
-        else:
-            curvature = self._regressed(state.precision, grad - grad.mean(0), draws.noise - draws.noise.mean(0))
-        shift = self._apply(curvature, self._colour(state.precision, draws.noise.mean(0)))
+        grad, noise = draws.require_grad(), draws.noise
+        if draws.hessian is None:
+            curvature = self._regressed(state.precision, grad - grad.mean(0), noise - noise.mean(0))
+            shift = self._apply(curvature, self._colour(state.precision, noise.mean(0)))
+            return GaussianSite(grad.mean(0) - shift, curvature)
+        count, curvature = len(draws.hessian), draws.hessian.mean(0)
+        others = (count * curvature - draws.hessian) / (count - 1) if count > 1 else draws.hessian
+        shift = self._apply(others, self._colour(state.precision, noise)).mean(0)
         return GaussianSite(grad.mean(0) - shift, curvature)
 
     def regressed_score_natural_gradient(self, state: Any, draws: Draws) -> GaussianSite:
