@@ -7,6 +7,7 @@ keeps what all its draws have measured, so that estimators may compare them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ class Trial:
         """Whether the block belongs to a large model."""
         return self.backend is not None
 
-    @property
+    @functools.cached_property
     def watched(self) -> bool:
         """Whether the host does not wait to see that what was measured is finite: its steps notice, on the device."""
         return is_ahead(self.block.device)
