@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 SHARE = 0.2  # of the newest estimate of −ELBO in its average
 ROUNDING = 1e-6  # of a loss in float32
 SPREADS = 5.0  # how many of its deviations it may rise
+CROSSING = 10.0  # nats a weight
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Rates:
         factor: what taking back has left of the rate.
         level: the last loss of the start, or the average of the latest estimates of −ELBO; None before the first.
         spread: the average distance of the next estimate from it.
+        crossing: whether the level is the start's last loss, and the next one is the first estimate of −ELBO.
     """
 
     constant: float | None = None
@@ -43,6 +45,7 @@ class Rates:
     factor: float = 1.0
     level: float | None = None
     spread: float = 0.0
+    crossing: bool = False
 
     enough: ClassVar[float] = 0.1
     least: ClassVar[float] = 2.0**-10
@@ -78,6 +81,8 @@ class Rates:
         if self.level is None:
             return False
         margin = SPREADS * max(self.spread, (0.5 * weights) ** 0.5)
+        if self.crossing:  # the loss at a point and −ELBO differ, but not by their size and some nats a weight
+            margin = abs(self.level) + CROSSING * weights
         if self.is_starting and self.whole:
             margin = self.enough + ROUNDING * abs(self.level)
         return not loss <= self.level + margin
@@ -92,20 +97,20 @@ class Rates:
         off = math.inf if self.level is None or again else self.level - loss
         if self.is_starting:
             self.begun = self.newton if abs(off) < self.enough else self.begun + (0 if again and self.whole else 1)
-            self.level = loss if self.is_starting else None
+            self.level, self.crossing = loss, not self.is_starting
         else:
             self.averaged += 1
-            if self.level is not None and not again:
+            if self.level is not None and not again and not self.crossing:
                 self.spread += SHARE * (abs(off) - self.spread)
                 loss = self.level - SHARE * off
-            self.level = loss
+            self.level, self.crossing = loss, False
         if not again:
             self.factor = min(1.0, 2.0 * self.factor)
 
     def restart(self) -> None:
         """Begin again, with other data."""
         self.begun = self.averaged = 0
-        self.factor, self.level, self.spread = 1.0, None, 0.0
+        self.factor, self.level, self.spread, self.crossing = 1.0, None, 0.0, False
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain numbers."""

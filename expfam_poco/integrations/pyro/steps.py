@@ -42,17 +42,23 @@ class Steps:
             moved = self._moved(closure)
             if moved is None:
                 assert self._last is not None
-                self._put(self._last)
+                present, last = self._optimizer.posterior_states(), self._last
+                self._put(last)
                 self.rates.taken_back()
                 again, level, self._last, self.rates.level = True, self.rates.level, None, None
-                moved = self._moved(closure)
+                try:
+                    moved = self._moved(closure)
+                except BaseException:  # it was not the last step's fault
+                    self._put(present)
+                    self._last, self.rates.level = last, level
+                    raise
                 assert moved is not None
                 if starting and self.rates.whole:
                     self.rates.level = level  # else the level may have been luck: go on from here in any case
             self._losses.params.step(self._draws)
         before, loss, estimate = moved
         self.rates.stepped(loss, again=again)
-        self._last = before if starting == self.rates.is_starting else None
+        self._last = before
         return estimate
 
     def restart(self) -> None:
@@ -69,13 +75,15 @@ class Steps:
     def _moved(self, closure: Closure) -> tuple[dict[str, Any], float, float] | None:
         """Step: the states before it, the loss there that rates go by, and the estimate of −ELBO.
 
-        None, where that loss tells that the last step was a bad one. A step that would leave the family's domain, as
-        the exact rule may where the loss is not convex, is tried again at a smaller rate; at last with a retraction
-        that cannot.
+        None, where that loss, or an error of the model, tells that the last step was a bad one. A step that would leave
+        the family's domain, as the exact rule may where the loss is not convex, is tried again at a smaller rate; at
+        last with a retraction that cannot.
         """
         before = self._optimizer.posterior_states()
         while True:
             error = self._tried(closure)
+            if error is not None and self._losses.is_models_fault:
+                return None
             loss = estimate = self._losses.mean()
             if math.isfinite(loss):
                 estimate = self._losses.negative_elbo(before, self._priors(), self._draws)
@@ -91,12 +99,12 @@ class Steps:
                     self._at_rate(closure)
                 return before, loss, estimate
 
-    def _tried(self, closure: Closure) -> ValueError | NonFiniteError | None:
-        """A step, or why it could not be taken; the model's own errors are raised."""
+    def _tried(self, closure: Closure) -> ValueError | NonFiniteError | torch.linalg.LinAlgError | None:
+        """A step, or why it could not be taken; the model's own errors are raised, unless a step may be their cause."""
         try:
             self._at_rate(closure)
-        except (ValueError, NonFiniteError) as error:
-            if self._losses.is_models_fault:
+        except (ValueError, NonFiniteError, torch.linalg.LinAlgError) as error:
+            if self._losses.is_models_fault and self._last is None:
                 raise
             return error
         return None
