@@ -10,7 +10,7 @@ import pytest
 import torch
 from optimizer_cases import through_a_file
 from pyro import poutine
-from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer import Predictive, Trace_ELBO, config_enumerate
 from pyro.nn import PyroModule, PyroSample
 from pyro_models import (
     ONE,
@@ -192,6 +192,35 @@ def test_all_evaluations_of_a_step_see_one_subsample(noise: str, given: bool) ->
         vi.step(rows)
         assert len(set(seen)) == 1 and len(seen) >= 2
         assert rows is None or seen[0] == tuple(rows.tolist())
+
+
+@pytest.mark.parametrize("rows", [None, torch.arange(0, 40, 3)], ids=["all", "some"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_discrete_latents_are_summed_out(rows: Tensor | None, streamed: bool) -> None:
+    """A mixture with its assignments enumerated takes the steps of the mixture's own density."""
+    torch.manual_seed(0)
+    y = torch.cat((torch.randn(25) - 2.0, torch.randn(15) + 3.0)).double()
+
+    def model(y: Tensor, direct: bool) -> None:
+        p = pyro.sample("p", dist.Beta(torch.full((), 2.0).double(), 2.0))
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.0]).double(), 5.0).to_event(1))
+        both = torch.stack((p, 1.0 - p))
+        with pyro.plate("d", len(y), subsample=rows) as i:
+            if direct:
+                mixture = dist.MixtureSameFamily(dist.Categorical(both), dist.Normal(loc, 1.0))
+                pyro.sample("y", mixture, obs=y[i])
+            else:
+                pyro.sample("y", dist.Normal(loc[pyro.sample("z", dist.Categorical(both))], 1.0), obs=y[i])
+
+    fits = []
+    for direct in (True, False):
+        vi = NaturalVI(model if direct else config_enumerate(model), seed=0)
+        found = [vi.step(y, direct) for _ in range(4)]
+        if streamed:
+            vi.next_data()
+            found += [vi.step(y, direct) for _ in range(2)]
+        fits.append(torch.tensor([*found, *vi.guide.median()["loc"]]))
+    torch.testing.assert_close(fits[0], fits[1], rtol=1e-9, atol=1e-9)
 
 
 def test_subsampled_plates_are_scaled() -> None:

@@ -6,13 +6,14 @@ The log joint is the trace's own, log p(x, θ) = Σ_sites scale · mask · log p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -65,6 +66,23 @@ class Replayed(Messenger):
             msg["value"], msg["done"] = known[msg["name"]], True
 
 
+class Unpriced(Messenger):
+    """Leaves the densities of some sites out.
+
+    Args:
+        names: of the sites.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        """Mask the site."""
+        if msg["name"] in self.names:
+            msg["mask"] = False
+
+
 def first_trace(model: Model, init: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A trace of the model with its latent sites where `init` puts them; outer handlers do not see it."""
     with poutine.block(), torch.no_grad():
@@ -78,7 +96,7 @@ def latents_of(trace: Any) -> list[Latent]:
         ValueError: for none, for discrete ones, sequential plates, rows of a subsampled plate, or a whole model that is
             scaled.
     """
-    found = [_latent(name, site) for name, site in _samples(trace) if not site["is_observed"]]
+    found = [_latent(*each) for each in _samples(trace) if not each[1]["is_observed"] and not is_summed_out(each[1])]
     if not found:
         raise ValueError("model: it has no latent site, so there is no posterior; sample one without obs=.")
     scales = {round(_own_scale(site), 12) for _, site in _samples(trace)}
@@ -94,8 +112,9 @@ def _latent(name: str, site: Any) -> Latent:
     fn, frames = site["fn"], {frame.name: frame for frame in site["cond_indep_stack"]}
     if getattr(fn, "has_enumerate_support", False) or getattr(fn.support, "is_discrete", False):
         raise ValueError(
-            f"site {name!r}: it is discrete, and no gradient reaches it; sum it out (a mixture such as "
-            "dist.MixtureSameFamily), or hide it by poutine.block and treat it apart."
+            f"site {name!r}: it is discrete, and no gradient reaches it; sum it out, by "
+            "pyro.infer.config_enumerate(model) or by a mixture such as dist.MixtureSameFamily, or hide it by "
+            "poutine.block and treat it apart."
         )
     for frame in frames.values():
         if not frame.vectorized:
@@ -118,6 +137,11 @@ def _latent(name: str, site: Any) -> Latent:
     axis = batch + frame.dim
     rows = torch.arange(frame.full_size, device=value.device) % frame.size
     return Latent(name, value.index_select(axis, rows), fn.support, fn.event_dim, frames, frame.name, axis)
+
+
+def is_summed_out(site: Any) -> bool:
+    """Whether a latent site is discrete and marked, by `config_enumerate`, to be summed over its values."""
+    return site["infer"].get("enumerate") == "parallel" and getattr(site["fn"], "has_enumerate_support", False)
 
 
 def is_part(frame: Any) -> bool:
@@ -161,6 +185,10 @@ class Reader:
         self.sizes = dict(_plates(trace))
         self.rows: dict[str, Tensor] = {}
         self.params: dict[str, Tensor] = {}
+        hidden = [site for _, site in _samples(trace) if not site["is_observed"] and is_summed_out(site)]
+        frames = [frame for _, site in _samples(trace) for frame in site["cond_indep_stack"] if frame.vectorized]
+        deepest = max((-frame.dim for frame in frames), default=0)
+        self._summing = TraceEnum_ELBO(max_plate_nesting=deepest) if hidden else None
         self.subsampled = any(is_part(frame) for _, site in _samples(trace) for frame in site["cond_indep_stack"])
 
     def next_batch(self) -> None:
@@ -179,6 +207,7 @@ class Reader:
         """log p(x, θ), or log p(x | θ) without the latent sites' own densities, at values of the latent sites.
 
         Evaluations before the next `next_batch` see one subsample. The model's `pyro.param`s are kept in `params`.
+        Discrete sites that are marked for it are summed over, by Pyro's `TraceEnum_ELBO` under an empty guide.
 
         Raises:
             ValueError: where the model has not the latent sites, or not the plates, that it had at first.
@@ -192,6 +221,13 @@ class Reader:
             (name, site["value"]) for name, site in trace.nodes.items() if site["type"] == "param"
         ]
         self.params = {name: value.unconstrained() for name, value in params}
+        if self._summing is not None:
+            given = poutine.condition(Replayed({}, self.rows)(model), data=dict(values))
+            with poutine.block():
+                summed = self._summing.differentiable_loss(
+                    given if prior else Unpriced(values)(given), lambda *args, **kwargs: None, *args, **kwargs
+                )
+            return -torch.as_tensor(summed)
         shown = None if prior else (lambda name, site: name not in self._latents)
         total = trace.log_prob_sum(shown) if shown else trace.log_prob_sum()
         if not isinstance(total, Tensor):
@@ -214,7 +250,8 @@ class Reader:
             name: site
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-        }
+            and not is_summed_out(site)
+        }  # fmt: skip
         if seen.keys() != self._latents.keys():
             (name, *_) = sorted(seen.keys() ^ self._latents.keys())
             how = "appears now and did not at first" if name in seen else "was there at first and is missing now"
