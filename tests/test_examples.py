@@ -114,6 +114,13 @@ def test_every_example_has_a_test() -> None:
     assert not missing
 
 
+def test_pyro_models_are_drawn(tmp_path: Path) -> None:
+    output = run("pyro_models.py", "--steps", "25", "--output", str(tmp_path / "pyro.png"))
+    ours, svi = map(float, re.findall(r"(?:NaturalVI|SVI) ([\d.]+)", output))
+    assert ours < 65.0 < svi and "0.1015, exact 0.1015" in output
+    assert (tmp_path / "pyro.png").stat().st_size > 10_000
+
+
 def test_the_distributed_example_trains() -> None:
     """On one process here; several are in test_processes.py."""
     assert re.search(
