@@ -18,6 +18,7 @@ from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
 from expfam_poco.engine.beginning import check_prior
 from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.flips import Flips
 from expfam_poco.engine.settings import HYPERPARAMETERS, check_group, python_number
 from expfam_poco.errors import CheckpointError
 from expfam_poco.family import fields
@@ -350,6 +351,7 @@ class Resuming(Recorded, Shell):
         self.seed = header["seed"]
         self._clock = dict(header["clock"])
         self._meter.load(header["meter"])
+        self._flips = Flips()
         self._products.hessian = header["anchor_hessian"]
 
     @torch.no_grad()
