@@ -26,6 +26,7 @@ from expfam_poco.tools.batchnorm import recalibrate_batchnorm
 from expfam_poco.tools.binary import binarize_groups, export_binary, load_binary, save_binary
 from expfam_poco.tools.ivon_opt import load_ivon_opt
 from expfam_poco.tools.megabatches import megabatches
+from expfam_poco.tools.merging import merge
 from expfam_poco.tools.predict import ClassPrediction, predict, predict_classes, predict_samples
 from expfam_poco.tools.saving import load, save
 from expfam_poco.tools.tracking import log_diagnostics
@@ -82,6 +83,7 @@ __all__ = [
     "ClassPrediction",
     "recalibrate_batchnorm",
     "Objective",
+    "merge",
     # checkpoint files
     "save",
     "load",
