@@ -87,6 +87,20 @@ def test_resuming_into_an_optimizer_that_has_been_used(name: str) -> None:
     assert resumed.diagnostics() == opt.diagnostics()
 
 
+def test_the_step_after_the_checkpoint_is_taken_again() -> None:
+    """An optimizer that is set back by a step steps again: the number of the step has been seen, the step has not."""
+    model, opt, task = trained("IVON", 3)
+    saved, before = opt.state_dict(), [p.detach().clone() for p in model.parameters()]
+    found = []
+    for _ in range(2):
+        found.append(continued(model, opt, task, 3, steps=1))
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), before, strict=True):
+                p.copy_(value)
+        opt.load_state_dict(saved)
+    assert equal(found[0], found[1]) and not equal(found[0][1:], before)
+
+
 @every_shell
 def test_a_checkpoint_is_a_copy_of_its_moment(name: str) -> None:
     _, opt, task = trained(name, 6)

@@ -10,8 +10,8 @@ from typing import Any
 import fake_triton
 import pytest
 import torch
-from backend_cases import FLAT, SHAPES, distance, numbers, trained
-from optimizer_cases import named, run, same
+from backend_cases import FLAT, SHAPES, distance, model_of, numbers, trained
+from optimizer_cases import ON_GRADIENTS, named, run, same
 from test_backends import CASES
 from torch import nn
 
@@ -61,6 +61,25 @@ def test_built_in_families(name: str) -> None:
     make = named(poco.PosteriorCorrected, family=name, lr=0.01, ess=5.0, momentum=0.5)
     tiles, own = (numbers(*trained(make, 8, FLAT, backend=b)[:2]) for b in ("eager", "compiled"))
     assert distance(own, tiles) < 1e-12 and fake_triton.Jit.launches
+
+
+@pytest.mark.parametrize("name", ON_GRADIENTS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_what_keeps_no_posterior(name: str, dtype: torch.dtype, bound: float) -> None:
+    """In one launch; a tensor that is not contiguous is stepped by itself."""
+    found = []
+    for choice in ("eager", "compiled"):
+        model = model_of((*FLAT, "kernel"), dtype)
+        opt = ON_GRADIENTS[name](list(model.parameters()), backend=choice, weight_decay=0.1, maximize=True)
+        for step in range(5):
+            for number, p in enumerate(model.parameters()):
+                p.grad = torch.sin((step + 1.0) * torch.arange(p.numel(), dtype=dtype) + number).view(p.shape)
+            fake_triton.Jit.launches.clear()
+            opt.step()
+        states = [[state[key] for state in opt.state.values()] for key in opt.state_names]
+        found.append([torch.cat([v.detach().reshape(-1) for v in row]) for row in ([*model.parameters()], *states)])
+    assert fake_triton.Jit.launches == ["kernel"]
+    assert all(float((a - b).norm() / b.norm()) < bound for a, b in zip(*found, strict=True))
 
 
 def test_one_pass_leaves_the_next_draw() -> None:

@@ -258,12 +258,12 @@ def test_the_corrected_gradient_is_unbiased_over_batches(name: str) -> None:
     corrected.refresh(task.chunks())
     for step in range(3):
         corrected.step(task.closure(step))
-    seen, kernel = [], type(opt)._advance
+    seen, taken = [], type(opt)._step
 
     class Watching(type(opt)):  # type: ignore[misc]
-        def _advance(self, p: Any, *rest: Any) -> Any:
-            seen.append(p.grad.clone().reshape(-1))
-            return kernel(self, p, *rest)
+        def _step(self, used: Any) -> None:
+            seen.extend(p.grad.clone().reshape(-1) for _, p in used)
+            taken(self, used)
 
     opt.__class__, opt.param_groups[0]["lr"] = Watching, 0.0
     for batch in range(4):

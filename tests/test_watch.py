@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import FLAT, trained
+from backend_cases import FLAT, model_of, trained
 from optimizer_cases import Make, equal, named, run, same, shell, weights
 from torch import Tensor
 
@@ -58,6 +58,32 @@ def test_a_fault_changes_nothing_and_is_told_at_the_next_step(case: str, fault: 
     assert all(bool(torch.isfinite(value)) for value in run(opt, task, 4, start=8))
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_small_model_is_all_or_nothing(case: str, fault: str) -> None:
+    """Without a look at it. (The tensors lie side by side, but "kernel" alone, as it has channels last.)"""
+    model, opt, task = trained(CASES[case], 6, (*FLAT, "kernel", "scalar"))
+    before, held = posteriors(opt), weights(model)
+    opt.step(lambda: task.closure(0)() + FAULTS[fault](model))
+    assert same(posteriors(opt), before) and equal(weights(model), held)
+    told = r"^step 7: lr=.* infinite or NaN for \d+ of \d+ weights of '\w+'; all weights kept their values\."
+    with pytest.raises(poco.NonFiniteError, match=told):
+        opt.step(task.closure(1))
+    assert not any(same(posteriors(opt)[name], state) for name, state in before.items())
+    assert all(bool(torch.isfinite(value)) for value in run(opt, task, 4, start=8))
+
+
+def test_micro_batches_of_a_small_model_are_all_looked_at() -> None:
+    """Clipping makes an infinite gradient finite, but not the step it is a part of."""
+    model, opt, task = trained(shell("isotropic_gaussian", lr=0.01, ess=5.0, clip_radius=0.1), 4, FLAT)
+    held = weights(model)
+    bad = [lambda: task.closure(0)() + 1e400 * model["long"].sum(), task.closure(1)]
+    opt.step(bad, fresh_noise=True)
+    assert equal(weights(model), held)
+    with pytest.raises(poco.NonFiniteError, match=r"^step 5: .* all weights kept their values\."):
+        opt.step(task.closure(0))
+
+
 def test_a_gradient_that_is_not_finite_stops_its_weight_alone() -> None:
     model, opt, task = trained(CASES["IVON"], 4, FLAT, backend="eager")
     before = posteriors(opt)
@@ -92,10 +118,42 @@ def test_asking_for_diagnostics_does_not_forget_the_error() -> None:
     opt.step(task.closure(0))
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_what_keeps_no_posterior(backend: str, nonfinite: str) -> None:
+    """VSGD is all or nothing, but for a large model whose weights may move apart."""
+    model = model_of(FLAT)
+    opt = poco.VSGD(model.parameters(), lr=0.1, backend=backend, nonfinite=nonfinite)
+
+    def step(grad: float = 1.0) -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        next(model.parameters()).grad.view(-1)[3] = grad
+        opt.step()
+
+    step()
+    before = weights(model)
+    step(torch.nan)
+    moved = torch.cat([(a != b).view(-1) for a, b in zip(before, weights(model), strict=True)])
+    alone = backend == "eager" and nonfinite == "raise"
+    assert int(moved.sum()) == (1299 if alone else 0)
+    if nonfinite == "skip":
+        assert opt.diagnostics()["skipped_steps"] == 1
+        step()
+        assert opt.diagnostics()["skipped_steps"] == 1
+    else:
+        opt.state_dict()  # which looks, and forgets nothing
+        with pytest.raises(poco.NonFiniteError, match=rf"^step 2: params: the step of {1 if alone else 1300} weights"):
+            step()
+    step()
+    assert opt.diagnostics()["steps"] == 4 and all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_else_is_different(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    model, opt, _ = trained(CASES[case], 12, FLAT, backend="eager")
+def test_nothing_else_is_different(monkeypatch: pytest.MonkeyPatch, case: str, backend: str) -> None:
+    model, opt, _ = trained(CASES[case], 12, FLAT, backend=backend)
     monkeypatch.undo()
-    twin, other, _ = trained(CASES[case], 12, FLAT, backend="eager")
+    twin, other, _ = trained(CASES[case], 12, FLAT, backend=backend)
     assert equal(weights(model), weights(twin)) and same(posteriors(opt), posteriors(other))
     assert opt.diagnostics() == other.diagnostics()

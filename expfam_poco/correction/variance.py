@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -54,6 +55,8 @@ class VarianceMeter:
     def _add(
         self, name: str, names: Iterable[str], alphas: Iterable[float], keep: float, numbers: list[list[float]]
     ) -> None:
+        if not all(map(math.isfinite, itertools.chain(*numbers))):
+            return  # of a step that was none
         known = self._averages.setdefault(name, {})
         for field, (plain, cross, outer), alpha in zip(names, numbers, alphas, strict=True):
             corrected = variance_ratio(plain, cross, outer, alpha) * plain if plain > 0.0 else 0.0
@@ -66,6 +69,8 @@ class VarianceMeter:
         self._wait(square, partial(self._add_square, step, name, scale))
 
     def _add_square(self, step: int, name: str, scale: float, square: float) -> None:
+        if not math.isfinite(square):
+            return
         if step != self._square_step:
             self._squares, self._square_step = {}, step
         self._squares[name] = square * scale

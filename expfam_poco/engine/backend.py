@@ -140,7 +140,7 @@ class Backend:
 
     def fuses(self, constants: Constants, device: torch.device) -> bool:
         """Whether all passes over whole blocks of this family are kernels of `fused`, as far as is known."""
-        return self.makes_noise(constants, device) and _family_of(constants) not in self._unprintable
+        return kernels.is_flat(constants.family) and self.fuses_all(_family_of(constants), device)
 
     def fused(
         self,
@@ -151,17 +151,36 @@ class Backend:
         targets: Sequence[Tensor | Places],
         *arguments: Any,
     ) -> Tensor | None:
-        """Run one of `passes` over a whole block (`fused.run`); None, and a warning, where that cannot be done."""
-        begun, known = time.perf_counter(), len(fused.KERNELS)
+        """Run one of `passes` over a whole block (`launched`)."""
         key = (function.__name__, constants, _identity(constants.family), _identity(constants.estimator))
         what = Pass(functools.partial(function, constants), key, constants.family.noise_kind, dtype)
+        whose = _family_of(constants), type(constants.family).__name__
+        return self.launched(what, whose, programs, targets, *arguments)
+
+    def fuses_all(self, whose: Hashable, device: torch.device) -> bool:
+        """Whether a kernel of `fused` for this may be tried on the device: none has failed."""
+        return self.mode == "compiled" and fused.is_at_hand(device) and whose not in self._unprintable
+
+    def launched(
+        self,
+        what: Pass,
+        whose: tuple[Hashable, str],
+        programs: Programs,
+        targets: Sequence[Tensor | Places],
+        *arguments: Any,
+    ) -> Tensor | None:
+        """Run a pass as a kernel (`fused.run`); None, and a warning, where that cannot be done.
+
+        `whose`: what fails with it, and its name.
+        """
+        begun, known = time.perf_counter(), len(fused.KERNELS)
         try:
             sums = fused.run(what, programs, targets, *arguments)
         except Unprintable as error:
-            self._unprintable.add(_family_of(constants))
+            self._unprintable.add(whose[0])
             warnings.warn(
-                f"backend={self.name!r}: {type(constants.family).__name__} gets no kernel of its own ({error}); steps "
-                "are left to torch.compile, which is slower on a GPU.",
+                f"backend={self.name!r}: {whose[1]} gets no kernel of its own ({error}); steps are left to "
+                "torch.compile, which is slower on a GPU.",
                 RuntimeWarning,
                 stacklevel=2,
             )

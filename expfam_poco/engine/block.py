@@ -19,8 +19,11 @@ from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
+from expfam_poco.family.transfer import Answer, all_of, are_near, told
 
-LOOKED_AT = 2**20  # weights of a tensor that are compared with the posterior's point
+# Of a tensor with more weights than WHOLE every SPARSE-th is compared with the posterior's point, each time others, and
+# LOOKED_AT of them at most: to read all would take as long as two thirds of AdamW's step.
+WHOLE, SPARSE, LOOKED_AT = 2**16, 63, 2**20
 LOOKS, LOOK_AGAIN = 16, 128  # on an accelerator: at so many first uses, and every so many afterwards
 _DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -258,27 +261,28 @@ class Block:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
         return self._seen != [(p._version, p.data_ptr()) for p in self.params]
 
-    def weights_differ(self, state: Any) -> bool:
-        """Whether the model holds another point than q's, by a write that leaves no trace (through `p.data`).
+    def holds_point(self, state: Any) -> Answer:
+        """Whether the model holds q's point, as it should; a write through `p.data` leaves no other trace.
 
-        Looks at some weights of a large tensor, each time at others; on an accelerator, which would have to be waited
-        for, at the first uses and then now and again.
+        Looks at some weights of a large tensor, each time at others; on an accelerator, which has to be waited for, at
+        the first uses and then now and again.
         """
         if not self.at_point:
-            return False
+            return True
         self._looks += 1
         if self.device.type != "cpu" and self._looks > LOOKS and self._looks % LOOK_AGAIN:
-            return False
+            return True
         if self.family.joint or not self.batch:
             pairs = zip(self.split(self.family.point(state)), self.params, strict=True)
-            return not all([torch.equal(point, p) for point, p in pairs])
-        stride = self.batch.numel() // LOOKED_AT + 1 | 1  # odd, or it would meet the same columns again and again
+            return all_of(are_near(point, p, 0.0, 0.0) for point, p in pairs)
+        count = self.batch.numel()
+        # An odd stride, or it would meet the same columns again and again.
+        stride = 1 if count <= WHOLE else max(SPARSE, count // LOOKED_AT + 1 | 1)
         (p,), some, present = self.params, state, self.params[0].detach()
         if stride > 1:
             some, present = self._every(state, stride), self._every(present, stride)
         point = self.family.point(some).to(p.dtype)
-        near = 16 * torch.finfo(p.dtype).eps  # a compiled kernel may have rounded otherwise
-        return not (torch.equal(present, point) or torch.allclose(present, point, rtol=near, atol=0.0))
+        return are_near(present, point, 16 * torch.finfo(p.dtype).eps, 0.0)  # a compiled kernel may round otherwise
 
     def _every(self, values: Any, stride: int) -> Any:
         """Every so many weights of tensors that have them along their first axes, beginning elsewhere each time."""
@@ -317,6 +321,15 @@ class Block:
         """Centre the posterior where another optimizer has just put the weights."""
         record["posterior"] = self.family.recentre(record["posterior"], self.read())
         self.note_weights()
+
+
+def touched(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks whose weights, as far as is looked, somebody else has written; their records hold posteriors.
+
+    However many they are, a device is waited for once at most.
+    """
+    held = told([not b.weights_changed() and b.holds_point(b.record["posterior"]) for b in blocks])
+    return [block for block, holds in zip(blocks, held, strict=True) if not holds]
 
 
 def _mixed(touched: Tensor, new: Tensor, old: Tensor) -> Tensor:

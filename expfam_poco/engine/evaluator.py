@@ -17,6 +17,7 @@ from expfam_poco.closures.processes import Processes
 from expfam_poco.engine.measure import evaluate_together, measure_batched, measure_draw, measure_variations, params_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
+from expfam_poco.family.transfer import told
 
 FIRST, AGAIN = 3, 61  # evaluations that are looked at more closely: so many, and every so many
 
@@ -159,15 +160,13 @@ class Evaluator:
         self._evaluations += 1
         # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
         looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0
-        for trial in trials:
-            members = trial.block.members
-            if looks or any([member.weights_changed() for member in members]):
-                if trial.is_there(draw):
-                    for member in members:
-                        member.note_weights()
-                    continue
+        looked_at = [t for t in trials if looks or any([member.weights_changed() for member in t.block.members])]
+        for trial, is_there in zip(looked_at, told([trial.is_there(draw) for trial in looked_at]), strict=True):
+            if not is_there:
                 raise RuntimeError(
                     f"closure: it wrote into the weights of {trial.block.name!r} while they were a draw, where a write "
                     "is lost (nn.Embedding(max_norm=…), clipping or pruning in forward?); write between steps, under "
                     "torch.no_grad(), when the model holds the posterior's point."
                 )
+            for member in trial.block.members:
+                member.note_weights()

@@ -128,6 +128,8 @@ class NoisePlan(NamedTuple):
         trial.weight, trial.total, trial.used = part.share, None, []
         if part.before is not None:
             trial.total, trial.used = part.before.settled(), part.before.used
+            if trial.watched and not trial.in_place:
+                trial.spoil = part.before.spoils()
         if trial.in_place:
             trial.weight = part.share / trial.count
             if trial.total is None and (part.collecting or trial.count > 1):

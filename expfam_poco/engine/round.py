@@ -21,6 +21,7 @@ from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.kernels import Numbers
 from expfam_poco.engine.layout import Layout, Unit
 from expfam_poco.engine.noise_plan import NoisePlan, Part
+from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.rows import Selection, selected
 from expfam_poco.engine.step import Step, age_of
 from expfam_poco.engine.tiles import steps_in_place
@@ -41,6 +42,7 @@ class Round:
         blocks: that take part.
         plan: where noise comes from.
         number: of the step.
+        rehearsal: compiles what is missing.
         apart: every block by itself.
     """
 
@@ -50,10 +52,11 @@ class Round:
         blocks: Sequence[Block],
         plan: NoisePlan,
         number: int,
+        rehearsal: Rehearsal,
         *,
         apart: bool = False,
     ) -> None:
-        self.plan, self.number = plan, number
+        self.plan, self.number, self._rehearsal = plan, number, rehearsal
         in_place = plan.backend is not None
         self.units: list[Unit] = layout.units(blocks, plan.correction, in_place=in_place, apart=apart)
 
@@ -105,6 +108,7 @@ class Round:
         Raises:
             ValueError: if the batch depends on none of the blocks.
         """
+        self._rehearsal.of(self.units, self.plan, plain=wanted is None)
         first: list[Trial] = []
         second: list[Trial] | None = None
         rows = [selected(parts, *unit) for unit in self.units]
@@ -217,6 +221,7 @@ class Round:
             refresh: this one's number.
             number: of its first chunk.
         """
+        self._rehearsal.of(self.units, self.plan, plain=False)
         trials: list[Trial] = []
         losses = []
         numbers = [self._numbers(*unit, (0.0, 0.0)) for unit in self.units]

@@ -94,8 +94,29 @@ class Step:
             self.moved = self.first.rows.kept(self.moved, kernels.Moved(*weights[:3]))
         family = self.block.family
         sound = family.in_domain(self.moved.state) if family.joint else kernels.sound(self.constants, self.moved, like)
-        if sound is not None and not bool(sound.all()):
+        if self.first.watched and sound is not None:
+            self.unsound = Unsound(self.block, self._counts(sound), TILE, self.block.settings.lr_given, together=True)
+        elif sound is not None and not bool(sound.all()):
             self.moved = self._with_sound_gaps(like)
+
+    def _counts(self, sound: Tensor) -> Tensor:
+        """How many weights are not sound, or for which something that was measured is not finite."""
+        block = self.block
+        for trial in (self.first,) if self.second is None else (self.first, self.second):
+            spoils = torch.isfinite(trial.spoils())
+            sound = sound & (spoils if sound.shape == spoils.shape else spoils.flatten(sound.ndim).all(-1))
+        return (block.real & ~sound).view(-1, TILE).sum(1) if isinstance(block, FlatBlock) else (~sound).sum()
+
+    def hold(self, sound: Tensor) -> None:
+        """Let the new posterior of a whole block be the old one unless all is `sound`; gaps do not move."""
+        record, real = self.record, self.block.real if isinstance(self.block, FlatBlock) else None
+
+        def kept(old: Tensor, new: Tensor) -> Tensor:
+            flag = sound if real is None or not new.ndim else sound & real
+            return old if new is old else torch.where(flag, new, old)
+
+        before = record["posterior"], record["momentum"], record["memory"]
+        self.moved = kernels.Moved(*fields.map_leaves(kept, before, tuple(self.moved)))
 
     def _with_sound_gaps(self, like: Tensor) -> kernels.Moved:
         """The new posterior of a flat block in which nothing but gaps has left the domain; else the error."""
@@ -245,6 +266,27 @@ class Step:
             return self.block.prior()
         prior = prior_of(self.block)
         return spread(prior, self.record["posterior"], self.block) if self.first.in_place else prior
+
+
+@plainly
+def hold_together(steps: Sequence[Step]) -> None:
+    """Let none of the whole blocks move if one must not, without the host's waiting for the devices to say so.
+
+    Raises:
+        NonFiniteError: if one must not, and blocks are on several devices, of which one has to be waited for.
+    """
+    held = [step for step in steps if not step.first.in_place]
+    found = [step.unsound for step in held if step.unsound is not None]
+    if not found:
+        return
+    if len({step.block.device for step in held}) > 1:
+        for own in found:
+            if bool(own.counts.any()):
+                raise own.error("")
+    else:
+        sound = torch.stack([own.counts.sum() for own in found]).sum() == 0
+        for step in held:
+            step.hold(sound)
 
 
 def clip_factor(steps: Sequence[Step], max_norm: float) -> float | Tensor:

@@ -7,6 +7,7 @@ keeps what all its draws have measured, so that estimators may compare them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from expfam_poco.engine.tiles import TILE, Tile, Whole, tiles
 from expfam_poco.family import fields
 from expfam_poco.family.draws import LOSSES_ALONE, Draws, Estimator
 from expfam_poco.family.noise import Address, NoiseKey, noise
-from expfam_poco.family.transfer import is_ahead, on_device
+from expfam_poco.family.transfer import Answer, all_of, are_near, is_ahead, on_device
 from expfam_poco.rule import own_site
 
 
@@ -56,6 +57,7 @@ class Trial:
         raw: in place, the gradient of the last draw as each parameter has it.
         rows: of a local parameter, those that the batch has used.
         noises: the noise of all draws of a whole block, once it has been made, for all trials of one key.
+        spoil: of a whole block that is watched: NaN where what earlier parts measured is not finite, else 0.
     """
 
     block: Block
@@ -81,6 +83,7 @@ class Trial:
     variations: list[Tensor] = field(default_factory=list)
     rows: Selection | None = None
     noises: list[Tensor] = field(default_factory=list)
+    spoil: Tensor | None = None
     _points: Tensor | None = None
     _site: Any = None
 
@@ -88,7 +91,7 @@ class Trial:
         """The same trial, or one that differs so, with nothing recorded yet."""
         made = object.__new__(Trial)
         made.__dict__.update(self.__dict__, used=[], grads=[], losses=[], hessians=[], pairs=[], variations=[])
-        made.__dict__.update(raw=(), _points=None, _site=None, **changed)
+        made.__dict__.update({"raw": (), "spoil": None, "_points": None, "_site": None, **changed})
         return made
 
     @property
@@ -101,10 +104,10 @@ class Trial:
         """Whether the block belongs to a large model."""
         return self.backend is not None
 
-    @property
+    @functools.cached_property
     def watched(self) -> bool:
-        """Whether the host does not wait to see that what was measured is finite: the kernels of its steps notice."""
-        return self.in_place and is_ahead(self.block.device)
+        """Whether the host does not wait to see that what was measured is finite: its steps notice, on the device."""
+        return is_ahead(self.block.device)
 
     @property
     def fused(self) -> bool:
@@ -237,15 +240,16 @@ class Trial:
         return self.run_fused(passes.drawn, [places], *arguments, draw=draw) is not None
 
     @plainly
-    def is_there(self, draw: int) -> bool:
+    def is_there(self, draw: int) -> Answer:
         """Whether the model still holds, up to rounding, draw number `draw`, which has been written into it."""
         if self.backend is None:
             parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
-            return all([_are_near(part.to(p.dtype), p.detach()) for part, p in parts])
+            return all_of(_are_near(part.to(p.dtype), p.detach()) for part, p in parts)
         constants, params = self.constants(draw), self.block.params
         drawn_apart = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params if self.fused]
         if drawn_apart and self._draw_fused(drawn_apart, draw):
-            return all([_are_near(drawn, p.detach()) for drawn, p in zip(drawn_apart, params, strict=True)])
+            return all_of(_are_near(drawn, p.detach()) for drawn, p in zip(drawn_apart, params, strict=True))
+        near = list[Answer]()
         present = self.block.beside(params) if isinstance(self.block, FlatBlock) else params[0].detach()
         for tile in self.tiles():
             source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
@@ -253,13 +257,14 @@ class Trial:
             self.runner.draw(constants, drawn, self.block.dtype, *own, self.numbers, source)
             if isinstance(self.block, FlatBlock):
                 drawn = torch.where(tile.cut(self.block.real), drawn, 0.0)
-            if not _are_near(drawn, tile.cut(present)):
-                return False
-        return True
+            near.append(_are_near(drawn, tile.cut(present)))
+        return all_of(near)
 
     def _holds(self, points: Tensor) -> bool:
         """Whether the model is known to hold these points, since they are the posterior's own."""
         if self.mode != "zero" or not self.is_present or not all([m.at_point for m in self.block.members]):
+            return False
+        if is_ahead(self.block.device):
             return False
         return torch.equal(points, self.block.family.point(self.state))
 
@@ -391,6 +396,18 @@ class Trial:
             self._site = site if self.total is None else fields.add(self.total, site)
         return self._site
 
+    def spoils(self) -> Tensor:
+        """Of a whole block: NaN for every weight for which something that was measured is not finite, else 0."""
+        values = [*self.losses, *[grad for grad in self.grads if grad is not None]]
+        if self.estimator.needs != "gradient":
+            values += [*self.hessians, *self.variations, *[side for pair in self.pairs for side in pair]]
+        parts = [value * 0.0 for value in values]
+        spoil = self.spoil
+        for part in [part if part.shape in ((), self.block.shape) else part.sum() for part in parts]:
+            spoil = part if spoil is None else spoil + part
+        assert spoil is not None
+        return spoil.expand(self.block.shape)
+
     def settle_for(self, site: Any, used: list[bool]) -> None:
         """Go by a mean natural gradient that was formed elsewhere of this one and others."""
         self.used = used
@@ -456,6 +473,7 @@ class Trial:
             trial.raw = self.raw[number : number + 1]
             trial.grads = [None if row is None else flat.views(row)[number] for row in self.grads]
             trial.losses, trial.used = list(self.losses), [self.used[number]]
+            trial.spoil = None if self.spoil is None else flat.views(self.spoil)[number]
             if not self.in_place:
                 trial._site = None if self._site is None else flat.cut(self._site, number)
                 trial.pairs = [tuple(flat.views(side)[number] for side in pair) for pair in self.pairs]  # type: ignore[misc]
@@ -463,10 +481,10 @@ class Trial:
         return made
 
 
-def _are_near(first: Tensor, second: Tensor) -> bool:
+def _are_near(first: Tensor, second: Tensor) -> Answer:
     """Equal up to what adding and subtracting a step leaves (sharpness-aware minimisation does that)."""
     near = max(1e-4, 4.0 * torch.finfo(first.dtype).eps)
-    return torch.equal(first, second) or torch.allclose(first, second, rtol=near, atol=1e-2 * near)
+    return are_near(first, second, near, 1e-2 * near)
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ the end of the next step is early enough, and then the count has long arrived.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,35 +18,71 @@ from expfam_poco.errors import NonFiniteError
 from expfam_poco.family.transfer import Later, is_ahead
 
 
+class Found(Protocol):
+    """What a step has found: counts, on the device of the weights, of which any that is not 0 is an error."""
+
+    @property
+    def counts(self) -> Tensor:
+        """The counts."""
+
+    def error(self, late: str) -> NonFiniteError:
+        """The error after the step; `late` says in which, where others have followed."""
+
+
 class Unsound(NamedTuple):
-    """How many weights of a block kept their values; of a flat block, for `each` so many entries of a member."""
+    """How many weights of a block kept their values; of a flat block, for `each` so many entries of a member.
+
+    With `together` these were the cause that no weight of any block moved.
+    """
 
     block: Block
     counts: Tensor
     each: int
     lr: float
+    together: bool = False
+
+    def error(self, late: str) -> NonFiniteError:
+        """That some weights, or all for their sake, had to keep their values."""
+        block, counts = self.block, self.counts
+        block, count = block.worst(counts, self.each) if isinstance(block, FlatBlock) else (block, int(counts.sum()))
+        if self.together:
+            error = NonFiniteError(
+                f"{late}lr={self.lr}: the loss, a gradient or the new posterior was infinite or NaN for {count} of "
+                f"{block.numel} weights of {block.name!r}; all weights kept their values. Lower lr or precision_lr, or "
+                "clip (clip_radius, max_grad_norm)."
+            )
+            error.stepped = bool(late)  # what has been stepped since
+            return error
+        cause = ", as its loss or gradients may have been" if late else ""
+        error = NonFiniteError(
+            f"{late}lr={self.lr}: the step would have made {count} of {block.numel} weights of {block.name!r} infinite "
+            f"or NaN{cause}; these kept their values, all others were stepped. Lower lr or precision_lr, or clip "
+            "(clip_radius, max_grad_norm)."
+        )
+        error.stepped = True
+        return error
 
 
 class Watch:
     """The unsound weights of the last steps."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, list[Unsound], Later]] = []
+        self._waiting: list[tuple[int, list[Found], Later]] = []
         self._errors: list[NonFiniteError] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has nothing to look at."""
         return Watch().__dict__
 
-    def note(self, number: int, found: Sequence[Unsound]) -> None:
+    def note(self, number: int, found: Sequence[Found]) -> None:
         """Take in what step `number` has found."""
-        waiting: dict[torch.device, list[Unsound]] = {}
-        for unsound in found:
-            where = unsound.counts.device
+        waiting: dict[torch.device, list[Found]] = {}
+        for own in found:
+            where = own.counts.device
             if is_ahead(where):
-                waiting.setdefault(where, []).append(unsound)
-            elif bool(unsound.counts.any()):
-                self._errors.append(_error(unsound, ""))
+                waiting.setdefault(where, []).append(own)
+            elif bool(own.counts.any()):
+                self._errors.append(own.error(""))
         for group in waiting.values():
             totals = [own.counts if own.counts.ndim == 0 else own.counts.sum() for own in group]
             self._waiting.append((number, group, Later(torch.stack(totals))))
@@ -56,30 +92,28 @@ class Watch:
         while self._waiting and self._waiting[0][0] < before:
             number, group, totals = self._waiting.pop(0)
             wrong = [own for own, total in zip(group, totals.read(), strict=True) if total]
-            self._errors += [_error(own, f"step {number}: ") for own in wrong[:1]]
+            self._errors += [own.error(f"step {number}: ") for own in wrong[:1]]
         errors, self._errors = self._errors, []
         return errors
 
-    def take(self, found: Sequence[Unsound], number: int) -> None:
+    def take(self, found: Sequence[Found], number: int) -> None:
         """`note`, then raise the first of the `errors` that are due."""
         self.note(number, found)
         for error in self.errors(number):
             raise error
 
-    def keep(self, errors: Sequence[NonFiniteError]) -> None:
-        """Give these again when asked next."""
+    def settle(self, before: int, *, skipping: bool, raising: bool) -> int:
+        """Look at all steps below `before`: how many errors count as skipped; else the first is raised, now or later.
+
+        Args:
+            before: a step's number.
+            skipping: whether errors are counted.
+            raising: whether they are raised; otherwise they are kept for the next who asks.
+        """
+        errors = self.errors(before)
+        if skipping:
+            return len(errors)
+        if raising and errors:
+            raise errors[0]
         self._errors = [*errors, *self._errors]
-
-
-def _error(unsound: Unsound, late: str) -> NonFiniteError:
-    """The error after a step in which some weights had to keep their values; `late`: which, where others followed."""
-    block, counts, each, lr = unsound
-    block, count = block.worst(counts, each) if isinstance(block, FlatBlock) else (block, int(counts.sum()))
-    cause = ", as its loss or gradients may have been" if late else ""
-    error = NonFiniteError(
-        f"{late}lr={lr}: the step would have made {count} of {block.numel} weights of {block.name!r} infinite or NaN"
-        f"{cause}; these kept their values, all others were stepped. Lower lr or precision_lr, or clip "
-        "(clip_radius, max_grad_norm)."
-    )
-    error.stepped = True
-    return error
+        return 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Answer = bool | Tensor  # to a question about values; a tensor without dimensions while a device has yet to say
 AHEAD = ("cuda", "meta")  # kinds of devices that do not hand out values at once
 
 
@@ -26,6 +27,42 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
 def read_now(value: Tensor) -> float | Tensor:
     """A number as the host's, unless it would have to wait for it."""
     return value if is_ahead(value.device) else float(value)
+
+
+def are_near(first: Tensor, second: Tensor, rtol: float, atol: float) -> Answer:
+    """Whether tensors are equal, or nearly so, entry by entry."""
+    if is_ahead(first.device):
+        return torch.isclose(first, second, rtol=rtol, atol=atol).all()
+    return torch.equal(first, second) or torch.allclose(first, second, rtol=rtol, atol=atol)
+
+
+def all_of(answers: Iterable[Answer]) -> Answer:
+    """Whether all answers, about tensors of one device, are yes."""
+    there = list[Tensor]()
+    for answer in answers:
+        if isinstance(answer, Tensor):
+            there.append(answer)
+        elif not answer:
+            return False
+    return torch.stack(there).all() if there else True
+
+
+def told(answers: Sequence[Answer]) -> list[bool]:
+    """All answers as the host's; it waits for every device once.
+
+    >>> told([True, torch.tensor(False), torch.tensor(True)])
+    [True, False, True]
+    """
+    waiting: dict[torch.device, list[int]] = {}
+    known = [False if isinstance(answer, Tensor) else answer for answer in answers]
+    for number, answer in enumerate(answers):
+        if isinstance(answer, Tensor):
+            waiting.setdefault(answer.device, []).append(number)
+    for numbers in waiting.values():
+        values = torch.stack([torch.as_tensor(answers[number]) for number in numbers]).tolist()
+        for number, value in zip(numbers, values, strict=True):
+            known[number] = bool(value)
+    return known
 
 
 class Later:

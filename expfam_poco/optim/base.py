@@ -44,6 +44,7 @@ class Shell:
     state: Any
     _blocks: list[Block]
     _clock: dict[str, int]
+    _committed: tuple[int, set[int]]
     _products: Products
     _evaluator: Evaluator
     _meter: VarianceMeter

@@ -35,7 +35,22 @@ def reading() -> Iterator[None]:
         raise CheckpointError(f"state_dict: something in it is damaged ({found}); use another file.") from error
 
 
-class Checkpointed:
+class Uncompiled:
+    """`step` and `refresh` are one break in the graph of a user's torch.compile, as `torch.optim.LBFGS.step` is.
+
+    The closure, and what it calls, may still be compiled.
+    """
+
+    def _patch_step_function(self) -> None:
+        """Called by torch for every new or copied optimizer, to put its hooks around the class's `step`."""
+        super()._patch_step_function()  # type: ignore[misc]
+        for name in ("step", "refresh"):
+            method = getattr(type(self), name, None)
+            if method is not None and not getattr(method, "_torchdynamo_disable", False):
+                setattr(type(self), name, torch.compiler.disable(method))
+
+
+class Checkpointed(Uncompiled):
     """`state_dict` and `load_state_dict` with torch's hooks around; mixed into an optimizer."""
 
     def _saved(self) -> dict[str, Any]:

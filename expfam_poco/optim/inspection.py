@@ -231,13 +231,8 @@ class Inspection(Shell):
 
     def _settle(self, *, raising: bool) -> None:
         """Look at what all steps have left to be noticed: count it, raise it, or keep the error for the next step."""
-        errors = self._watch.errors(self._clock["step"] + 1)
-        if self.nonfinite == "skip":
-            self._clock["skipped"] += len(errors)
-        elif raising and errors:
-            raise errors[0]
-        else:
-            self._watch.keep(errors)
+        skipping = self.nonfinite == "skip"
+        self._clock["skipped"] += self._watch.settle(self._clock["step"] + 1, skipping=skipping, raising=raising)
 
     def _mean_alpha(self, number: int, group: dict[str, Any]) -> tuple[float, float]:
         """α of the last step, the mean over a group's weights (adaptive ones differ from tensor to tensor)."""

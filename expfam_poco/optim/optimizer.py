@@ -24,16 +24,17 @@ from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.beginning import Beginning
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, touched
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
+from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.rows import are_local
-from expfam_poco.engine.step import Step, clip_factor
+from expfam_poco.engine.step import Step, clip_factor, hold_together
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
@@ -160,6 +161,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         self._start_together(process_group, noise_per_rank, seed is not None)
         self.backend = Backend(backend)
         self.one_pass = one_pass
+        self._rehearsal = Rehearsal(one_pass and not self.correction.moves, max_grad_norm is not None)
         self._products = Products(anchor)
         self._evaluator = Evaluator(self._products)
         self._meter = VarianceMeter()
@@ -251,7 +253,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         """The blocks that take part now, with their records made or brought up to date."""
         self._layout.recover()
         self._read_settings()
-        active = []
+        active, known = [], list[Block]()
         for block in self._blocks:
             block.check_members(self.param_groups[block.group_number]["params"])
             block.record = self.state.get(block.params[0]) or new_record(None)
@@ -262,10 +264,11 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         for block in active:
             if block.record["posterior"] is None or block.provisional:
                 self._begun.append(Beginning(block, self.state))
-                continue
-            beginning.check_device(block, block.record["posterior"])
-            if block.weights_changed() or block.weights_differ(block.record["posterior"]):
-                self._reconcile(block, block.record)
+            else:
+                known.append(block)
+                beginning.check_device(block, block.record["posterior"])
+        for block in touched(known):
+            self._reconcile(block, block.record)
         return active
 
     def _reconcile(self, block: Block, record: Record) -> None:
@@ -395,13 +398,13 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         """Compute every block's new posterior, then commit all of them at once."""
         most = self.max_grad_norm
         factor: float | Tensor = clip_factor(steps, most) if most is not None and steps else 1.0
-        ahead = self.one_pass and not self.correction.moves
-        following = self._plan(None).step_key(number + 1) if ahead else None
+        following = self._plan(None).step_key(number + 1) if self._rehearsal.ahead else None
         try:
             for step in steps:
                 step.prepare(factor, following)
         except torch.linalg.LinAlgError:
             raise singular_error(step.block) from None
+        hold_together(steps)
         for step in steps:
             step.meter(self._meter, number)
         with Uninterrupted():
@@ -446,7 +449,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
 
     def _round(self, blocks: Sequence[Block], number: int, *, apart: bool = False) -> Round:
         apart = apart or self._products.kind != "curvature"
-        return Round(self._layout, blocks, self._plan(None if apart else blocks), number, apart=apart)
+        plan = self._plan(None if apart else blocks)
+        return Round(self._layout, blocks, plan, number, self._rehearsal, apart=apart)
 
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         """Where noise comes from in a step or refresh of these blocks, and whether they are stepped in place."""

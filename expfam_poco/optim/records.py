@@ -404,6 +404,7 @@ class Resuming(Recorded, Shell):
                 block.drawn = self._state(block)["drawn"]
                 block.provisional = False
         self._products.reset()
+        self._committed = 0, set()  # else a step of the number of the last one would be taken for its second half
         self.seed = header["seed"]
         self._clock = dict(header["clock"])
         self._meter.load(header["meter"])

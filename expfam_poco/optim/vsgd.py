@@ -7,26 +7,27 @@ Ordinary torch optimizers, stepped with the gradients that `backward()` leaves. 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco import arguments
-from expfam_poco.closures.evaluate import by_device, require_finite
+from expfam_poco.closures.evaluate import require_finite
 from expfam_poco.engine import settings
-from expfam_poco.engine.backend import Backend, plainly, tile_size
+from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.block import check_parameter
+from expfam_poco.engine.pointwise import Member, Pointwise, spoil_of
+from expfam_poco.engine.watch import Watch
 from expfam_poco.errors import CheckpointError, NonFiniteError, Skips
-from expfam_poco.family.transfer import on_device
+from expfam_poco.family.transfer import is_ahead
 from expfam_poco.optim import travelled
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import Recorded, check_clock, fitted, is_count
 from expfam_poco.rule import gradient_model
-from expfam_poco.rule.gradient_model import Belief, ConstantBelief, Families, Number
+from expfam_poco.rule.gradient_model import Families
 
-EAGER_SPAN = 2**16  # some thirty operations follow each other, whose temporaries should stay in a CPU's caches
 SHAPE_OFFSET = 5e-5  # half of the 1e-4 that the published code adds to 2γ + 1
 INITIAL: dict[str, dict[str, float]] = {
     "paper": {"kappa1": 0.9, "kappa2": 0.81, "eps": 0.0, "shape_offset": 0.0},
@@ -35,6 +36,23 @@ INITIAL: dict[str, dict[str, float]] = {
 _rate = (settings.number_in(0.0, 1.0), "a number between 0 and 1")
 _prior = (settings.number_in(1e-30, 1e30), "a number from 1e-30 to 1e30")
 _positive = (settings.number_in(0.0, settings.INF, high_open=True), "a finite number, 0 or larger")
+
+
+class Spoiled(NamedTuple):
+    """How many weights kept their values in a step, of how many, where the others have then done the same (or None)."""
+
+    counts: Tensor
+    among: int | None
+
+    def error(self, late: str) -> NonFiniteError:
+        """The error after such a step; `late` says in which."""
+        count = int(self.counts)
+        error = NonFiniteError(
+            f"{late}params: the step of {count} weights would not have been finite, for their gradients are NaN, "
+            "infinite or too large; they kept their values. Find the NaN, clip the gradients, or lower lr."
+        )
+        error.stepped = count != self.among
+        return error
 
 
 class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
@@ -51,14 +69,15 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
     newest: ClassVar[int] = 2
     state_names: ClassVar[tuple[str, ...]]
     rules: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]]
-    kernel: ClassVar[Callable[..., Tensor]]
+    rule: ClassVar[Any]  # a static `Rule`
 
     def __init__(self, params: Any, defaults: dict[str, Any], nonfinite: str, backend: str) -> None:
         settings.check_params(params)
         settings.check_nonfinite(nonfinite)
         self.nonfinite = nonfinite
         self.backend = Backend(backend)
-        self._families = Families.named()
+        self._pointwise = Pointwise(self.backend, type(self).rule, Families.named())
+        self._watch = Watch()
         self._skips = Skips()
         self._clock = {"steps": 0, "skipped": 0}
         self.needed = tuple(defaults)
@@ -160,29 +179,30 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
 
     @plainly
     def _step(self, used: list[tuple[dict[str, Any], Parameter]]) -> None:
-        streamed = self.backend.in_place(sum(p.numel() for _, p in used))
-        if not streamed or self.nonfinite == "skip":  # else the kernels look, in the same pass over the weights
-            require_finite([p.grad for _, p in used])
-        known: dict[Any, Tensor] = {}
-        unsound = []
+        sizes = [p.numel() for _, p in used]
+        streamed = self.backend.in_place(sum(sizes))
+        # All or nothing; else what steps in place looks, in the same pass over the weights.
+        together, spoils = not streamed or self.nonfinite == "skip", dict[torch.device, Tensor]()
+        if together and used:
+            where = {p.device for _, p in used}
+            if len(where) == 1 and is_ahead(used[0][1].device):
+                spoils = {device: spoil_of([p.grad for _, p in used if p.grad is not None]) for device in where}
+            else:
+                require_finite([p.grad for _, p in used])
+        members, numbers = list[Member](), dict[Any, tuple[float, ...]]()
         for group, p in used:
             state = self._started(p, group)
             state["step"] += 1
-            key = (id(group), state["step"], state["mu"].dtype, p.device)
-            if key not in known:
-                common = (group["lr"], group["weight_decay"], group["eps"])
-                values = [float(value) for value in (*common, *self.numbers(group, state["step"]))]
-                known[key] = on_device(values, state["mu"].dtype, p.device)
-            unsound.append(self._advance(p, state, known[key], streamed, group["maximize"]))
+            key = id(group), state["step"]
+            if key not in numbers:
+                common = group["lr"], group["weight_decay"], group["eps"]
+                numbers[key] = tuple([float(v) for v in (*common, *self.numbers(group, state["step"]))])
+            assert p.grad is not None
+            values = p.detach(), *(state[name] for name in self.state_names)
+            members.append(Member(values, p.grad.detach(), numbers[key], group["maximize"]))
+        counts = self._pointwise.step(members, streamed=streamed, spoils=spoils)
         self._clock["steps"] += 1
-        count = sum(int(torch.stack(values).sum()) for values in by_device(unsound))
-        if count:
-            error = NonFiniteError(
-                f"params: the step of {count} weights would not have been finite, for their gradients are NaN, "
-                "infinite or too large; they kept their values. Find the NaN, clip the gradients, or lower lr."
-            )
-            error.stepped = True
-            raise error
+        self._watch.take([Spoiled(count, sum(sizes) if spoils else None) for count in counts], self._clock["steps"])
 
     def _started(self, p: Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter, which begins with the prior."""
@@ -198,28 +218,16 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
             )
         return state
 
-    def _advance(
-        self, p: Parameter, state: Mapping[str, Any], numbers: Tensor, streamed: bool, maximize: bool
-    ) -> Tensor:
-        """Step one parameter in place, tile by tile where the model is large; the number of unsound weights."""
-        theta, grad, *own = p.detach(), p.grad, *(state[name] for name in self.state_names)
-        assert grad is not None
-        grad = -grad.detach() if maximize else grad.detach()
-        kernel, families = type(self).kernel, self._families
-        plain = type(theta) is Tensor and type(grad) is Tensor
-        if not streamed or not plain or not all(value.is_contiguous() for value in (theta, grad, *own)):
-            return kernel(families, theta, grad, *own, numbers)
-        flat = [value if value.ndim == 1 else value.view(-1) for value in (theta, grad, *own)]
-        size = tile_size(self.backend.mode, theta.device)
-        if self.backend.mode != "compiled" and theta.device.type == "cpu":
-            size = min(size, EAGER_SPAN)
-        pieces = zip(*(value.split(size) for value in flat), strict=True)
-        return torch.stack([self.backend.run(kernel, (families,), *piece, numbers).sum() for piece in pieces]).sum()
-
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers worth logging: steps, skipped steps, the seconds spent on compiling."""
+        self._settle()
         numbers: dict[str, float] = {"steps": self._clock["steps"], "skipped_steps": self._clock["skipped"]}
         return {**numbers, "compile_seconds": self.backend.compile_seconds}
+
+    def _settle(self) -> None:
+        """Count what all steps have left to be noticed, or keep it for the next step to raise."""
+        skipping = self.nonfinite == "skip"
+        self._clock["skipped"] += self._watch.settle(self._clock["steps"] + 1, skipping=skipping, raising=False)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
@@ -234,6 +242,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         return travelled.PAGE
 
     def _header(self) -> dict[str, Any]:
+        self._settle()
         return {"kind": type(self).__name__, "nonfinite": self.nonfinite, "clock": dict(self._clock)}
 
     def _upgraded(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -277,54 +286,6 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
 
     def _take(self, header: Mapping[str, Any]) -> None:
         self._clock = dict(header["clock"])
-
-
-def _values(numbers: Tensor) -> list[Number]:
-    """Python numbers; in a compiled kernel, tensors without dimensions, so that none is taken for a constant."""
-    return list(numbers.unbind()) if torch.compiler.is_compiling() else numbers.tolist()
-
-
-def _keep_sound(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
-    """Write the new values in place where they all are finite; the number of the other weights."""
-    finite = torch.isfinite(sum(new[1:], start=new[0]))
-    if not torch.compiler.is_compiling() and bool(finite.all()):
-        for place, value in zip(old, new, strict=True):
-            place.copy_(value)
-        return torch.zeros((), device=finite.device)
-    for place, value in zip(old, new, strict=True):
-        place.copy_(torch.where(finite, value.to(place.dtype), place))
-    if not finite.is_cpu:  # a device would make one slow reduction of all that stands above
-        return ~finite
-    # In float32, which counts the entries of a tile (at most 2^24) exactly and keeps the kernel's vectors of one width.
-    return torch.where(finite, 0.0, 1.0).sum()
-
-
-def _vsgd(
-    families: Families, theta: Tensor, grad: Tensor, mu: Tensor, b_g: Tensor, b_ghat: Tensor, numbers: Tensor
-) -> Tensor:
-    """One step of Algorithm 1 in place; the number of unsound weights, which keep their values."""
-    lr, decay, eps, shape, prior_shape, prior_g, prior_ghat, rho1, rho2 = _values(numbers)
-    nat = families.gamma_nat
-    priors = nat(prior_shape, prior_g), nat(prior_shape, prior_ghat)
-    belief = Belief(mu, nat(shape, b_g), nat(shape, b_ghat))
-    belief, gradient = gradient_model.update(families, belief, grad.to(mu.dtype), priors, (rho1, rho2))
-    new = gradient_model.moved(theta.to(mu.dtype), gradient_model.direction(gradient, eps), lr, decay)
-    rates = -belief.system.theta, -belief.noise.theta
-    return _keep_sound((theta, mu, b_g, b_ghat), (new, belief.mean, *rates))
-
-
-def _constant_vsgd(
-    families: Families, theta: Tensor, grad: Tensor, mu: Tensor, b_ghat: Tensor, numbers: Tensor
-) -> Tensor:
-    """One step of Algorithm 2 in place; the number of unsound weights, which keep their values."""
-    lr, decay, eps, shape, prior_shape, prior_rate, rho, ratio = _values(numbers)
-    nat = families.gamma_nat
-    belief = ConstantBelief(mu, nat(shape, b_ghat))
-    belief, gradient = gradient_model.update_constant(
-        families, belief, grad.to(mu.dtype), nat(prior_shape, prior_rate), rho, ratio
-    )
-    new = gradient_model.moved(theta.to(mu.dtype), gradient_model.direction(gradient, eps), lr, decay)
-    return _keep_sound((theta, mu, b_ghat), (new, belief.mean, -belief.noise.theta))
 
 
 _COMMON = {"lr": _positive, "gamma": _prior, "K_g": _prior, "weight_decay": _positive, "eps": _positive}
@@ -379,7 +340,7 @@ class VSGD(GradientModelOptimizer):
     """
 
     state_names = ("mu", "b_g", "b_ghat")
-    kernel = staticmethod(_vsgd)
+    rule = staticmethod(gradient_model.step)
     rules: ClassVar = {**_COMMON, "kappa1": _rate, "kappa2": _rate}
 
     def __init__(
@@ -463,7 +424,7 @@ class ConstantVSGD(GradientModelOptimizer):
     """
 
     state_names = ("mu", "b_ghat")
-    kernel = staticmethod(_constant_vsgd)
+    rule = staticmethod(gradient_model.step_constant)
     rules: ClassVar = {**_COMMON, "kappa": _rate}
 
     def __init__(

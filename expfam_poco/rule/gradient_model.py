@@ -20,6 +20,7 @@ A compiled kernel runs these same functions; there is no other implementation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -174,6 +175,38 @@ def direction(gradient: Any, eps: Number) -> Tensor:
 def moved(theta: Tensor, step: Tensor, lr: Number, weight_decay: Number) -> Tensor:
     """θ ← (1 − η δ) θ − η step: the decay is decoupled, as in AdamW and in the published code."""
     return theta * (1.0 - lr * weight_decay) - lr * step
+
+
+def step(families: Families, values: Sequence[Tensor], grad: Tensor, numbers: Sequence[Number]) -> tuple[Tensor, ...]:
+    """One whole step of Algorithm 1 in the numbers that an optimizer keeps: θ, μ, and the rates b_g and b_ĝ after it.
+
+    Args:
+        families: the two.
+        values: θ, μ, b_g, b_ĝ before; all but θ have the dtype of what is computed.
+        grad: ĝ.
+        numbers: η, δ, ε, the shape a before the step, the prior's shape and rates γ and K_g γ, ρ₁ and ρ₂.
+    """
+    theta, mu, b_g, b_ghat = values
+    lr, decay, eps, shape, prior_shape, prior_g, prior_ghat, rho1, rho2 = numbers
+    nat = families.gamma_nat
+    priors = nat(prior_shape, prior_g), nat(prior_shape, prior_ghat)
+    belief = Belief(mu, nat(shape, b_g), nat(shape, b_ghat))
+    belief, gradient = update(families, belief, grad.to(mu.dtype), priors, (rho1, rho2))
+    new = moved(theta.to(mu.dtype), direction(gradient, eps), lr, decay)
+    return new, belief.mean, -belief.system.theta, -belief.noise.theta
+
+
+def step_constant(
+    families: Families, values: Sequence[Tensor], grad: Tensor, numbers: Sequence[Number]
+) -> tuple[Tensor, ...]:
+    """`step` of Algorithm 2: θ, μ and the rate b; `numbers` are η, δ, ε, a, the prior's shape and rate, ρ and K_g."""
+    theta, mu, b_ghat = values
+    lr, decay, eps, shape, prior_shape, prior_rate, rho, ratio = numbers
+    nat = families.gamma_nat
+    belief = ConstantBelief(mu, nat(shape, b_ghat))
+    belief, gradient = update_constant(families, belief, grad.to(mu.dtype), nat(prior_shape, prior_rate), rho, ratio)
+    new = moved(theta.to(mu.dtype), direction(gradient, eps), lr, decay)
+    return new, belief.mean, -belief.noise.theta
 
 
 def _spread(families: Families, prior: Any, like: Tensor) -> Any:
