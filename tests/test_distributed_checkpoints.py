@@ -116,3 +116,29 @@ def test_only_steps_that_could_move_nothing_need_no_closure(name: str) -> None:
     model[0].weight.grad.view(-1)[0] = 1.0
     with pytest.raises(TypeError, match="step\\(\\) evaluates the loss itself"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["IVON", "IVONPoCoMo", "VONPoCo"])
+def test_format_6_is_read_whose_records_had_no_places_for_what_is_not_yet(name: str) -> None:
+    for steps in (3, 6):
+        model, optimizer = trained(name, steps)
+        older = copy.deepcopy(optimizer.state_dict())
+        older["poco"]["format"] = 6
+        older["state"] = {number: of_format_6(state) for number, state in older["state"].items() if state}
+        before = model.state_dict()
+        other, resumed = trained(name, 0)
+        other.load_state_dict(before)
+        resumed.load_state_dict(older)
+        run(optimizer, Task(model), 4, start=steps)
+        run(resumed, Task(other), 4, start=steps)
+        assert equal(weights(model), weights(other))
+
+
+def of_format_6(state: dict[str, Any]) -> dict[str, Any]:
+    def known(value: Any) -> bool:
+        return all(map(known, value.values())) if isinstance(value, dict) else bool(torch.isfinite(value).all())
+
+    momentum = [value for value in state["momentum"].values() if known(value)]
+    memory = state["memory"] if state["memory"] and known(state["memory"]) else None
+    kept = {key: value for key, value in state.items() if key != "header"}
+    return {**kept, "ages": None, "drawn": None, "momentum": momentum, "memory": memory}

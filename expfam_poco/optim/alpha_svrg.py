@@ -227,7 +227,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             raise CheckpointError("state_dict['alpha_svrg']: missing; give what state_dict() of AlphaSVRG returned.")
         own = self._engine._checked(self._upgraded(snapshot))
         if isinstance(states, Mapping):
-            state_dict = {**state_dict, "state": {number: state for number, state in bare.items() if state != {}}}
+            state_dict = {**state_dict, "state": {n: own for n, own in bare.items() if own != {} or states[n] == {}}}
         theirs = self._of_base({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
 
         def take() -> None:

@@ -189,7 +189,7 @@ class Recorded(Checkpointed):
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"state_dict['param_groups'][{place}]: {error}") from error
             params.update(zip(theirs["params"], mine["params"], strict=True))
-        unknown = [number for number in states if number not in params]
+        unknown = [number for number in saved if is_count(number) and number not in params]
         if unknown:
             raise CheckpointError(f"state_dict['state'][{unknown[0]}]: of no parameter; load this model's checkpoint.")
         records = {params[number]: self._decoded(params[number], number, plain) for number, plain in states.items()}

@@ -126,7 +126,7 @@ def decode_state(block: Block, plain: Any, correction: Correction) -> Record | N
             momentum = dict(zip(average, momentum, strict=True)) if momentum else None
         if _count(plain, "step") == 0 and _is_absent(momentum, average):  # of steps in the average
             average = momentum = {}
-        if set(momentum) != set(average):
+        if not isinstance(momentum, dict) or set(momentum) != set(average):
             raise ValueError(f"momentum is {type(momentum).__name__} where {sorted(average)} are needed")
         if memory == {} if like is None else _is_absent(memory, like):
             memory = None
@@ -157,7 +157,7 @@ def decode_state(block: Block, plain: Any, correction: Correction) -> Record | N
 
 
 def _ages(ages: Any, block: Block) -> Tensor | None:
-    if ages is None:
+    if type(ages) is tuple:  # below format 7
         return None
     fits = ages.dtype == torch.int64 and ages.shape == block.batch[:1]
     if fits and bool((ages == -1).all()):
@@ -253,9 +253,7 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
             scale = group["lr_convention" if "lr_convention" in group else "lr_scale"]
             groups.append({"own_site": False, **kept, "lr_convention": scale})
-        state = {
-            key: {"ages": None, **record} if is_count(key) else record for key, record in state_dict["state"].items()
-        }
+        state = {key: _with_ages(record) if is_count(key) else record for key, record in state_dict["state"].items()}
         header = {
             "records": sorted(filter(is_count, state_dict["state"])),
             **state_dict["poco"],
@@ -267,6 +265,11 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             f"state_dict: a damaged checkpoint of format {header['format']} ({error!r}); use another file."
         ) from None
     return {**state_dict, "state": state, "param_groups": groups, "poco": header}
+
+
+def _with_ages(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record below format 7, where ages that there were not had no place: () says so."""
+    return {**record, "ages": () if record.get("ages") is None else record["ages"]}
 
 
 def _from_2(state_dict: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:
