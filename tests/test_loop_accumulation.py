@@ -52,7 +52,7 @@ def state(model: nn.Module, opt: Any) -> Tensor:
 
     def collect(thing: Any) -> None:
         if isinstance(thing, Tensor):
-            values.append(thing.double())
+            values.append(thing.double().nan_to_num(nan=torch.nan, posinf=1e9))  # infinities hold places
         elif isinstance(thing, dict):
             for key in thing:
                 collect(thing[key])
