@@ -17,6 +17,7 @@ from optimizer_cases import (
     is_joint,
     network,
     same,
+    states_of,
     takes_second_derivatives,
     those,
     weights,
@@ -60,7 +61,7 @@ def state(model: nn.Module, opt: Any) -> Tensor:
             for value in thing:
                 collect(value)
 
-    collect(opt.state_dict()["state"])
+    collect(states_of(opt))
     return flat([*weights(model), *values])
 
 
