@@ -27,6 +27,7 @@ from expfam_poco.tools.binary import binarize_groups, export_binary, load_binary
 from expfam_poco.tools.binary_layers import BinaryActivation, BinaryConv2d, BinaryLinear
 from expfam_poco.tools.ivon_opt import load_ivon_opt
 from expfam_poco.tools.megabatches import megabatches
+from expfam_poco.tools.merging import merge
 from expfam_poco.tools.packed import pack_weights
 from expfam_poco.tools.predict import ClassPrediction, predict, predict_classes, predict_samples
 from expfam_poco.tools.saving import load, save
@@ -88,6 +89,7 @@ __all__ = [
     "ClassPrediction",
     "recalibrate_batchnorm",
     "Objective",
+    "merge",
     # checkpoint files
     "save",
     "load",

@@ -6,6 +6,7 @@ a `PosteriorCorrected` with ess = 1 and the prior p₀ ∝ h steps them (`rates`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from expfam_poco.integrations.pyro.guide import NaturalGuide
 from expfam_poco.integrations.pyro.losses import Losses
 from expfam_poco.integrations.pyro.params import Params
 from expfam_poco.integrations.pyro.rates import Rates
-from expfam_poco.integrations.pyro.reading import Model, Reader, first_trace, latents_of
+from expfam_poco.integrations.pyro.reading import Model, Reader, first_trace, latents_of, sizes_of
 from expfam_poco.integrations.pyro.sites import Kept, Part, families_of, groups_of, keep, parts_of
 from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
@@ -142,7 +143,7 @@ class NaturalVI:
         newton = self._newton if self._lr is None and _can_start(optimizer) else 0
         memory = SUBSAMPLED if reader.subsampled else WHOLE
         rates = Rates(self._lr, newton, memory, whole=not reader.subsampled)
-        guide = NaturalGuide(parts, optimizer.posterior_states)
+        guide = NaturalGuide(parts, optimizer.posterior_states, functools.partial(sizes_of, self.model))
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:
             self._take(self._pending)
