@@ -40,7 +40,7 @@ def test_flips_and_lambda_are_those_of_the_posterior(family: str, point: str) ->
         assert found["mean_abs_lambda"] == pytest.approx(size, rel=1e-5)
         before, total = now, total + found["flips"]
     assert total > 0.0
-    assert opt.diagnostics()["flips"] == 0.0
+    assert opt.diagnostics() == found, "reading again changes nothing"
     plain = poco.IVON([nn.Parameter(torch.ones(2))], lr=0.1, ess=1.0).diagnostics()
     assert not {"flips", "mean_abs_lambda"} & plain.keys()
 

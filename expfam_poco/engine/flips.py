@@ -31,10 +31,11 @@ class Flips:
 
     def __init__(self) -> None:
         self._step, self._levels = -1, dict[str, Tensor]()
+        self._flips: dict[str, float] = {}
         self._still, self._tossed, self._moved, self._told = 0, 0, False, False
 
     def read(self, step: int, blocks: Sequence[Block], states: Mapping[str, Any]) -> dict[str, float]:
-        """The share of weights whose nearest level is another than at the last look, and the mean of |λ|.
+        """The share of weights whose nearest level is another than at the last step looked at; the mean of |λ|.
 
         Args:
             step: number of steps so far; fewer than at the last look, and that one is forgotten.
@@ -51,19 +52,22 @@ class Flips:
             for value in block.family.to_nat(states[block.name]):
                 size, count = size + float(value.abs().sum()), count + value.numel()
         found = {"mean_abs_lambda": size / count}
+        if step == self._step:  # reading again changes nothing
+            return found | self._flips
         same = self._levels.keys() == now.keys() and all(self._levels[n].shape == now[n].shape for n in now)
-        if same and step >= self._step:
+        self._flips = {}
+        if same and step > self._step:
             flipped = sum(int((self._levels[name] != now[name].cpu()).sum()) for name in now)
-            found["flips"] = flipped / total
+            self._flips = {"flips": flipped / total}
             self._warn(step - self._step, flipped / total, total)
         self._step, self._levels = step, {name: levels.cpu() for name, levels in now.items()}
-        return found
+        return found | self._flips
 
     def _warn(self, steps: int, flips: float, weights: int) -> None:
         """Once: nothing has flipped in all looks, or every look of few steps finds coin tosses."""
         self._moved |= flips > 0.0
         self._still += steps
-        self._tossed = self._tossed + 1 if 0 < steps <= SHORT and flips >= HALF and weights >= MANY else 0
+        self._tossed = self._tossed + 1 if steps <= SHORT and flips >= HALF and weights >= MANY else 0
         if self._told or not ((self._still >= STILL and not self._moved) or self._tossed == 2):
             return
         self._told = True

@@ -203,8 +203,8 @@ class Inspection(Shell):
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
         every eleventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
         has one. Of weights of few levels (binary ones) "mean_abs_lambda", how sure they are, and "flips", the share
-        that has another level than at the last call; a warning tells, once, if none has flipped in 100 steps of calls,
-        or about half between calls 10 steps apart, or less, twice in a row.
+        that has another level than at the last step with a call; a warning tells, once, if none has flipped in 100
+        steps of calls, or about half between calls 10 steps apart, or less, twice in a row.
         """
         self._settle(raising=False)
         numbers: dict[str, float] = {
