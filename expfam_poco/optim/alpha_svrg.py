@@ -205,8 +205,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         """The base's state, and the snapshot with what else belongs to the correction."""
         plain, engine = self.base.state_dict(), self._engine.state_dict()
         groups = [{key: python_number(value) for key, value in group.items()} for group in plain["param_groups"]]
-        states: dict[Any, Any] = {}
-        for number in {**plain["state"], **engine["state"]}:
+        states: dict[Any, Any] = {n: state for n, state in plain["state"].items() if not is_count(n)}  # others' entries
+        for number in filter(is_count, {**plain["state"], **engine["state"]}):
             states[number] = {k: v for k, v in plain["state"].get(number, {}).items() if k != "alpha_svrg"}
             states[number]["alpha_svrg"] = engine["state"].get(number, {})
         if engine["state"]:  # its groups are the base's, but for α
