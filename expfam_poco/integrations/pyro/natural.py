@@ -27,7 +27,7 @@ from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 WHOLE, SUBSAMPLED = 5.0, 2.0  # c of `Rates`, with all data in a step and with a part of them
-LOCAL = 20.0  # with local latents, which and the others find each other by turns
+LOCAL = 50.0  # with local latents, which and the others find each other by turns
 LARGEST_HESSIAN = 1000  # weights of which the Hessian's diagonal is computed entry by entry
 
 
