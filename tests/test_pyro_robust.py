@@ -35,7 +35,7 @@ def test_local_latents_in_a_part_of_a_plate_reach_the_optimum() -> None:
 
     torch.manual_seed(1)
     vi = NaturalVI(model, seed=0)
-    for _ in range(600):
+    for _ in range(500):
         vi.step(4)
     exact = float((y.sum() / 109) / (8 / 109 + 1e-4))
     states = vi.optimizer.posterior_states()
@@ -60,7 +60,7 @@ def test_a_centred_horseshoe_is_no_funnel_to_fall_into() -> None:
             pyro.sample("y", dist.Normal(x @ w, scale), obs=y)
 
     losses = []
-    for seed in (0, 1):
+    for seed in (0,):
         vi = NaturalVI(model, seed=seed)
         losses.append([vi.step() for _ in range(200)][-20:])
     diagonal = NaturalVI(model, "diagonal_gaussian", seed=0)

@@ -189,8 +189,8 @@ class NaturalVI:
         """One step with a batch: the model's arguments, as for `SVI.step`.
 
         Returns:
-            an estimate of −ELBO at the posterior before the step, the mean of −log p(x, θ) + log q(θ) over its draws
-            (at its mean, in a Newton step): without noise where q is the posterior.
+            an estimate of −ELBO at the posterior before the step, the mean of −log p(x, θ) + log q(θ) over its draws:
+            without noise where q is the posterior.
         """
         self.setup(*args, **kwargs)
         made = self._made()

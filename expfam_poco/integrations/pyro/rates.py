@@ -12,7 +12,7 @@ SPREADS = 5.0  # how many of its deviations it may rise
 MANY = 20  # steps, before which nothing is said
 OFTEN = 0.25  # a share of them
 NATS = 1.0  # that −ELBO may still fall
-ERRORS, SURE = 2.0, 3.5  # of U under no fall: to go by, and to speak of
+ERRORS, SURE = 2.0, 3.0  # of U under no fall: to go by, and to speak of
 SHORTEST, LONGEST = 8, 200  # estimates of −ELBO among which a fall is looked for
 LEAST = 2.0**-4
 
