@@ -24,8 +24,11 @@ from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.optim.vsgd import VSGD, ConstantVSGD
 from expfam_poco.tools.batchnorm import recalibrate_batchnorm
 from expfam_poco.tools.binary import binarize_groups, export_binary, load_binary, save_binary
+from expfam_poco.tools.binary_layers import BinaryActivation, BinaryConv2d, BinaryLinear
 from expfam_poco.tools.ivon_opt import load_ivon_opt
 from expfam_poco.tools.megabatches import megabatches
+from expfam_poco.tools.merging import merge
+from expfam_poco.tools.packed import pack_weights
 from expfam_poco.tools.predict import ClassPrediction, predict, predict_classes, predict_samples
 from expfam_poco.tools.saving import load, save
 from expfam_poco.tools.tracking import log_diagnostics
@@ -77,11 +80,16 @@ __all__ = [
     "export_binary",
     "save_binary",
     "load_binary",
+    "pack_weights",
+    "BinaryActivation",
+    "BinaryLinear",
+    "BinaryConv2d",
     "predict_samples",
     "predict_classes",
     "ClassPrediction",
     "recalibrate_batchnorm",
     "Objective",
+    "merge",
     # checkpoint files
     "save",
     "load",

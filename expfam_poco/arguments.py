@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,21 @@ def whole(name: str, value: Any, least: int | None = None) -> None:
     """Refuse what is no integer from `least` on."""
     if type(value) is not int or (least is not None and value < least) or abs(value) >= 2**63:
         raise ValueError(f"{name}={shown(value)}: give an integer{'' if least is None else f', {least} or larger'}.")
+
+
+def no_decay(choices: Mapping[str, Any]) -> None:
+    """Refuse `weight_decay` for binary weights, whose prior about 0 is the uniform one at any precision.
+
+    Example:
+        >>> from expfam_poco.arguments import no_decay
+        >>> no_decay({"weight_decay": 0.0})
+    """
+    if choices.get("weight_decay", 0.0) != 0.0:
+        raise ValueError(
+            f"weight_decay={shown(choices['weight_decay'])}: it has no meaning for binary weights, whose size is 1 and "
+            "whose prior about 0 is uniform; leave it out, give it to the real group (`gaussian=` of binarize_groups), "
+            "or give a State as `prior`."
+        )
 
 
 def flag(name: str, value: Any) -> None:

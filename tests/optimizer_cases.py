@@ -140,6 +140,12 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def states_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What a checkpoint has of every parameter, without the counters that travel with the first."""
+    states = optimizer.state_dict()["state"]
+    return {number: {k: v for k, v in state.items() if k != "header"} for number, state in states.items()}
+
+
 def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     """Bit for bit the same values, shapes and dtypes."""
     pairs = zip(first, second, strict=True)

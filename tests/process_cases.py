@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,6 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 import expfam_poco as poco
 
 STEPS, ROWS = 6, 64
+FOLDER = pathlib.Path()  # for what processes leave to others
 REFRESHES = {2: range(4), 4: range(3, 6)}
 
 
@@ -61,6 +64,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
         m.named_parameters(), "diagonal_gaussian", 0.1, 64.0, correction="recursive", alpha=0.5, hess_init=1.0, seed=7
     ),
     "AlphaSVRG": lambda m: poco.AlphaSVRG(torch.optim.AdamW(m.parameters(), 1e-2), alpha=0.5),
+    "own site": lambda m: poco.IVONPoCo(
+        m.named_parameters(), lr=0.1, ess=64.0, alpha=poco.BurnIn(2, 0.5), own_site=True, one_pass=True, seed=7
+    ),
     "clipped": lambda m: poco.IVON(m.named_parameters(), lr=0.1, ess=64.0, max_grad_norm=0.1, seed=7),
 }
 
@@ -316,6 +322,46 @@ def resumed_if(interrupted: bool, rank: int, size: int) -> Tensor:
     return weights_of(model)
 
 
+def train_from(path: pathlib.Path, name: str, net: nn.Module, parts: list[slice], flat: bool, steps: range) -> Any:
+    """Steps in the middle of an inner loop, from a distributed checkpoint of a new optimizer's if there is one."""
+    model, options = getattr(net, "module", net), StateDictOptions(flatten_optimizer_state_dict=flat)
+    optimizer, (x, y) = OPTIMIZERS[name](model), make_data()
+    if path.exists():
+        found = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer, options=options), strict=True))
+        dcp.load(found, checkpoint_id=path)
+        set_state_dict(net, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"],
+                       options=options)  # fmt: skip
+    for i in steps:
+        if (
+            i == 1
+            and hasattr(optimizer, "refresh")
+            and "correction='none'" not in str(getattr(optimizer, "correction", ""))
+        ):
+            optimizer.refresh([lambda rows=rows: mse_loss(net(x[0, rows]), y[0, rows]) for rows in parts])
+        own = slice(parts[0].start, parts[-1].stop)
+        optimizer.step(lambda i=i, own=own: mse_loss(net(x[i, own]), y[i, own]))
+    return weights_of(model), optimizer, options
+
+
+def distributed_checkpoints(rank: int, size: int) -> Any:
+    """Saved by torch.distributed.checkpoint, and resumed by as many processes; the files stay for one process."""
+    found = {}
+    for number, name in enumerate(OPTIMIZERS):
+        flat, path, parts = bool(number % 2), FOLDER / f"saved {name}", [rows_of(rank, size)]
+        straight, _, _ = train_from(path, name, DistributedDataParallel(make_model()), parts, flat, range(STEPS))
+        net = DistributedDataParallel(make_model())
+        _, optimizer, options = train_from(path, name, net, parts, flat, range(3))
+        made = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer, options=options), strict=True))
+        if number % 3:
+            dcp.save(made, checkpoint_id=path)
+        else:
+            dcp.async_save(made, checkpoint_id=path).result()
+        dist.barrier()
+        net = DistributedDataParallel(make_model())
+        found[name] = straight, train_from(path, name, net, parts, flat, range(3, STEPS))[0], flat
+    return found
+
+
 def stopped(rank: int, size: int) -> Any:
     """The last case: one process takes a step fewer."""
     model, (x, y) = make_model(), make_data()
@@ -330,12 +376,14 @@ def stopped(rank: int, size: int) -> Any:
 FOUR = ("IVONPoCoMo", "VONPoCo")
 CASES = (
     backward, accelerated, by_trainer, by_lightning, own_noise, seeds_differ_by_default, weighted_and_absent, unused,
-    unannounced, batchnorm, copied_and_resumed,
+    unannounced, batchnorm, copied_and_resumed, distributed_checkpoints,
 )  # fmt: skip
 REFUSED = ("model", "dtype", "family", "seed", "refresh", "closure", "closure of a refresh", "nan")
 
 
 def work(rank: int, size: int, folder: pathlib.Path) -> None:
+    global FOLDER
+    FOLDER = folder
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="params: |ess: |.*barrier")
     place, limit = f"file://{folder}/meeting", datetime.timedelta(seconds=60)

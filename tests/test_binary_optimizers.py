@@ -174,7 +174,7 @@ def test_any_estimator_gives_the_mega_batch_right_after_a_refresh(noise: str) ->
 
 
 CASES = {
-    "relaxed": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, temperature=0.5, strength=2.0, weight_decay=0.1),
+    "relaxed": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, temperature=0.5, strength=2.0),
     "clipped": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, curvature="clipped_straight_through"),
     "epsilon": named(poco.BayesBiNN, lr=1e-4, ess=24.0, strength=2.0, curvature=Relaxed(0.5, epsilon=1e-10)),
     "stale": named(poco.BayesBiNN, lr=1e-4, ess=24.0, strength=2.0, stale_mean=True),

@@ -84,7 +84,9 @@ def test_resuming_into_an_optimizer_that_has_been_used(name: str) -> None:
     resumed.load_state_dict(saved["optimizer"])
     assert resumed.seed == opt.seed and resumed.diagnostics()["steps"] == 6
     assert equal(continued(other, resumed, another, 6), expected)
-    assert resumed.diagnostics() == opt.diagnostics()
+    found = resumed.diagnostics()
+    found.pop("flips", None)  # since the call above
+    assert found == opt.diagnostics()
 
 
 def test_the_step_after_the_checkpoint_is_taken_again() -> None:
@@ -125,8 +127,10 @@ def test_a_float32_posterior_of_bfloat16_weights_survives(name: str) -> None:
     assert pairs
     for loaded, own in pairs:
         assert equal(loaded, own) and {value.dtype for value in loaded} == {torch.float32}
-    states = saved["state"].values()
-    tensors = [v for s in states for v in (*s["posterior"].values(), *s["momentum"], *s["memory"]["site"].values())]
+    states = filter(None, saved["state"].values())  # of a joint block, the first parameter has it
+    tensors = [
+        v for s in states for v in (*s["posterior"].values(), *s["momentum"].values(), *s["memory"]["site"].values())
+    ]
     assert {value.dtype for value in tensors} == {torch.float32}
 
 
@@ -265,8 +269,8 @@ def test_another_version_is_refused() -> None:
     model, opt, _ = trained("IVON", 2)
     later = copy.deepcopy(opt.state_dict())
     later["poco"]["format"] += 1
-    refused(opt, model, later, "state_dict['poco']", "format 7", "6 is needed")
-    del later["poco"]
+    refused(opt, model, later, "state_dict['poco']", "format 8", "7 is needed")
+    del later["poco"], later["state"][0]["header"]
     refused(opt, model, later, "state_dict['poco']", "not a checkpoint")
 
 
@@ -297,7 +301,8 @@ def own_entries(state_dict: Any) -> list[tuple[Any, ...]]:
         return [p for p in paths(state_dict) if p[0] == "alpha_svrg" and len(p) <= 2]
     # torch fills this in, too, and the meter starts when it starts.
     optional = {("param_groups", number, "maximize") for number in range(len(state_dict["param_groups"]))}
-    return [p for p in paths(state_dict) if p not in optional and p[:2] != ("poco", "meter")]
+    # The header in the first state is for torch.distributed.checkpoint: it is read where "poco" is missing.
+    return [p for p in paths(state_dict) if p not in optional and p[:2] != ("poco", "meter") and "header" not in p]
 
 
 def test_format_4_is_read_which_did_not_count_the_pace_of_refreshes() -> None:
@@ -332,6 +337,8 @@ def test_damaged_checkpoints_are_refused(name: str) -> None:
     assert len(entries) >= 4
     for path in entries:
         for harm in (remove, garble):
+            if harm is remove and (path[-1] in ("poco", "alpha_svrg") or damaged_entry(whole, path) == {}):
+                continue  # another copy is in the states, as torch.distributed.checkpoint needs it
             try:
                 refused(opt, model, damaged(whole, path, harm), before=before)
             except BaseException as error:
@@ -350,7 +357,9 @@ def test_tensors_of_another_shape_dtype_or_domain_are_refused(name: str) -> None
         "shape": lambda value: torch.stack([value, value]),
         "dtype": lambda value: value.to(torch.float16),
     }
-    tensors = [p for p in paths(whole["state"]) if isinstance(damaged_entry(whole["state"], p), Tensor)]
+    tensors = [
+        p for p in paths(whole["state"]) if "header" not in p and isinstance(damaged_entry(whole["state"], p), Tensor)
+    ]
     assert len(tensors) >= 4
     for path in tensors:
         for harm in harms.values():
@@ -363,9 +372,10 @@ def test_tensors_of_another_shape_dtype_or_domain_are_refused(name: str) -> None
             wrong = damaged(whole, ("state", *path), lambda inner, key: inner.update({key: inner[key] * torch.nan}))
             refused(opt, model, wrong, "domain", "group0")
     for number, state in whole["state"].items():
-        if state["momentum"]:
+        if state:
             wrong = copy.deepcopy(whole)
-            wrong["state"][number]["momentum"] = [torch.stack([value, value]) for value in state["momentum"]]
+            momentum = {name: torch.stack([value, value]) for name, value in state["momentum"].items()}
+            wrong["state"][number]["momentum"] = momentum
             refused(opt, model, wrong, "momentum")
 
 

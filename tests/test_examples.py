@@ -145,3 +145,16 @@ for path in sys.argv[1:]:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:-1] == [f"{path.rpartition('/')[2]} True" for path in paths]
+
+
+def test_federated_clients_learn_digits_that_they_have_hardly_seen() -> None:
+    table = run("federated_digits.py", "--rounds", "2", "--steps", "8", "--clients", "3", "--seeds", "1")
+    rows = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) ± ", table, re.M))
+    assert list(rows) == ["SGD", "Adam", "merged, point", "merged, draws"]
+    assert float(rows["merged, draws"]) > 0.2  # chance is 0.1
+
+
+def test_a_stored_posterior_as_prior_keeps_what_was_learnt() -> None:
+    table = run("transfer_digits.py", "--steps", "60", "--seeds", "1")
+    old = dict(re.findall(r"^(\w+) +60 .* ([\d.]+) ± [\d.]+$", table, re.M))
+    assert list(old) == ["weights", "q_out", "prior"] and float(old["prior"]) > float(old["weights"])

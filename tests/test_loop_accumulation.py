@@ -17,6 +17,7 @@ from optimizer_cases import (
     is_joint,
     network,
     same,
+    states_of,
     takes_second_derivatives,
     those,
     weights,
@@ -52,7 +53,7 @@ def state(model: nn.Module, opt: Any) -> Tensor:
 
     def collect(thing: Any) -> None:
         if isinstance(thing, Tensor):
-            values.append(thing.double())
+            values.append(thing.double().nan_to_num(nan=torch.nan, posinf=1e9))  # infinities hold places
         elif isinstance(thing, dict):
             for key in thing:
                 collect(thing[key])
@@ -60,7 +61,7 @@ def state(model: nn.Module, opt: Any) -> Tensor:
             for value in thing:
                 collect(value)
 
-    collect(opt.state_dict()["state"])
+    collect(states_of(opt))
     return flat([*weights(model), *values])
 
 

@@ -25,8 +25,13 @@ def run(size: int, folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(2, tmp_path_factory.mktemp("two"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder: pathlib.Path) -> list[dict[str, Any]]:
+    return run(2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,20 @@ def test_a_checkpoint_of_one_process_resumes_all(two: list[dict[str, Any]]) -> N
     for own in two:
         straight, interrupted = own["copied_and_resumed"]
         assert torch.equal(straight, interrupted)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", cases.OPTIMIZERS)
+def test_a_distributed_checkpoint_of_two_processes_resumes_two_and_one(
+    name: str, two: list[dict[str, Any]], folder: pathlib.Path
+) -> None:
+    """In the middle of an inner loop, flattened or not, saved in the background or not."""
+    for own in two:
+        straight, resumed, flat = own["distributed_checkpoints"][name]
+        assert torch.equal(straight, resumed)
+    parts, steps = [cases.rows_of(rank, 2) for rank in range(2)], range(3, cases.STEPS)
+    weights, _, _ = cases.train_from(folder / f"saved {name}", name, cases.make_model(), parts, flat, steps)
+    torch.testing.assert_close(weights, straight, rtol=1e-12, atol=1e-12)
 
 
 def test_a_process_that_stops_is_named_to_the_others(two: list[dict[str, Any]]) -> None:

@@ -59,12 +59,19 @@ def growing(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(z, ONE).to_event(1), obs=y)
 
 
+def missing(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(ZERO, ONE))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(z, ONE), obs=y, obs_mask=y > 1.0)
+
+
 MODELS: dict[str, tuple[Callable[[Tensor], None], str]] = {
     "discrete": (discrete, r"site 'k': it is discrete, and no gradient reaches it; sum it out"),
     "support": (sphere, r"site 'direction': nothing maps real numbers one to one onto its support"),
     "local": (local_to_two, r"site 'z': it is local to 2 subsampled plates, .*; subsample one of them"),
     "sequential": (sequential, r"site 'z0': the plate 'rows' around it is sequential; use it as a context"),
     "no latent": (nothing, r"model: it has no latent site, so there is no posterior; sample one without obs="),
+    "masked": (missing, r"site 'y_unobserved': some of its entries are masked"),
     "mean loss": (mean, r"model: every site is scaled by 0.25, as for a mean loss, where the log joint is meant"),
 }
 

@@ -54,6 +54,7 @@ LAWS: tuple[Law, ...] = (
         learning_laws.natural_gradient,
         "check natural_gradient, the estimators and what they declare (unbiased, needs)",
     ),
+    Law("zero_variance", learning_laws.zero_variance, "natural_gradient must be a function of state and draws alone"),
     Law("own_site", noiseless_laws.own_site, "check log_ratio and log_ratio_gradient if you wrote them"),
     Law("regression", noiseless_laws.regression, "check the regressed natural gradients and least_draws"),
     Law("reanchor", learning_laws.reanchor, "a site moved to another state is the same function ⟨∇̃L, T(θ)⟩"),
@@ -61,7 +62,6 @@ LAWS: tuple[Law, ...] = (
     Law("chart", learning_laws.chart, "check retract, reanchor, kl_gradient and the sites"),
     Law("conjugate", learning_laws.conjugate, "check retract with equal rates and variant 'plain'"),
     Law("expansion", curved_laws.expansion, "check expand, project and carry of the curved family against each other"),
-    Law("zero_variance", learning_laws.zero_variance, "natural_gradient must be a function of state and draws alone"),
     Law(
         "spans",
         output_laws.spans,

@@ -44,8 +44,9 @@ class Beginning:
     """
 
     def __init__(self, block: Block, state: MutableMapping[Any, Any]) -> None:
-        self._block, self._state = block, state
+        self.block, self._state = block, state
         block.record["posterior"] = posterior = initial_posterior(block)
+        block.provisional = False
         state[block.params[0]] = block.record
         block.note_weights()
         point = block.split(block.family.point(posterior))
@@ -56,7 +57,7 @@ class Beginning:
         """Give back the weights, where the posterior's point is another, and forget the posterior."""
         if self._weights is None:
             return
-        block = self._block
+        block = self.block
         with torch.no_grad():
             for p, before in zip(block.params, self._weights, strict=True):
                 p.copy_(before)

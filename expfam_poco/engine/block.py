@@ -39,6 +39,7 @@ class Record(TypedDict):
     * `stamp`: the number of the memory that this one is a part of; blocks of one stamp belong together.
     * `in_mega`: whether the mega-batch depended on the block.
     * `drawn`: the key of the draw that the model holds between steps, if any.
+    * `header`: None; in a checkpoint, of the first record, what belongs to no record.
     """
 
     posterior: Any
@@ -49,11 +50,22 @@ class Record(TypedDict):
     stamp: int
     in_mega: bool
     drawn: NoiseKey | None
+    header: None
 
 
 def new_record(posterior: Any) -> Record:
     """The record of a block that has not been stepped."""
-    return Record(posterior=posterior, momentum=(), memory=None, step=0, ages=None, stamp=0, in_mega=False, drawn=None)
+    return Record(
+        posterior=posterior,
+        momentum=(),
+        memory=None,
+        step=0,
+        ages=None,
+        stamp=0,
+        in_mega=False,
+        drawn=None,
+        header=None,
+    )
 
 
 class Block:
@@ -69,6 +81,7 @@ class Block:
         family: the group's family, as it is for a parameter of this shape.
         at_point: whether the model is known to hold the posterior's point.
         drawn: the key of the draw that the model holds, if it is known to hold one.
+        provisional: whether its posterior is there to be shown, and will begin anew at the first step.
         record: what `optimizer.state` holds for it; looked up whenever the optimizer looks for its active blocks.
         constants: those of its kernels by the kind of noise, under the present settings.
     """
@@ -93,6 +106,7 @@ class Block:
         self.group_number = group_number
         self.at_point = False
         self.drawn: NoiseKey | None = None
+        self.provisional = False
         self._sizes = [p.numel() for p in self.params]
         self.numel = sum(self._sizes)
         self._seen: list[tuple[int, int]] | None = None

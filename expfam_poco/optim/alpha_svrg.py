@@ -18,9 +18,11 @@ from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.closures.rows import rows_of
 from expfam_poco.correction.snapshot import Alpha
+from expfam_poco.engine.block import Block
 from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
+from expfam_poco.optim import travelled
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import Checkpointed, check_groups, filled, is_count
 from expfam_poco.optim.optimizer import PosteriorCorrected
@@ -131,6 +133,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         Returns:
             the mini-batch loss at the current weights.
         """
+        if travelled.only_makes_state(closure, self.param_groups):
+            return self._make_state()
         engine, parts = self._engine, parts_of(closure, weights, scaler=scaler)
         if any(map(any, (rows_of(part) for part, _ in parts))):
             raise ValueError(
@@ -166,7 +170,21 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             for p in params:
                 p.grad = None
         engine._clock["step"] = number
+        self._mark(blocks)
         return loss
+
+    def _make_state(self) -> Tensor:
+        """The base's state and the posteriors, as torch.distributed.checkpoint asks for them."""
+        with _no_global_hooks():
+            self.base.step()
+        self._engine._begin_all()
+        self._mark([block for block in self._engine._blocks if block.active])
+        return NonFiniteError.loss
+
+    def _mark(self, blocks: Sequence[Block]) -> None:
+        """Entries of the state in whose places a checkpoint has the snapshot's records."""
+        for block in blocks:
+            self.state[block.params[0]].setdefault("alpha_svrg", None)
 
     def refresh(
         self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
@@ -185,15 +203,31 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
 
     def _saved(self) -> dict[str, Any]:
         """The base's state, and the snapshot with what else belongs to the correction."""
-        plain = self.base.state_dict()
+        plain, engine = self.base.state_dict(), self._engine.state_dict()
         groups = [{key: python_number(value) for key, value in group.items()} for group in plain["param_groups"]]
-        return {**plain, "param_groups": groups, "alpha_svrg": self._engine.state_dict()}
+        states: dict[Any, Any] = {}
+        for number in {**plain["state"], **engine["state"]}:
+            states[number] = {k: v for k, v in plain["state"].get(number, {}).items() if k != "alpha_svrg"}
+            states[number]["alpha_svrg"] = engine["state"].get(number, {})
+        if engine["state"]:  # its groups are the base's, but for α
+            header = {**engine["poco"], "alpha": engine["param_groups"][0]["alpha"]}
+            words = travelled.packed(header, self._engine._room())
+            first = min(engine["state"])
+            states[first]["alpha_svrg"] = {**engine["state"][first], travelled.KEY: words}
+        return {**plain, "state": states, "param_groups": groups, "alpha_svrg": engine}
 
     def _checked(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
-        snapshot = state_dict.get("alpha_svrg")
+        bare, states = dict[Any, Any](), state_dict.get("state")
+        for number, state in states.items() if isinstance(states, Mapping) else ():
+            bare[number] = (
+                {k: v for k, v in state.items() if k != "alpha_svrg"} if isinstance(state, Mapping) else state
+            )
+        snapshot = state_dict.get("alpha_svrg", self._travelled(states))
         if not isinstance(snapshot, Mapping):
             raise CheckpointError("state_dict['alpha_svrg']: missing; give what state_dict() of AlphaSVRG returned.")
         own = self._engine._checked(self._upgraded(snapshot))
+        if isinstance(states, Mapping):
+            state_dict = {**state_dict, "state": {n: own for n, own in bare.items() if own != {} or states[n] == {}}}
         theirs = self._of_base({key: value for key, value in state_dict.items() if key != "alpha_svrg"})
 
         def take() -> None:
@@ -208,8 +242,24 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
                 ) from error
             own()
             self.param_groups, self.state = self.base.param_groups, self.base.state
+            self._mark([block for block in self._engine._blocks if self.state.get(block.params[0])])
 
         return take
+
+    def _travelled(self, states: Any) -> Any:
+        """The snapshot's state_dict from what torch.distributed.checkpoint has left of it, in the states."""
+        if not isinstance(states, Mapping):
+            return None
+        own = {
+            n: state["alpha_svrg"]
+            for n, state in states.items()
+            if isinstance(state, Mapping) and "alpha_svrg" in state
+        }
+        plain = travelled.with_header({"state": own}, "poco")
+        if "poco" not in plain:
+            return None
+        groups = self._engine.state_dict()["param_groups"]
+        return {**plain, "param_groups": [{**group, "alpha": plain["poco"]["alpha"]} for group in groups]}
 
     def _of_base(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The base's part, as far as what the base has now tells that it is sound; missing flags are filled in."""
@@ -231,7 +281,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         unknown = [n for n in states if n not in of_number]
         if unknown:
             raise CheckpointError(f"state_dict['state'][{unknown[0]}]: of no parameter; load this model's checkpoint.")
-        known = {name for state in states.values() for name in state}
+        known = {name for state in states.values() for name in state} - {travelled.KEY}
         for number, state in states.items():
             where, p = f"state_dict['state'][{number}]", of_number[number]
             present, peers = self.base.state.get(p, {}), [s for s in states.values() if s is not state]

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from expfam_poco.correction.base import Correction
     from expfam_poco.correction.variance import VarianceMeter
     from expfam_poco.engine.backend import Backend
+    from expfam_poco.engine.beginning import Beginning
     from expfam_poco.engine.block import Block, Record
     from expfam_poco.engine.evaluator import Evaluator
+    from expfam_poco.engine.flips import Flips
     from expfam_poco.engine.layout import Layout
     from expfam_poco.engine.noise_plan import NoisePlan
     from expfam_poco.engine.products import Products
@@ -49,7 +51,9 @@ class Shell:
     _meter: VarianceMeter
     _stale: Staleness
     _alphas: dict[str, tuple[float, float]]
+    _begun: list[Beginning]
     _watch: Watch
+    _flips: Flips
     _layout: Layout
 
     def _active(self) -> list[Block]:

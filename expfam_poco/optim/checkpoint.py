@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.errors import CheckpointError
+from expfam_poco.optim import travelled
 
 PRECISE = (torch.float32, torch.float64)  # what states are kept in, whatever the weights'
 LARGEST = 2**63  # of a counter
@@ -90,7 +91,7 @@ class Checkpointed(Uncompiled):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         with reading():
-            take = self._checked(state_dict)
+            take = self._checked(travelled.numbered(state_dict))
         take()
         for after in list(own._optimizer_load_state_dict_post_hooks.values()):
             after(self)
@@ -100,7 +101,7 @@ class Recorded(Checkpointed):
     """An optimizer whose groups and states are its own: what differs are the methods below, down to `_take`.
 
     Attributes:
-        header: the key of what is neither a group's nor a parameter's.
+        header: the key of what is neither a group's nor a parameter's; a copy travels in the first state (`travelled`).
         newest: the version of the format.
         needed: the hyperparameters that a group must have.
         described: those of them that must be the optimizer's own, as `_encoded_group` has them.
@@ -116,7 +117,10 @@ class Recorded(Checkpointed):
     def _encoded_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         raise NotImplementedError("every optimizer has its own")
 
-    def _encoded(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _encoded(self, p: Parameter, record: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError("every optimizer has its own")
+
+    def _room(self) -> int:
         raise NotImplementedError("every optimizer has its own")
 
     def _header(self) -> dict[str, Any]:
@@ -145,20 +149,25 @@ class Recorded(Checkpointed):
         groups = []
         for group in self.param_groups:
             groups.append({**self._encoded_group(group), "params": [numbers[id(p)] for p in group["params"]]})
-        states = {numbers[id(p)]: self._encoded(own) for p, own in self.state.items() if own and id(p) in numbers}
+        states = {numbers[id(p)]: self._encoded(p, own) for p, own in self.state.items() if own and id(p) in numbers}
         others = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
         header = {"format": self.newest, **self._header(), "records": sorted(states)}
+        if states:
+            first = min(states, key=lambda number: (not params[number].requires_grad, number))
+            states[first][travelled.KEY] = travelled.packed(header, self._room())
+            states = {number: states.get(number, {}) for number in sorted({*numbers.values()})}
         return {"state": {**states, **others}, "param_groups": groups, self.header: header}
 
     def _checked(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
-        state_dict = self._upgraded(state_dict)
+        state_dict = self._upgraded(travelled.with_header(state_dict, self.header))
         where = f"state_dict[{self.header!r}]"
         header, saved = state_dict.get(self.header), state_dict.get("state")
         if not isinstance(header, Mapping) or header.get("format") != self.newest:
             found = header.get("format") if isinstance(header, Mapping) else None
             raise CheckpointError(
                 f"{where}: format {found!r} where {self.newest} is needed; this is not a checkpoint of "
-                f"{type(self).__name__}, or of another version."
+                f"{type(self).__name__}, or of another version, or torch.distributed.checkpoint has left out a "
+                "parameter that is frozen here and was not."
             )
         self._check_header(header)
         own = [self._encoded_group(group) for group in self.param_groups]
@@ -166,11 +175,12 @@ class Recorded(Checkpointed):
         check_groups(own, saved_groups, self.described, self.needed)
         if not isinstance(saved, Mapping):
             raise CheckpointError("state_dict['state']: missing; use another file.")
-        states = {number: plain for number, plain in saved.items() if is_count(number)}
+        states = {number: plain for number, plain in saved.items() if is_count(number) and plain != {}}
         if header.get("records") != sorted(states):
             raise CheckpointError(
                 f"{where}['records']: {header.get('records')!r} were saved, but state_dict['state'] holds "
-                f"{sorted(states)}; the checkpoint is damaged, use another file."
+                f"{sorted(states)}; the checkpoint is damaged, or torch.distributed.checkpoint has left out parameters "
+                "that are frozen here: let them require gradients while it loads, or use another file."
             )
         groups, params = [], dict[int, Parameter]()
         for place, (mine, theirs) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
@@ -179,7 +189,7 @@ class Recorded(Checkpointed):
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"state_dict['param_groups'][{place}]: {error}") from error
             params.update(zip(theirs["params"], mine["params"], strict=True))
-        unknown = [number for number in states if number not in params]
+        unknown = [number for number in saved if is_count(number) and number not in params]
         if unknown:
             raise CheckpointError(f"state_dict['state'][{unknown[0]}]: of no parameter; load this model's checkpoint.")
         records = {params[number]: self._decoded(params[number], number, plain) for number, plain in states.items()}
@@ -189,7 +199,7 @@ class Recorded(Checkpointed):
             for group, values in zip(self.param_groups, groups, strict=True):
                 group.update(values)
             self.state.clear()
-            self.state.update({**records, **others})
+            self.state.update({**{p: record for p, record in records.items() if record is not None}, **others})
             self._take(header)
 
         return take

@@ -202,7 +202,9 @@ class Inspection(Shell):
         Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
         every eleventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
-        has one.
+        has one. Of weights of few levels (binary ones) "mean_abs_lambda", how sure they are, and "flips", the share
+        that has another level than at the last step with a call; a warning tells, once, if none has flipped in 100
+        steps of calls, or about half between calls 10 steps apart, or less, twice in a row.
         """
         self._settle(raising=False)
         numbers: dict[str, float] = {
@@ -220,9 +222,11 @@ class Inspection(Shell):
         numbers.update(self._meter.read())
         numbers["compile_seconds"] = self.backend.compile_seconds
         blocks = self._active()
+        states = {b.name: self._state(b)["posterior"] for b in blocks}
+        numbers.update(self._flips.read(self._clock["step"], blocks, states))
         numbers["weight_norm"] = weight_norm(p for block in blocks for p in block.params)
         try:
-            deviation = mean_stddev({b.name: distribution_of(b, self._state(b)["posterior"]) for b in blocks})
+            deviation = mean_stddev({b.name: distribution_of(b, states[b.name]) for b in blocks})
         except NonFiniteError:
             deviation = None
         if deviation is not None:

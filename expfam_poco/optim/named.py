@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any, Self
 
-from expfam_poco.arguments import flag, positive
+from expfam_poco.arguments import flag, no_decay, positive
 from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
@@ -312,6 +312,7 @@ class BayesBiNNPoCo(Named):
         curvature: str | Estimator | None = None, alpha: Alpha | None = None, **choices: Any,
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1")
+        no_decay(choices)
         flag("stale_mean", stale_mean)
         kind: Any = get_family(self.chosen["family"])
         kind = kind.stale_variant() if stale_mean else kind

@@ -27,6 +27,7 @@ from expfam_poco.engine.beginning import Beginning
 from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, touched
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.flips import Flips
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
@@ -45,6 +46,7 @@ from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.outer import Refreshing
 from expfam_poco.optim.records import CLOCK, Resuming
+from expfam_poco.optim.travelled import only_makes_state
 
 
 class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer):
@@ -168,6 +170,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         self._committed: tuple[int, set[int]] = 0, set()
         self._begun: list[Beginning] = []
         self._width = StartingWidth()
+        self._flips = Flips()
         self._alphas: dict[str, tuple[float, float]] = {}
         self._clock = dict.fromkeys(CLOCK, 0)
         self._blocks: list[Block] = []
@@ -261,7 +264,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
             elif block.drawn is not None:
                 self._write_point(block)
         for block in active:
-            if block.record["posterior"] is None:
+            if block.record["posterior"] is None or block.provisional:
                 self._begun.append(Beginning(block, self.state))
             else:
                 known.append(block)
@@ -302,6 +305,16 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
     def _weights_restored(self, blocks: Sequence[Block], *, evaluating: bool = True) -> AbstractContextManager[None]:
         return Restored(self._layout, blocks, self._begun if evaluating else None)
 
+    def _begin_all(self) -> None:
+        """Show every posterior that has not begun as it would now; the weights stay as they are."""
+        blocks = self._active()
+        for begun in self._begun:
+            begun.block.provisional = True
+        self._begun.clear()
+        for block in blocks:
+            for p in block.params:
+                p.grad = None
+
     # ---- one inner step ----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -327,10 +340,14 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
             the mini-batch loss at the sampled weights, averaged over draws.
 
         Raises:
-            TypeError: without a closure: the loss must be evaluated at weights drawn here.
+            TypeError: without a closure: the loss must be evaluated at weights drawn here. Where all gradients and
+                learning rates are zero, as torch.distributed.checkpoint has them, posteriors begin, and nothing moves.
             NonFiniteError: if a loss or gradient is not finite (with nonfinite="raise"), nothing being changed; or
                 after a step in place in which some weights had to keep their values (`docs/speed.md`).
         """
+        if only_makes_state(closure, self.param_groups):
+            self._begin_all()
+            return NonFiniteError.loss
         parts = parts_of(closure, weights, fresh_noise=fresh_noise, scaler=scaler)
         blocks = self._trainable()
         number, loss = self._clock["step"] + 1, NonFiniteError.loss

@@ -74,6 +74,28 @@ class Refreshing(Together):
         return loss
 
     @torch.no_grad()
+    def set_posterior(self, state: Mapping[str, Any]) -> None:
+        """Go on from a stored or merged posterior: q ← state, and the model holds its point.
+
+        Momentum, which was measured elsewhere, begins anew, and so does a memory that follows steps; q_out stays.
+
+        Args:
+            state: as for `set_outer`.
+        """
+        blocks = self._active()
+        states = posteriors_of(state, blocks, self.param_groups)
+        self._begun.clear()
+        for block in blocks:
+            record = self._state(block)
+            record["posterior"] = fields.map_fields(torch.clone, states[block.name])
+            record["momentum"], record["step"], record["ages"], record["drawn"] = (), 0, None, None
+            block.drawn = None
+            if self.correction.follows_steps:
+                record["memory"], record["stamp"] = None, 0
+            self._write_point(block)
+            block.note_weights()
+
+    @torch.no_grad()
     def set_outer(self, state: Mapping[str, Any]) -> None:
         """Make q_out from a stored posterior (knowledge transfer, PC §3.1): its ḡ_out is the one that a fixed
         point of the rule has, −∇̃KL(q_out ‖ p₀)/N.

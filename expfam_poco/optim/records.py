@@ -18,6 +18,7 @@ from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
 from expfam_poco.engine.beginning import check_prior
 from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.flips import Flips
 from expfam_poco.engine.settings import HYPERPARAMETERS, check_group, python_number
 from expfam_poco.errors import CheckpointError
 from expfam_poco.family import fields
@@ -26,7 +27,7 @@ from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.registry import name_of
 from expfam_poco.optim.base import Shell
-from expfam_poco.optim.checkpoint import Recorded, check_clock, check_groups, filled, fitted, is_count, reading
+from expfam_poco.optim.checkpoint import PRECISE, Recorded, check_clock, check_groups, filled, fitted, is_count, reading
 
 CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped", "mega", "every")
 _NEWER = {"mega": 0, "every": 0}  # counters that formats below 5 do not have
@@ -37,6 +38,7 @@ _HEADER: dict[str, Any] = {
     "meter": Mapping,
     "anchor_hessian": (Tensor, type(None)),
 }
+NOISE = tuple(f.name for f in dataclasses.fields(NoiseKey))
 _OBJECTS = ("family", "curvature", "prior", "alpha")
 
 
@@ -61,49 +63,86 @@ def describe(thing: ExponentialFamily | Estimator | Correction) -> dict[str, Any
     return {"name": name, "settings": settings}
 
 
-def encode_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One block's record: NamedTuples become dictionaries of copies, which later steps in place do not reach."""
+def encode_state(block: Block, state: Mapping[str, Any], correction: Correction) -> dict[str, Any]:
+    """One block's record: NamedTuples become dictionaries of copies, which later steps in place do not reach.
+
+    All records of a block have the same entries, for torch.distributed.checkpoint reads only into those that there
+    are: what there is not yet holds its place with infinities, or with −1 in whole numbers.
+    """
+    family, posterior, memory, momentum = block.family, state["posterior"], state["memory"], state["momentum"]
+    averaged = dict(zip(family.momentum_block, momentum, strict=True)) if momentum else {}
+    if memory is None or not averaged:
+        site = family.kl_gradient(posterior, posterior)
+        like = memory_like(correction, family, posterior, site) if memory is None else memory
+        memory = fields.map_leaves(_absent, like) if memory is None else memory
+        averaged = averaged or {name: _absent(getattr(site, name)) for name in family.momentum_block}
+    drawn = dict.fromkeys(NOISE, -1) if state["drawn"] is None else dataclasses.asdict(state["drawn"])
+    ages = torch.full(block.batch[:1], -1) if state["ages"] is None else state["ages"].clone()
     return {
         "step": state["step"],
-        "ages": None if state["ages"] is None else state["ages"].clone(),
+        "ages": ages,
         "stamp": state["stamp"],
         "in_mega": state["in_mega"],
-        "drawn": None if state["drawn"] is None else dataclasses.asdict(state["drawn"]),
-        "posterior": plain_of(state["posterior"]),
-        "momentum": [value.clone() for value in state["momentum"]],
-        "memory": None if state["memory"] is None else plain_of(state["memory"]),
+        "drawn": drawn,
+        "posterior": plain_of(fields.map_leaves(_absent, posterior) if block.provisional else posterior),
+        "momentum": {name: value.clone() for name, value in averaged.items()},
+        "memory": {} if memory is None else plain_of(memory),
     }
+
+
+def _absent(like: Tensor) -> Tensor:
+    return torch.full_like(like, torch.inf, memory_format=torch.contiguous_format)
+
+
+def _is_absent(value: Any, like: Any) -> bool:
+    """Whether it holds the place of such tensors; what a format below 7 left out has none."""
+    if value is None:
+        return True
+    if isinstance(like, Tensor):
+        fits = isinstance(value, Tensor) and value.shape == like.shape and value.dtype in PRECISE
+        return fits and bool((value == torch.inf).all())
+    like = like if isinstance(like, Mapping) else like._asdict()
+    return bool(like) and set(value) == set(like) and all(_is_absent(value[name], own) for name, own in like.items())
 
 
 def plain_of(values: Any) -> Any:
     """Nested NamedTuples of tensors as nested dictionaries of copies."""
     if isinstance(values, Tensor):
-        return values.clone()
+        return values.clone(memory_format=torch.contiguous_format)
     return {name: plain_of(value) for name, value in values._asdict().items()}
 
 
-def decode_state(block: Block, plain: Any, correction: Correction) -> Record:
-    """The inverse of `encode_state` on the block's device and in its dtype, checked."""
+def decode_state(block: Block, plain: Any, correction: Correction) -> Record | None:
+    """The inverse of `encode_state` on the block's device and in its dtype, checked; None has not begun."""
     family, where = block.family, f"state_dict: the state of {block.name!r}"
     expected = family.centred_at(block.read())
     site = family.kl_gradient(expected, expected)
     try:
-        memory, momentum = plain["memory"], plain["momentum"]
-        like = None if memory is None else memory_like(correction, family, expected, site)
-        averaged = momentum or _count(plain, "step") > 0  # of steps in the average
-        average = [getattr(site, name) for name in family.momentum_block] if averaged else []
-        if type(momentum) is not list or len(momentum) != len(average):
-            raise ValueError(f"momentum is {type(momentum).__name__} where {len(average)} tensors are needed")
-        numbered = zip(momentum, average, strict=True)
-        drawn = plain["drawn"]
+        average = {name: getattr(site, name) for name in family.momentum_block}
+        like = memory_like(correction, family, expected, site)
+        if plain["posterior"] is not None and _is_absent(plain["posterior"], expected):
+            return None
+        memory, momentum, drawn = plain["memory"], plain["momentum"], plain["drawn"]
+        if type(momentum) is list:  # below format 7
+            momentum = dict(zip(average, momentum, strict=True)) if momentum else None
+        if _count(plain, "step") == 0 and _is_absent(momentum, average):  # of steps in the average
+            average = momentum = {}
+        if not isinstance(momentum, dict) or set(momentum) != set(average):
+            raise ValueError(f"momentum is {type(momentum).__name__} where {sorted(average)} are needed")
+        if memory == {} if like is None else _is_absent(memory, like):
+            memory = None
+        if memory is None and _count(plain, "stamp") > 0:
+            raise ValueError("stamp is that of a memory, which there is not")
+        drawn = None if drawn == dict.fromkeys(NOISE, -1) else drawn
         record = Record(
             step=_count(plain, "step"),
             ages=_ages(plain["ages"], block),
             stamp=_count(plain, "stamp"),
             in_mega=_boolean(plain["in_mega"]),
-            drawn=None if drawn is None else NoiseKey(**{f.name: drawn[f.name] for f in dataclasses.fields(NoiseKey)}),
+            drawn=None if drawn is None else NoiseKey(**{name: drawn[name] for name in NOISE}),
+            header=None,
             posterior=_nested(expected, plain["posterior"], where),
-            momentum=tuple(fitted(where, f"momentum {n}", *pair) for n, pair in enumerate(numbered)),
+            momentum=tuple(fitted(where, f"momentum of {n}", momentum[n], own) for n, own in average.items()),
             memory=None if memory is None else _nested(like, memory, where),
         )
     except CheckpointError:
@@ -119,9 +158,12 @@ def decode_state(block: Block, plain: Any, correction: Correction) -> Record:
 
 
 def _ages(ages: Any, block: Block) -> Tensor | None:
-    if ages is None:
+    if type(ages) is tuple:  # below format 7
         return None
-    if ages.dtype != torch.int64 or ages.shape != block.batch[:1] or bool((ages < 0).any()):
+    fits = ages.dtype == torch.int64 and ages.shape == block.batch[:1]
+    if fits and bool((ages == -1).all()):
+        return None
+    if not fits or bool((ages < 0).any()):
         raise ValueError(
             f"ages are {tuple(ages.shape)} of {ages.dtype} where {tuple(block.batch[:1])} counts are needed"
         )
@@ -149,7 +191,8 @@ def decode_states(
         id(p): n for g, s in zip(own, groups, strict=True) for p, n in zip(g["params"], s["params"], strict=True)
     }
     found = {block.name: saved.get(number_of[id(block.params[0])]) for block in blocks}
-    return {b.name: decode_state(b, plain, correction) for b in blocks if (plain := found[b.name]) is not None}
+    records = {b.name: decode_state(b, plain, correction) for b in blocks if (plain := found[b.name])}
+    return {name: record for name, record in records.items() if record is not None}
 
 
 def posteriors_of(
@@ -200,9 +243,9 @@ def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str,
 
 
 def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state_dict of format 2 to 5 in the present format."""
+    """A state_dict of format 2 to 6 in the present format."""
     header = state_dict.get("poco")
-    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4, 5):
+    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4, 5, 6):
         return state_dict
     try:
         state_dict = _from_2(state_dict, header) if header["format"] == 2 else state_dict
@@ -211,7 +254,7 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
             scale = group["lr_convention" if "lr_convention" in group else "lr_scale"]
             groups.append({"own_site": False, **kept, "lr_convention": scale})
-        state = {key: {"ages": None, **record} for key, record in state_dict["state"].items()}
+        state = {key: _with_ages(record) if is_count(key) else record for key, record in state_dict["state"].items()}
         header = {
             "records": sorted(filter(is_count, state_dict["state"])),
             **state_dict["poco"],
@@ -223,6 +266,11 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             f"state_dict: a damaged checkpoint of format {header['format']} ({error!r}); use another file."
         ) from None
     return {**state_dict, "state": state, "param_groups": groups, "poco": header}
+
+
+def _with_ages(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record below format 7, where ages that there were not had no place: () says so."""
+    return {**record, "ages": () if record.get("ages") is None else record["ages"]}
 
 
 def _from_2(state_dict: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -271,7 +319,7 @@ class Resuming(Recorded, Shell):
     """What a `PosteriorCorrected` saves, and continues from; mixed into it."""
 
     header: ClassVar[str] = "poco"
-    newest: ClassVar[int] = 6
+    newest: ClassVar[int] = 7
     described: ClassVar[tuple[str, ...]] = ("family", "curvature")
     needed: Sequence[str] = HYPERPARAMETERS
 
@@ -285,8 +333,16 @@ class Resuming(Recorded, Shell):
     def _encoded_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return encode_group(group)
 
-    def _encoded(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        return encode_state(record)
+    def _encoded(self, p: Parameter, record: Mapping[str, Any]) -> dict[str, Any]:
+        return encode_state(self._block_of(p), record, self.correction)
+
+    def _block_of(self, p: Parameter) -> Block:
+        return next(block for block in self._blocks if block.params[0] is p)
+
+    def _room(self) -> int:
+        """With all that the variance meter may come to hold."""
+        meter = sum(2 * len(b.name) + 200 * len(b.family.Site._fields) + 64 for b in self._blocks)
+        return 2048 + len(str(self._settings())) + meter
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -303,6 +359,11 @@ class Resuming(Recorded, Shell):
     def _check_header(self, header: Mapping[str, Any]) -> None:
         """Refuse damage, and other settings of the optimizer."""
         where = "state_dict['poco']"
+        if "anchor_hessian" not in header and self._products.kind == "stored":
+            raise CheckpointError(
+                f"{where}['anchor_hessian']: torch.distributed.checkpoint does not keep it; with anchor='stored' save "
+                "by poco.save, or by torch.save(optimizer.state_dict(), path)."
+            )
         for name, kind in _HEADER.items():
             if not isinstance(header.get(name, ...), kind) or isinstance(header[name], bool):
                 raise CheckpointError(f"{where}[{name!r}]: missing or damaged; use another file.")
@@ -334,7 +395,7 @@ class Resuming(Recorded, Shell):
                 check_prior(block, group["prior"])
         return group
 
-    def _decoded(self, p: Parameter, number: int, plain: Any) -> Record:
+    def _decoded(self, p: Parameter, number: int, plain: Any) -> Record | None:
         for block in self._blocks:
             if block.params[0] is p:
                 return decode_state(block, plain, self.correction)
@@ -345,11 +406,13 @@ class Resuming(Recorded, Shell):
             if block.params[0] in self.state:
                 block.forget_weights()
                 block.drawn = self._state(block)["drawn"]
+                block.provisional = False
         self._products.reset()
         self._committed = 0, set()  # else a step of the number of the last one would be taken for its second half
         self.seed = header["seed"]
         self._clock = dict(header["clock"])
         self._meter.load(header["meter"])
+        self._flips = Flips()
         self._products.hessian = header["anchor_hessian"]
 
     @torch.no_grad()

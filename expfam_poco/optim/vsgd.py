@@ -22,6 +22,7 @@ from expfam_poco.engine.pointwise import Member, Pointwise, spoil_of
 from expfam_poco.engine.watch import Watch
 from expfam_poco.errors import CheckpointError, NonFiniteError, Skips
 from expfam_poco.family.transfer import is_ahead
+from expfam_poco.optim import travelled
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.checkpoint import Recorded, check_clock, fitted, is_count
 from expfam_poco.rule import gradient_model
@@ -157,6 +158,10 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
                 the step, where the weights concerned have kept their values: if a gradient was too large, and for
                 large models, which are stepped tile by tile in place, also if one was NaN or infinite.
         """
+        if travelled.only_makes_state(closure, self.param_groups) and not self.state:
+            for group, p in self._used():
+                self._started(p, group)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -205,7 +210,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         if not state:
             dtype = torch.promote_types(p.dtype, torch.float32)
             tensors = (torch.full_like(p, value, dtype=dtype) for value in self.start(group))
-            state.update(step=0, **dict(zip(self.state_names, tensors, strict=True)))
+            state.update(step=0, **dict(zip(self.state_names, tensors, strict=True)), header=None)
         elif state["mu"].device != p.device:
             raise RuntimeError(
                 f"params: a parameter is on {p.device} but its state on {state['mu'].device}; move the model before "
@@ -229,8 +234,12 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
     def _encoded_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {key: settings.python_number(value) for key, value in group.items()}
 
-    def _encoded(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in record.items()}
+    def _encoded(self, p: Parameter, record: Mapping[str, Any]) -> dict[str, Any]:
+        plain = {name: value for name, value in record.items() if name != travelled.KEY}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in plain.items()}
+
+    def _room(self) -> int:
+        return travelled.PAGE
 
     def _header(self) -> dict[str, Any]:
         self._settle()
@@ -265,10 +274,10 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         """The state of a parameter in the dtype of states, of rates that are positive."""
         where = f"state_dict['state'][{number}]"
         step = plain.get("step") if isinstance(plain, Mapping) else None
-        if not is_count(step) or step == 0:
+        if not is_count(step):
             raise CheckpointError(f"{where}['step']: missing or damaged; use another file.")
         like = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        state: dict[str, Any] = {"step": step}
+        state: dict[str, Any] = {"step": step, travelled.KEY: None}
         for name in self.state_names:
             state[name] = fitted(where, name, plain.get(name), like)
             if name != "mu" and not bool((state[name] > 0.0).all()):

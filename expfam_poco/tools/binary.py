@@ -21,6 +21,7 @@ from expfam_poco.engine.settings import translate
 from expfam_poco.errors import CheckpointError
 from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.tools.files import written_aside
+from expfam_poco.tools.packed import pack_weights
 from expfam_poco.tools.predict import remind_of_recalibration
 
 FORMAT, VERSION = "expfam_poco.binary", "1"
@@ -90,6 +91,7 @@ def binarize_groups(
         arguments.instance(
             name, {} if given is None else given, Mapping, "give a dictionary of hyperparameters, or None"
         )
+    arguments.no_decay(binary or {})
     kept_names = [keep] if isinstance(keep, str) else arguments.listed("keep", keep, "give a list of names")
     modules = dict(model.named_modules(remove_duplicate=False))
     found = [name for name, module in modules.items() if isinstance(module, tuple(layers))]
@@ -215,29 +217,41 @@ def _warn_of_missing_normalisation(modules: Mapping[str, nn.Module], chosen: set
         )
 
 
-def binary_names(model: nn.Module, optimizer: PosteriorCorrected) -> list[str]:
-    """Names of the model's parameters whose posterior is over −1 and 1, all names of tied ones."""
+def level_names(model: nn.Module, optimizer: PosteriorCorrected) -> dict[str, tuple[float, ...]]:
+    """The levels of the model's parameters whose posterior is over some, by name; all names of tied ones."""
     arguments.module(model)
     if not isinstance(optimizer, PosteriorCorrected):
         raise TypeError(
             f"optimizer={type(optimizer).__name__}: it has no posterior; give the optimizer that trained the binary "
             "weights, such as BayesBiNN."
         )
-    two = {id(p) for g in optimizer.param_groups if g["family"].levels == (-1.0, 1.0) for p in g["params"]}
-    return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in two]
+    levels = {id(p): g["family"].levels for g in optimizer.param_groups if g["family"].levels for p in g["params"]}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: levels[id(p)] for name, p in named if id(p) in levels}
+
+
+def binary_names(model: nn.Module, optimizer: PosteriorCorrected) -> list[str]:
+    """Names of the model's parameters whose posterior is over −1 and 1, all names of tied ones."""
+    return [name for name, levels in level_names(model, optimizer).items() if levels == (-1.0, 1.0)]
 
 
 @torch.no_grad()
-def export_binary(model: nn.Module, optimizer: PosteriorCorrected, *, seed: int | None = None) -> nn.Module:
+def export_binary(
+    model: nn.Module, optimizer: PosteriorCorrected, *, seed: int | None = None, packed: bool = False
+) -> nn.Module:
     """A copy of the model whose binary weights are exactly ±1: the posterior's mode, or a draw.
+
+    Weights of other levels (`Categorical`) are exactly at these, too: at the mode, or where the optimizer keeps means
+    (`point_estimate="mean"`) at the level nearest to the mean.
 
     Args:
         model: the trained network.
         optimizer: the optimizer that holds its posterior.
         seed: of a draw from the whole posterior; None: modes of binary weights, means of the others.
+        packed: with these weights in 1, 2 or 4 bits each in memory, too, for inference; see `pack_weights`.
 
     Raises:
-        ValueError: if no parameter of the model is binary.
+        ValueError: if no parameter of the model is binary, or has levels.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -247,17 +261,21 @@ def export_binary(model: nn.Module, optimizer: PosteriorCorrected, *, seed: int 
         tensor([[1., 1., 1.],
                 [1., 1., 1.]], grad_fn=<AbsBackward0>)
     """
-    names = binary_names(model, optimizer)
-    if not names:
+    arguments.flag("packed", packed)
+    known = level_names(model, optimizer)
+    if not known:
         raise ValueError("optimizer: it holds no binary parameter of this model; make its groups by binarize_groups().")
     remind_of_recalibration(model, optimizer)
     with optimizer.sampled(seed, at_point=seed is None):
         exported = copy.deepcopy(model)
     parameters = dict(exported.named_parameters(remove_duplicate=False))
-    for name in names:
+    for name, levels in known.items():
         value = parameters[name]
-        value.copy_(torch.where(value >= 0.0, 1.0, -1.0))  # of means tanh λ, too, this is the mode
-    return exported
+        table = torch.tensor(levels, dtype=value.dtype, device=value.device)
+        halfway = (table[1:] + table[:-1]) / 2.0
+        nearest = torch.bucketize(value.contiguous(), halfway, right=True)
+        value.copy_(table[nearest])  # of means tanh λ, too, this is the mode
+    return pack_weights(exported, known) if packed else exported
 
 
 class Packed(NamedTuple):
@@ -311,8 +329,10 @@ def save_binary(
     """
     arguments.instance("path", path, (str, os.PathLike), "give the path of a file")
     serialized = _safetensors().torch.save
-    exported = export_binary(model, optimizer, seed=seed)
     names = {_unwrapped(model, name) for name in binary_names(model, optimizer)}
+    if not names:
+        raise ValueError("optimizer: it holds no binary parameter of this model; make its groups by binarize_groups().")
+    exported = export_binary(model, optimizer, seed=seed)
     state = {_unwrapped(model, name): value for name, value in exported.state_dict().items()}
     tensors, shapes = {}, {}
     for name, value in state.items():
@@ -381,6 +401,8 @@ def _shapes_of(described: Mapping[str, str], shown: str) -> dict[str, tuple[list
     try:
         listed = json.loads(described["binary"])
         shapes = {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in listed.items()}
+        if json.dumps(listed) != described["binary"]:  # a moved space, which the checksum does not see
+            raise ValueError
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         shapes = {"": ([], None)}
     for shape, dtype in shapes.values():

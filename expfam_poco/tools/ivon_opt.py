@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.correction import Correction
 from expfam_poco.engine.beginning import initial_posterior
 from expfam_poco.engine.block import Block, new_record
 from expfam_poco.engine.settings import precision_rate
@@ -72,7 +73,9 @@ def load_ivon_opt(optimizer: IVONPoCo, state_dict: Mapping[str, Any], *, steps: 
     plain["state"] = {}
     for number, theirs in enumerate(saved):
         blocks = [block for block in optimizer._blocks if block.group_number == number]
-        plain["state"].update(_states(blocks, theirs, steps, f"state_dict['param_groups'][{number}]"))
+        plain["state"].update(
+            _states(blocks, theirs, steps, optimizer.correction, f"state_dict['param_groups'][{number}]")
+        )
     plain["poco"]["records"] = sorted(plain["state"])
     optimizer.load_state_dict(plain)
 
@@ -128,7 +131,9 @@ def _hyperparameters(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _states(blocks: Sequence[Block], theirs: Mapping[str, Any], steps: int, where: str) -> dict[int, dict[str, Any]]:
+def _states(
+    blocks: Sequence[Block], theirs: Mapping[str, Any], steps: int, correction: Correction, where: str
+) -> dict[int, dict[str, Any]]:
     """The flat vectors of a group, cut into the blocks' states."""
     if steps == 0 and bool(theirs["momentum"].any()):
         raise CheckpointError(f"{where}['momentum']: not zero after steps=0; give `current_step` of ivon-opt as steps.")
@@ -145,7 +150,7 @@ def _states(blocks: Sequence[Block], theirs: Mapping[str, Any], steps: int, wher
         memory = () if theirs["beta1"] == 0.0 else (gradient,)
         record = new_record(initial_posterior(block)._replace(precision=precision))
         record["step"], record["momentum"] = (steps if memory else 0), memory
-        found[block.index] = records.encode_state(record)
+        found[block.index] = records.encode_state(block, record, correction)
     return found
 
 

@@ -27,6 +27,7 @@ class NaturalGuide:
     Args:
         parts: of the posterior.
         states: gives the posterior's present states, by the parts' names.
+        sizes: of the model's plates, when it is called with the guide's arguments; {} where it cannot be.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -45,18 +46,25 @@ class NaturalGuide:
         torch.Size([7, 3])
     """
 
-    def __init__(self, parts: Sequence[Part], states: Callable[[], Mapping[str, Any]]) -> None:
-        self._parts, self._states = list(parts), states
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        states: Callable[[], Mapping[str, Any]],
+        sizes: Callable[[tuple[Any, ...], Mapping[str, Any]], Mapping[str, int]],
+    ) -> None:
+        self._parts, self._states, self._sizes = list(parts), states, sizes
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site, inside its plates; the model's arguments are not looked at."""
+        """Sample every latent site, inside plates that have as many rows as the model's with these arguments."""
         found: dict[str, Tensor] = {}
         plates: dict[str, Any] = {}
+        local = any(site.latent.plate is not None for part in self._parts for site in part.sites)
+        sizes = self._sizes(args, kwargs) if local else {}
         for part, q in zip(self._parts, self._distributions(), strict=True):
             drawn = pyro.sample(f"_q_{part.name}", q, infer={"is_auxiliary": True})
-            drawn = drawn.reshape(drawn.shape[: drawn.ndim - len(q.event_shape)] + part.shape)
-            for site, weight in zip(part.sites, part.split(drawn), strict=True):
-                found[site.name] = _sample_site(site, weight, plates)
+            batch = drawn.shape[: drawn.ndim - len(q.event_shape)]
+            for site, weight in zip(part.sites, part.split(drawn.reshape(batch + part.shape)), strict=True):
+                found[site.name] = _sample_site(site, weight, batch, plates, sizes)
         return found
 
     def sample(self, draws: int, *, seed: int | None = None) -> dict[str, Tensor]:
@@ -139,14 +147,31 @@ def _marginal_quantiles(part: Part, state: Any, levels: Sequence[float]) -> Tens
     return family.sample(state, noise.expand(len(levels), *part.shape))
 
 
-def _sample_site(site: Kept, weight: Tensor, plates: dict[str, Any]) -> Tensor:
-    weight = site.laid(weight)
+def _sample_site(
+    site: Kept, weight: Tensor, batch: torch.Size, plates: dict[str, Any], sizes: Mapping[str, int]
+) -> Tensor:
+    """The site in its plates, from the weight of `batch` draws (those of plates around the guide)."""
+    weight, event = site.laid(weight), site.latent.event_dim
     value = site.value(weight)
-    density = site.site_log_density(weight, value)
+    density = _inside(site.site_log_density(weight, value), batch, 0)
+    value = _inside(value, batch, event)
     with ExitStack() as stack:
-        for frame in site.latent.frames.values():
-            if frame.name not in plates:
-                plates[frame.name] = pyro.plate(frame.name, frame.full_size or frame.size, dim=frame.dim)
-            stack.enter_context(plates[frame.name])
-        drawn: Tensor = pyro.sample(site.name, dist.Delta(value, density, event_dim=site.latent.event_dim))
+        for name, frame in site.latent.frames.items():
+            if name not in plates:
+                size = frame.full_size or frame.size
+                plates[name] = pyro.plate(name, size, subsample_size=sizes.get(name, size), dim=frame.dim)
+            rows = stack.enter_context(plates[name])
+            if len(rows) < value.shape[frame.dim - event]:
+                value = value.index_select(frame.dim - event, rows)
+                density = density.index_select(frame.dim, rows)
+        drawn: Tensor = pyro.sample(site.name, dist.Delta(value, density, event_dim=event))
     return drawn
+
+
+def _inside(value: Tensor, batch: torch.Size, event: int) -> Tensor:
+    """Draws × a site's own axes, with the axes of draws left of those of the site's plates.
+
+    Plates around a guide, as those of particles, leave an axis of length 1 for each plate within, the site's place.
+    """
+    plates = value.ndim - len(batch) - event
+    return value.reshape(batch[: max(len(batch) - plates, 0)] + value.shape[len(batch) :])

@@ -6,6 +6,7 @@ a `PosteriorCorrected` with ess = 1 and the prior p₀ ∝ h steps them (`rates`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from expfam_poco.integrations.pyro.guide import NaturalGuide
 from expfam_poco.integrations.pyro.losses import Losses
 from expfam_poco.integrations.pyro.params import Params
 from expfam_poco.integrations.pyro.rates import Rates
-from expfam_poco.integrations.pyro.reading import Model, Reader, first_trace, latents_of
+from expfam_poco.integrations.pyro.reading import Model, Reader, first_trace, latents_of, sizes_of
 from expfam_poco.integrations.pyro.sites import Kept, Part, families_of, groups_of, keep, parts_of
 from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
@@ -143,7 +144,7 @@ class NaturalVI:
         if any(site.latent.plate is not None for site in kept):
             memory = LOCAL
         rates = Rates(self._lr, memory)
-        guide = NaturalGuide(parts, optimizer.posterior_states)
+        guide = NaturalGuide(parts, optimizer.posterior_states, functools.partial(sizes_of, self.model))
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:
             self._take(self._pending)

@@ -89,6 +89,16 @@ def first_trace(model: Model, init: Any, args: tuple[Any, ...], kwargs: Mapping[
         return poutine.trace(InitMessenger(init)(model)).get_trace(*args, **kwargs)
 
 
+def sizes_of(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """How many rows a model takes of its plates with these arguments; {} where it cannot be called with them."""
+    try:
+        with poutine.block(), torch.no_grad():
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+    except Exception:  # a guide may be called without the model's arguments; its plates have all rows then
+        return {}
+    return {name: len(rows) for name, rows in _rows(trace)}
+
+
 def latents_of(trace: Any) -> list[Latent]:
     """The latent sites of a trace.
 
@@ -115,6 +125,11 @@ def _latent(name: str, site: Any) -> Latent:
             f"site {name!r}: it is discrete, and no gradient reaches it; sum it out, by "
             "pyro.infer.config_enumerate(model) or by a mixture such as dist.MixtureSameFamily, or hide it by "
             "poutine.block and treat it apart."
+        )
+    if site["mask"] is not None and not bool(torch.as_tensor(site["mask"]).all()):
+        raise ValueError(
+            f"site {name!r}: some of its entries are masked, so that nothing says where they are; mask the observed "
+            "site alone, by poutine.mask (obs_mask= makes a latent site of what is missing)."
         )
     for frame in frames.values():
         if not frame.vectorized:
