@@ -181,7 +181,7 @@ def test_all_evaluations_of_a_step_see_one_subsample(noise: str, given: bool) ->
             seen.append(tuple(i.tolist()))
             pyro.sample("y", dist.Normal(X[i] @ w, 0.5 * ONE), obs=Y[i])
 
-    vi = NaturalVI(model, noise=noise, particles=2, newton=2, alpha=1.0, seed=0)
+    vi = NaturalVI(model, noise=noise, particles=2, alpha=1.0, seed=0)
     for number in range(6):
         rows = torch.randperm(40)[:10] if given else None
         vi.setup(rows)
@@ -281,7 +281,7 @@ def normal_scaled(y: Tensor, scale: float) -> None:
 def test_rows_of_local_sites_are_stepped_where_they_are_used(shared: bool) -> None:
     """Every row as if its own data were all: precision 1 + n; rows that no batch has had are as they began."""
     y = 1.0 + torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    vi = NaturalVI(local, seed=0, newton=2)
+    vi = NaturalVI(local, seed=0)
     losses = steps(vi, 1, y, 3, shared)
     states = vi.optimizer.posterior_states()
     assert int((states["z"].precision != 1.0).any(1).sum()) == 3 and states["z"].mean.shape == (12, 2)

@@ -28,6 +28,7 @@ from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 WHOLE, SUBSAMPLED = 5.0, 2.0  # c of `Rates`, with all data in a step and with a part of them
+LOCAL = 50.0  # with local latents, which and the others find each other by turns
 LARGEST_HESSIAN = 1000  # weights of which the Hessian's diagonal is computed entry by entry
 
 
@@ -56,16 +57,16 @@ class NaturalVI:
             of site names to families; or "auto": conjugate sites (see `auto`) have their own, all others a Gaussian.
             A family of real weights keeps a site in unconstrained space, one with the site's support ("gamma", "beta",
             "dirichlet") in its own; a joint one is over all sites that have it.
-        lr: a rate η in (0, 1] for all steps; None: Newton steps at first, then averages (see `Rates`).
+        lr: a rate η in (0, 1] for all steps; None: whole ones at first, then averages (see `Rates`).
         particles: draws of q in a step; None: one, or as many as a regression on the statistics takes.
-        newton: the most Newton steps at the start; 0 for none.
         curvature: how ∇²ℓ is measured, as in `PosteriorCorrected`; None: exactly, where it is small enough.
         alpha: α of posterior correction, after `refresh`; 0, the default: none.
         noise: as in `PosteriorCorrected`; pairs and repeated evaluations see one subsample of a plate.
         param_optimizer: trains the model's `pyro.param`s: one of `pyro.optim`, or a function from a list of parameters
             to a torch optimizer.
         init: where sites begin, of `pyro.infer.autoguide.initialization`.
-        seed: of the draws; None takes one from torch's generator.
+        seed: of the draws, and of where sites begin; None takes one from torch's generator, as Pyro's plates take their
+            subsamples.
         **choices: passed to `PosteriorCorrected`.
 
     Example:
@@ -89,7 +90,6 @@ class NaturalVI:
         *,
         lr: float | None = None,
         particles: int | None = None,
-        newton: int = 10,
         curvature: Any = None,
         alpha: Any = 0.0,
         noise: str = "shared",
@@ -103,7 +103,6 @@ class NaturalVI:
         function("init", init, "give a function of pyro.infer.autoguide.initialization")
         if particles is not None:
             whole("particles", particles, 1)
-        whole("newton", newton, 0)
         for name in ("ess", "prior", "weight_decay", "hess_init"):
             if name in choices:
                 raise TypeError(f"{name}={shown(choices[name])}: NaturalVI has it from the model; leave it out.")
@@ -114,7 +113,7 @@ class NaturalVI:
         seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         given = {"alpha": alpha, "noise": noise, "seed": seed}
         self._choices = {"retraction": "plain", "own_site": True, **choices, **given}
-        self._lr, self._newton, self._particles = lr, newton, particles
+        self._lr, self._particles = lr, particles
         self._params = Params(param_optimizer)
         self._pending: Mapping[str, Any] | None = None
         self._ready: _Made | None = None
@@ -126,6 +125,7 @@ class NaturalVI:
         if self._ready is not None:
             return
         with torch.random.fork_rng():  # a resumed run sees the random numbers that an undisturbed one sees
+            torch.manual_seed(self._choices["seed"])
             trace = first_trace(self.model, self._init, args, kwargs)
             latents = latents_of(trace)
             reader = Reader(trace, latents)
@@ -140,9 +140,10 @@ class NaturalVI:
         parts = parts_of(kept)
         optimizer = self._optimizer_of(kept, parts)
         losses = Losses(reader, kept, parts, self._params)
-        newton = self._newton if self._lr is None and _can_start(optimizer) else 0
         memory = SUBSAMPLED if reader.subsampled else WHOLE
-        rates = Rates(self._lr, newton, memory, whole=not reader.subsampled)
+        if any(site.latent.plate is not None for site in kept):
+            memory = LOCAL
+        rates = Rates(self._lr, memory)
         guide = NaturalGuide(parts, optimizer.posterior_states, functools.partial(sizes_of, self.model))
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:
@@ -169,8 +170,14 @@ class NaturalVI:
 
     @property
     def guide(self) -> NaturalGuide:
-        """The posterior, as a guide that follows it."""
-        return self._made().guide
+        """The posterior, as a guide that follows it.
+
+        Warns:
+            UserWarning: once, where after many steps −ELBO still falls or steps keep being taken back.
+        """
+        made = self._made()
+        made.steps.tell()
+        return made.guide
 
     @property
     def optimizer(self) -> PosteriorCorrected:
@@ -183,8 +190,8 @@ class NaturalVI:
         """One step with a batch: the model's arguments, as for `SVI.step`.
 
         Returns:
-            an estimate of −ELBO at the posterior before the step, the mean of −log p(x, θ) + log q(θ) over its draws
-            (at its mean, in a Newton step): without noise where q is the posterior.
+            an estimate of −ELBO at the posterior before the step, the mean of −log p(x, θ) + log q(θ) over its draws:
+            without noise where q is the posterior.
         """
         self.setup(*args, **kwargs)
         made = self._made()
@@ -262,9 +269,3 @@ def _curvature_of(group: Mapping[str, Any], solved: set[ExponentialFamily]) -> s
         return "regression" if family in solved else None
     is_small = family.curvature == "dense" or (family.curvature == "diagonal" and size <= LARGEST_HESSIAN)
     return "exact" if is_small else "hutchinson"
-
-
-def _can_start(optimizer: PosteriorCorrected) -> bool:
-    """Whether a step without noise is a Newton step for all weights."""
-    groups = optimizer.param_groups
-    return all(g["family"].curvature != "none" and not g["curvature"].needs_noise for g in groups)

@@ -1,8 +1,9 @@
-"""Steps that nobody has to watch: Newton steps at the start, and bad ones taken back."""
+"""Steps that nobody has to watch: bad ones are taken back, and where they lead nowhere that is said."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,74 +31,99 @@ class Steps:
     """
 
     def __init__(self, optimizer: PosteriorCorrected, parts: Sequence[Part], losses: Losses, rates: Rates) -> None:
+        self._by_curvature = all(part.family.curvature != "none" for part in parts)
         self.rates = rates
         self._optimizer, self._parts, self._losses = optimizer, list(parts), losses
         self._weights = sum(part.shape.numel() for part in parts)
         self._last: dict[str, Any] | None = None
+        self._told = False
 
     def step(self, closure: Closure) -> float:
         """Step, and return the estimate of −ELBO before it; from the posterior of a step ago where the last was bad."""
-        starting, again = self.rates.is_starting, False
-        with self._noise("zero" if starting else self._optimizer.noise):
-            moved = self._moved(closure)
-            if moved is None:
-                assert self._last is not None
-                present, last = self._optimizer.posterior_states(), self._last
-                self._put(last)
-                self.rates.taken_back()
-                again, level, self._last, self.rates.level = True, self.rates.level, None, None
-                try:
-                    moved = self._moved(closure)
-                except BaseException:  # it was not the last step's fault
-                    self._put(present)
-                    self._last, self.rates.level = last, level
-                    raise
-                assert moved is not None
-                if starting and self.rates.whole:
-                    self.rates.level = level  # else the level may have been luck: go on from here in any case
+        with self._noise("antithetic" if self._is_first else self._optimizer.noise):
+            before, estimate, again = self._moved_on(closure)
             self._losses.params.step(self._draws)
-        before, loss, estimate = moved
-        self.rates.stepped(loss, again=again)
+        self.rates.stepped(estimate, again=again)
         self._last = before
         return estimate
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether the next step is the first: of a pair ±ε, by Hessians, it is exact for a Gaussian from anywhere."""
+        return self._by_curvature and self.rates.steps == 0
+
+    def _moved_on(self, closure: Closure) -> tuple[dict[str, Any], float, bool]:
+        """`_moved`, from a step ago where the last one was bad, which is told too."""
+        moved, again = self._moved(closure), False
+        if moved is None:
+            assert self._last is not None
+            present, last = self._optimizer.posterior_states(), self._last
+            self._put(last)
+            self.rates.taken_back()
+            again, level, self._last, self.rates.level = True, self.rates.level, None, None
+            try:
+                moved = self._moved(closure, again=True)
+            except BaseException:  # it was not the last step's fault
+                self._put(present)
+                self._last, self.rates.level = last, level
+                raise
+            assert moved is not None
+        return *moved, again
 
     def restart(self) -> None:
         """Begin again, with other data."""
         self._last = None
         self.rates.restart()
 
+    def tell(self) -> None:
+        """Warn, once, where the posterior is asked for before it has settled."""
+        complaint = self.rates.complaint()
+        if complaint is None or self._told:
+            return
+        self._told = True
+        warnings.warn(
+            f"model: the posterior has not settled after {self.rates.steps} steps: {complaint}; take more before it is "
+            "used, begin nearer to it (init=), or write the model in units and variables in which it is of order 1.",
+            UserWarning,
+            stacklevel=3,
+        )
+
     @property
     def _draws(self) -> int:
         """Evaluations at q in a step."""
         optimizer = self._optimizer
-        return {"zero": 1, "antithetic": 2 * optimizer.mc_samples}.get(optimizer.noise, optimizer.mc_samples)
+        return 2 * optimizer.mc_samples if optimizer.noise == "antithetic" else optimizer.mc_samples
 
-    def _moved(self, closure: Closure) -> tuple[dict[str, Any], float, float] | None:
-        """Step: the states before it, the loss there that rates go by, and the estimate of −ELBO.
+    def _moved(self, closure: Closure, *, again: bool = False) -> tuple[dict[str, Any], float] | None:
+        """Step: the states before it and the estimate of −ELBO there.
 
-        None, where that loss, or an error of the model, tells that the last step was a bad one. A step that would leave
-        the family's domain, as the exact rule may where the loss is not convex, is tried again at a smaller rate; at
-        last with a retraction that cannot.
+        None, where that estimate, or an error of the model, tells that the last step was a bad one. A step that would
+        leave the family's domain, as the exact rule may where the loss is not convex, is tried again at a smaller rate;
+        at last with a retraction that cannot but by rounding: then the last step was bad, or, if it was taken `again`,
+        this one is left out.
         """
         before = self._optimizer.posterior_states()
         while True:
             error = self._tried(closure)
             if error is not None and self._losses.is_models_fault:
                 return None
-            loss = estimate = self._losses.mean()
-            if math.isfinite(loss):
+            estimate = self._losses.mean()
+            if math.isfinite(estimate):
                 estimate = self._losses.negative_elbo(before, self._priors(), self._draws)
-                loss = loss if self.rates.is_starting else estimate
-            if self._last is not None and self.rates.is_bad(loss, self._weights):
+            if self._last is not None and self.rates.is_bad(estimate, self._weights):
                 return None
             if error is None:
-                return before, loss, estimate
-            if not math.isfinite(loss):
+                return before, estimate
+            if not math.isfinite(estimate):
                 raise error
             if not self.rates.taken_back():
                 with self._retraction("second_order"):
-                    self._at_rate(closure)
-                return before, loss, estimate
+                    error = self._tried(closure)
+                if error is not None and self._last is not None:
+                    return None
+                if error is not None and not again:
+                    raise error
+                return before, estimate
 
     def _tried(self, closure: Closure) -> ValueError | NonFiniteError | torch.linalg.LinAlgError | None:
         """A step, or why it could not be taken; the model's own errors are raised, unless a step may be their cause."""
