@@ -186,11 +186,12 @@ def test_writes_of_others_are_looked_for_with_one_wait(
         return [True] * len(answers)
 
     opt, closure = stepper(SHELL["IVONPoCo"], model_of([(4, 3), (7,)] * 5), backend)
-    for module, name, value in ((block, "LOOKS", 16), (evaluator, "FIRST", 99), (block, "told", told)):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(evaluator, "told", told)
-    cuda.looking = False
-    opt.step(closure)
+    with monkeypatch.context() as patch:  # undone before what the fixture has patched is
+        for module, name, value in ((block, "LOOKS", 16), (evaluator, "FIRST", 99), (block, "told", told)):
+            patch.setattr(module, name, value)
+        patch.setattr(evaluator, "told", told)
+        cuda.looking = False
+        opt.step(closure)
     assert asked == [10, 1, 1]
 
 

@@ -361,9 +361,9 @@ def test_bernoulli_refuses_other_points_and_means() -> None:
 
 @pytest.mark.parametrize("estimator", ["relaxed", "straight_through"])
 def test_estimators_of_bernoulli_are_for_bernoulli(estimator: str) -> None:
-    with pytest.raises(ValueError, match="not an estimator for DiagonalGaussian; choose one of: exact, gradsq"):
+    with pytest.raises(ValueError, match="not an estimator for DiagonalGaussian; choose one of: exact, exact_reg"):
         poco.estimators.resolve_estimator(estimator, DiagonalGaussian())
     with pytest.raises(ValueError, match="use it with the Bernoulli family"):
         poco.estimators.resolve_estimator(Bernoulli.estimators[estimator], DiagonalGaussian())
-    with pytest.raises(ValueError, match="choose one of: arm, clipped_straight_through, flip, relaxed, score"):
+    with pytest.raises(ValueError, match="choose one of: arm, clipped_straight_through, flip, relaxed, score, "):
         poco.estimators.resolve_estimator("exact", Bernoulli())

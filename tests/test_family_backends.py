@@ -64,6 +64,7 @@ def test_spans_and_buckets_give_the_same_numbers_as_whole_tensors(name: str, mon
         assert all(bool(family.support.check(value).all()) for value in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(LEAFWISE) - {"bernoulli", "diagonal_gaussian", "isotropic_gaussian"}))
 def test_kernels_of_every_family_are_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled backend, with the compiler's front end alone: it refuses what depends on data or leaves torch.

@@ -253,6 +253,7 @@ def test_trainer_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         trainer_of(tmp_path, every=0).train()
 
 
+@pytest.mark.slow  # the example does it, too
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_fine_tuning_the_pretrained_transformer(tmp_path: Path, lora: bool) -> None:
     from transformers import set_seed

@@ -57,9 +57,14 @@ def prepared(name: str, dtype: torch.dtype = torch.float32, **choices: Any) -> t
 
 def everything(model: nn.Module, opt: Any) -> list[Any]:
     """All that a skipped step must leave alone."""
-    saved = opt.state_dict()
-    records = saved.get("alpha_svrg", {}).get("state")
-    return [weights(model), [b.clone() for b in model.buffers()], saved["state"], records]
+    return [weights(model), [b.clone() for b in model.buffers()], without_counters(opt.state_dict()["state"])]
+
+
+def without_counters(value: Any) -> Any:
+    """Nested dictionaries without the copies of counters that travel in the first state."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_counters(own) for key, own in value.items() if key != "header"}
 
 
 # ---- the scaled step is the step ---------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_von_poco_is_algorithm_5(noise: str, alpha: float) -> None:
 @pytest.mark.parametrize("noise", ["shared", "zero"])
 def test_von_is_von_poco_without_alpha(noise: str) -> None:
     results = []
-    for kind, choices in ((poco.VON, {}), (poco.VONPoCo, {"alpha": 0.0})):
+    for kind, choices in ((poco.VON, {"own_site": False}), (poco.VONPoCo, {"alpha": 0.0})):
         task = Logistic()
         opt = kind(task.model.parameters(), lr=0.1, ess=task.n, precision_lr=0.2, noise=noise, seed=1, **choices)
         for t, i in enumerate(order(12)):

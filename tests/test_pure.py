@@ -190,6 +190,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "estimator"), CASES)
 def test_an_ensemble_under_vmap_equals_separate_runs(name: str, estimator: str) -> None:
     family, seeds, steps = poco.resolve_family(name), 32, 10

@@ -22,6 +22,7 @@ def first_step(case: str, names: Any, **more: Any) -> tuple[Any, Any]:
 
 
 @compiles
+@pytest.mark.slow
 def test_the_compiler_has_nothing_to_do_after_the_first_step() -> None:
     """Neither for a kernel that is new, nor for one whose guards fail."""
     opt, task = first_step("IVONPoCoMo", FLAT, dtype=torch.float32)

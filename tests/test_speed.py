@@ -30,6 +30,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 # What quiet runs gave on one thread: 8, 30, 4; 15, 55, 4.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "compiled", "eager"), [("IVON", 25.0, 100.0), ("IVONPoCoMo", 45.0, 170.0)])
 def test_a_step_costs_few_of_adamw(measured: dict[str, Any], name: str, compiled: float, eager: float) -> None:
     (seconds,) = measured["cycle"]["seconds"].values()
@@ -39,6 +40,7 @@ def test_a_step_costs_few_of_adamw(measured: dict[str, Any], name: str, compiled
     assert 1.5 * seconds[f"{name} compiled"] <= seconds[f"{name} eager"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "mixed", "compiled"])
 def test_state_and_transient_memory(measured: dict[str, Any], backend: str) -> None:
     """12 and 28 bytes a weight; beside them a step needs a few spans, whatever the model's size (here 2 M weights)."""

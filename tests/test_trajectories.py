@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trajectories
 
+pytestmark = pytest.mark.slow
 RECORDS = trajectories.read(Path(__file__).parent / "data" / "trajectories.json")
 # A relaxed binary network amplifies a rounding error in float32 some hundred times within fifty steps.
 LOOSER = {"BayesBiNN/float32": 1e-3}

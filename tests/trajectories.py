@@ -155,7 +155,7 @@ VON: dict[str, Any] = {"lr": 0.05, "ess": 24.0, "hess_init": 2.0, "weight_decay"
 NAMED: dict[str, tuple[Make, Loop]] = {
     "SVRG": (named(poco.SVRG, lr=0.1, weight_decay=0.01, seed=1), corrected),
     "VSGDPoCo": (named(poco.VSGDPoCo, lr=0.1, precision=100.0, weight_decay=0.01, noise="fixed", seed=1), corrected),
-    "VON": (named(poco.VON, **VON), plain),
+    "VON": (named(poco.VON, **VON, own_site=False), plain),
     "VONPoCo": (named(poco.VONPoCo, **VON), corrected),
     "IVON": (named(poco.IVON, **IVON), plain),
     "IVONPoCo": (named(poco.IVONPoCo, **IVON), corrected),

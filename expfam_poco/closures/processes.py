@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from expfam_poco.closures.evaluate import Measured, NoBatchError, Request
 
+AVAILABLE = dist.is_available()
 BUCKET = 2**23  # numbers in a message; larger models send several, of which the first travel while the next are laid
 
 
@@ -221,7 +222,7 @@ def are_many(group: Any) -> bool:
     """Whether there may be other processes."""
     if group is not None:
         return True
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return AVAILABLE and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def find(group: Any, modules: Callable[[], Sequence[nn.Module]], params: Sequence[Parameter]) -> Processes | None:
@@ -235,7 +236,7 @@ def find(group: Any, modules: Callable[[], Sequence[nn.Module]], params: Sequenc
     Raises:
         ValueError: for models whose parameters are spread over processes.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not AVAILABLE or not dist.is_initialized():
         if group is not None:
             raise ValueError(
                 "process_group: torch.distributed has not been initialised; call init_process_group first."
