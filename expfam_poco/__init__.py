@@ -33,6 +33,7 @@ from expfam_poco.tools.predict import ClassPrediction, predict, predict_classes,
 from expfam_poco.tools.saving import load, save
 from expfam_poco.tools.tracking import log_diagnostics
 from expfam_poco.tools.tuning import LearningRates, find_lr, suggest_ess
+from expfam_poco.tools.worth import Worth, worth
 
 __version__ = "0.1.0"
 
@@ -75,6 +76,8 @@ __all__ = [
     "find_lr",
     "LearningRates",
     "suggest_ess",
+    "worth",
+    "Worth",
     "predict",
     "binarize_groups",
     "export_binary",

@@ -129,7 +129,7 @@ def find_lr(
         raise ValueError("optimizer: it maximizes, but find_lr looks for descent; negate the loss instead.")
     if max(present) <= 0.0:
         raise ValueError(f"optimizer: its learning rates are {present}; make it with a positive one.")
-    with _put_back(model, optimizer):
+    with put_back(model, optimizer):
         for number in range(steps):
             rate = lowest * (highest / lowest) ** (number / (steps - 1))
             for group, own in zip(optimizer.param_groups, present, strict=True):
@@ -188,7 +188,7 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
 
 
 @contextmanager
-def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+def put_back(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """Run a block after which weights, buffers, modes, gradients, the optimizer and the generators are as before."""
     groups = [] if optimizer is None else optimizer.param_groups
     params = list({id(p): p for p in [*model.parameters(), *(q for g in groups for q in g["params"])]}.values())
@@ -272,7 +272,7 @@ def suggest_ess(
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("model: it has no trainable parameters; give the model that will be trained.")
-    with _put_back(model, None):
+    with put_back(model, None):
         point = [p.detach().clone() for p in params]
         buffers, random = ModuleState([model]), capture_random(params)
 
