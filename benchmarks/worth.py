@@ -3,13 +3,13 @@
     python benchmarks/worth.py             # tunes, runs and reports: worth.json, and the table that RESULTS.md quotes
     python benchmarks/worth.py --quick     # so short that it shows only that all works
 
-Fresh data: digits (scikit-learn) moved by up to a pixel and with noise on every pixel, drawn anew for every mini-batch, so
-that none comes twice. A 64-64-10 network; IVON with a cosine schedule. Every method gets the same number of gradient
+Fresh data: digits (scikit-learn) moved by up to a pixel and with noise on every pixel, drawn anew for every mini-batch,
+so that none comes twice. A 64-64-10 network; IVON with a cosine schedule. Every method gets the same number of gradient
 evaluations, and its rate is tuned on its own on another seed.
 
-*Measured worth*: the number of evaluations at which plain IVON (of its own schedule and rate for every budget) reaches the
-same held-out loss, interpolated linearly between log loss and log evaluations, over the number that was used. *Predicted
-worth*: `poco.worth` at one quarter, half and three quarters of the plain run, the mean of the three.
+*Measured worth*: the number of evaluations at which plain IVON (with a schedule and rate of its own for every budget)
+reaches the same held-out loss, interpolated linearly between log loss and log evaluations, over the number that was
+used. *Predicted worth*: `poco.worth` at one quarter, half and three quarters of the plain run, the mean of the three.
 """
 
 from __future__ import annotations
@@ -174,16 +174,12 @@ def predicted(budget: int, rate: float, seed: int) -> list[poco.Worth]:
     for share in (0.25, 0.5, 0.75):
         run.until(share)
         stream = [batch for batch, _ in zip(Stream(5000 + seed), range(60), strict=False)]
-        found.append(
-            poco.worth(
-                run.model, run.optimizer, run.closure, iter_only(stream), transports=(0.1, 0.5), alphas=(0.5, 1.0),
-                every=EVERY, size=SIZE,
-            )  # fmt: skip
-        )
+        arguments: dict[str, Any] = {"transports": (0.1, 0.5), "alphas": (0.5, 1.0), "every": EVERY, "size": SIZE}
+        found.append(poco.worth(run.model, run.optimizer, run.closure, Fresh(stream), **arguments))
     return found
 
 
-class iter_only:  # noqa: N801 - of a list without its length: the data are fresh
+class iter_only:
     """An iterable without length."""
 
     def __init__(self, items: list[Any]) -> None:
@@ -191,6 +187,14 @@ class iter_only:  # noqa: N801 - of a list without its length: the data are fres
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    by_share = ", ".join(f"{value:.2f}" for value in row["by_share"])
+    return (
+        f"{name:22s} rate {row['rate']:<5g} measured {row['measured']:.2f} ± {row['error']:.2f}   "
+        f"predicted {row['predicted']:.2f} ({by_share})   if noise is all {row['limit']:.2f}"
+    )
 
 
 def main() -> None:
@@ -212,24 +216,23 @@ def main() -> None:
     curve = [float(np.mean(values)) for values in zip(*curves, strict=True)]
     print("plain losses", [round(value, 4) for value in curve], flush=True)
     foretold = [predicted(budget, plain[budget], seed) for seed in seeds]
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, method in METHODS.items():
         rate = tuned(method, budget, rates)
         losses = [final(method, rate, seed, budget) for seed in seeds]
         worths = [measured_worth(loss, budgets, curve, budget) for loss in losses]
         found = [[w[method.row].worth for w in of_seed] for of_seed in foretold]
-        rows[name] = {
-            "rate": rate, "losses": losses, "worths": worths, "measured": measured_worth(float(np.mean(losses)), budgets, curve, budget),
-            "error": statistics.stdev(worths) / math.sqrt(len(worths)), "predicted": float(np.mean(found)),
+        row = rows[name] = {
+            "rate": rate,
+            "losses": losses,
+            "worths": worths,
+            "measured": measured_worth(float(np.mean(losses)), budgets, curve, budget),
+            "error": statistics.stdev(worths) / math.sqrt(len(worths)),
+            "predicted": float(np.mean(found)),
             "by_share": np.mean(found, axis=0).tolist(),
             "limit": float(np.mean([[w[method.row].limit for w in of_seed] for of_seed in foretold])),
-        }  # fmt: skip
-        row = rows[name]
-        print(
-            f"{name:22s} rate {rate:<5g} measured {row['measured']:.2f} ± {row['error']:.2f}   predicted {row['predicted']:.2f} "
-            f"({', '.join(f'{v:.2f}' for v in row['by_share'])})   if noise is all {row['limit']:.2f}",
-            flush=True,
-        )
+        }
+        print(_line(name, row), flush=True)
     noise = np.median([[w.noise for w in of_seed] for of_seed in foretold], axis=0).tolist()
     print("noise/signal at a quarter, half, three quarters:", [round(value, 1) for value in noise])
     options.output.parent.mkdir(parents=True, exist_ok=True)

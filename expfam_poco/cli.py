@@ -1,4 +1,4 @@
-"""The command line: `expfam-poco compare`, `families`, `check` and `new-family`.
+"""The command line: `expfam-poco compare`, `worth`, `families`, `check` and `new-family`.
 
 Wrong input ends with one sentence on standard error and exit code 2; a family that breaks a law with 1; Ctrl-C
 with 130, SIGTERM and SIGHUP with 143 and 129. Everything heavy is imported inside the commands, so that `--help` is
@@ -171,6 +171,28 @@ def compare(
         except WorkerError as error:
             _say(err, str(error))
             raise typer.Exit(1) from None
+
+
+@app.command()
+def worth(
+    task: Annotated[str, typer.Option(help="breast-cancer, digits or wine.")] = "breast-cancer",
+    method: Annotated[str, typer.Option(help="The plain method: SGD, IVON or VON.")] = "SGD",
+    passes: Annotated[float, typer.Option(help="Passes that it trains for before it is measured.")] = 2.0,
+    batch: Annotated[int, typer.Option(help="Examples in a mini-batch.")] = 5,
+    every: Annotated[int, typer.Option(help="M, steps from one mega-batch to the next.")] = 10,
+    size: Annotated[int, typer.Option(help="K, mini-batches in a mega-batch.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the shuffling and the draws.")] = 0,
+    picture: Annotated[Path | None, typer.Option(help="Where to write the noise's spectrum (PNG).")] = None,
+) -> None:
+    """Measure what corrections, momentum and larger batches would be worth an evaluation, under 200 of them.
+
+    `poco.worth` does the same for your own model, optimizer and data.
+    """
+    out, err = Console(), Console(stderr=True)
+    with _sentences(err):
+        from expfam_poco.compare.worth import Options, worth_on_task
+
+        worth_on_task(Options(task, method, passes, batch, every, size, seed, picture), out)
 
 
 def _list_methods(out: Console) -> None:

@@ -6,8 +6,8 @@ W S(0) for windows longer than the noise's memory, with the noise power at frequ
 
     S(ω) = lim (1/W) E ‖Σ_t ξ_t e^{−iωt}‖².
 
-With v the variance of one mini-batch's gradient, S(0) is v for a plain gradient, v/b for a batch b times as large, and v
-for any momentum, whose weights add up to one. What costs e evaluations a step can therefore be compared with the
+With v the variance of one mini-batch's gradient, S(0) is v for a plain gradient, v/b for a batch b times as large, and
+v for any momentum, whose weights add up to one. What costs e evaluations a step can therefore be compared with the
 plain method by e S(0)/v, the noise of one evaluation: 1 for the three of them.
 
 **Every estimator** here is linear in gradients of mini-batches, which are independent, so that S(ω) follows from how
@@ -209,7 +209,10 @@ class CachedLaw(Law):
         return 2.0
 
     def power(self, pairs: Pairs, frequency: float) -> float:
-        """[v − (2α u − α² v_out)(1 − |Σ_{t<K} e^{−iωt}|²/K²)]/v: all of v at ω = 0, at any α."""
+        """[v − (2α u − α² v_out)(1 − |Σ_{t<K} e^{−iωt}|²/K²)]/v: all of v at ω = 0, at any α.
+
+        Exact there, and for a correlation that is the same at all ages; else u's mean stands for its course.
+        """
         removed = 2.0 * self.alpha * pairs.cross - self.alpha**2 * pairs.outer
         return 1.0 - removed * (1.0 - _together(self.size, frequency) / self.size) / pairs.plain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -72,8 +73,8 @@ class Gradients:
             before=self.noise(before, before, chosen),
             step=self.noise(last, before, chosen),
             signal=max(float(np.mean([self.signal(a, a, chosen) for a in self.ages])), 0.0),
-            moved={one[1]: self.noise(one, one, chosen) for one, other in self.between if one == other and one not in self.ages},
-        )  # fmt: skip
+            moved={name[1]: self.noise(name, name, chosen) for name, _ in self.between if name not in self.ages},
+        )
 
     def kept(self, beta: float, gamma: float = 0.0, without: int | None = None) -> float:
         """The share of the gradient that momentum's mean direction keeps (`correction.worth.kept`)."""
@@ -87,6 +88,8 @@ class Gradients:
     def jackknife(self, function: Callable[[int | None], float]) -> tuple[float, float]:
         """A number made of all mini-batches, and its standard error from leaving out each of them."""
         parts = np.array([function(i) for i in range(self.count)])
+        if not np.isfinite(parts).all():
+            return function(None), math.inf
         spread = ((parts - parts.mean()) ** 2).sum() * (self.count - 1) / self.count
         return function(None), float(np.sqrt(spread))
 
@@ -195,9 +198,9 @@ class Stretch:
             grads = evaluate(closure, self.params).grads
         for p in self.params:
             p.grad = None
-        return self._seen([torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]).mul_(
-            self._scale
-        )
+        return self._seen(
+            [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
+        ).mul_(self._scale)
 
     def _drawn(self, seed: int) -> AbstractContextManager[None]:
         own = self.optimizer
@@ -212,13 +215,15 @@ class Stretch:
 
 
 def batches_of(loader: Iterable[Any], count: int) -> list[Any]:
-    """So many mini-batches in the loader's order, from as many passes as that takes; its generators stay as they were."""
+    """So many mini-batches in the loader's order, from as many passes as that takes; its generators stay as they are."""
     found: list[Any] = []
     with _generators_kept(loader):
         while len(found) < count:
             part = list(itertools.islice(iter(loader), count - len(found)))
             if not part:
-                raise ValueError("loader: it has no mini-batches; give an iterable of them that can be gone through again.")
+                raise ValueError(
+                    "loader: it has no mini-batches; give an iterable of them that can be gone through again."
+                )
             found += part
     return found
 

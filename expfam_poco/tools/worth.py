@@ -49,7 +49,7 @@ class Row:
         worth, error: the plain method's evaluations to the same loss over its own, and a standard error.
         limit: the same where only noise matters, 1/(S(0) · evaluations).
         steps: the plain method's steps to the same loss over its own.
-        kept: the share of the gradient that momentum's mean direction keeps; None without momentum.
+        kept: the share of the present gradient in momentum's mean direction (its lag is 1 less it); None without one.
 
     Example:
         >>> from expfam_poco.correction.worth import BatchLaw, Pairs
@@ -139,9 +139,7 @@ class Worth:
         names = ("setting", "evaluations", "S(0)", "worth", "if noise is all", "worth a step", "lag")
         lines = [names, *(_cells(row) for row in sorted(self.rows, key=lambda row: -round(row.worth, 6)))]
         widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-        text = [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-        ]
+        text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
         many = f"of {self.size} mini-batches every {self.every} steps"
         return "\n".join(
             [
@@ -160,7 +158,7 @@ class Worth:
     def advice(self) -> str:
         """One sentence, or two where the loader's order is to be looked at first."""
         said = self._of_mega_batches() or self._of_others()
-        if self.block_sums - 3.0 * self.block_error > 1.5:
+        if self.block_sums - 2.0 * self.block_error > 1.3:
             said = f"Consecutive mini-batches are alike (block sums {self.block_sums:.1f}): shuffle the loader. {said}"
         return said
 
@@ -173,6 +171,8 @@ class Worth:
         head = f"On this run a mega-batch of {self.size} every {self.every} steps is worth {best.worth:.2g} of its cost"
         if best.worth - 2.0 * best.error > 1.0:
             return f"{head}: use it, with alpha {best.law.alpha:.2f}."
+        if best.worth > 1.0:
+            return f"{head}, give or take {best.error:.2g}: it may pay; measure again with more samples, or later."
         others = [row for row in self.rows if isinstance(row.law, BatchLaw) and row.law.times > 1]
         remedies = [f"transport {row.law.gamma:g}" for row in self.rows if _pays(row)]  # type: ignore[attr-defined]
         remedies += [
@@ -181,7 +181,8 @@ class Worth:
             if row.worth > best.worth
         ]
         use = f"use {', or '.join(remedies)}" if remedies else "leave it out"
-        return f"{head}: {use}; use correction if steps, not evaluations, are what you lack (worth {best.steps:.2g} a step)."
+        lack = f"use correction if steps, not evaluations, are what you lack (worth {best.steps:.2g} a step)"
+        return f"{head}: {use}; {lack}."
 
     def _of_others(self) -> str:
         best = max(self.rows, key=lambda row: row.worth)
@@ -405,7 +406,7 @@ def _fresh(loader: Any, size: int) -> float:
 
 def _pays(row: Row) -> bool:
     """A transport that leaves hardly more noise, where momentum has a lag to make up for."""
-    return row.is_bound and row.worth > 0.95 and row.kept is not None and row.kept < 0.95
+    return row.is_bound and row.worth > 0.95 and row.kept is not None and abs(1.0 - row.kept) > 0.05
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -1,0 +1,376 @@
+"""What a correction is worth: laws against sums of known noise, the measurement against closed forms, and no traces."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from optimizer_cases import ON_GRADIENTS, OPTIMIZERS, Task, network, run, same, weights
+from torch import Tensor, nn
+
+import expfam_poco as poco
+from expfam_poco.correction.worth import (
+    BatchLaw,
+    CachedLaw,
+    Law,
+    MomentumLaw,
+    Pairs,
+    RecursiveLaw,
+    SnapshotLaw,
+    kept,
+    per_step,
+    worth_of,
+)
+from expfam_poco.tools import stretch
+
+ALIKE = Pairs.alike(signal=0.0)
+
+
+@pytest.mark.parametrize("every, size, alpha", [(10, 10, 0.5), (4, 12, 0.75), (20, 5, 1.0), (3, 7, 0.0)])
+def test_the_law_of_mega_batches(every: int, size: int, alpha: float) -> None:
+    law = SnapshotLaw(every, size, alpha)
+    product = law.power(ALIKE, 0.0) * law.evaluations
+    assert product == pytest.approx(((1 - alpha) ** 2 + alpha**2 * every / size) * (size + 2 * every) / every)
+    best = SnapshotLaw.best(every, size, ALIKE)
+    assert best.alpha == pytest.approx(size / (size + every))
+    assert worth_of(best, ALIKE) == pytest.approx((size + every) / (size + 2 * every))
+    assert product >= 1.0 / worth_of(best, ALIKE) - 1e-12
+    assert worth_of(SnapshotLaw.best(every, size, ALIKE, fresh=0.0), ALIKE) == math.inf  # all data: SVRG
+
+
+@pytest.mark.parametrize("law", [BatchLaw(1), BatchLaw(3), MomentumLaw(0.9), MomentumLaw(0.99)])
+def test_any_batch_and_momentum_is_plain(law: Law) -> None:
+    assert law.power(ALIKE, 0.0) * law.evaluations == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("law", [CachedLaw(10, 0.3), CachedLaw(10), RecursiveLaw(0.9), RecursiveLaw(0.2)])
+def test_what_is_evaluated_twice_brings_nothing_new(law: Law) -> None:
+    assert law.power(ALIKE, 0.0) * law.evaluations == pytest.approx(2.0)
+    apart = ALIKE._replace(step=0.9)
+    assert law.power(apart, 0.0) >= law.power(ALIKE, 0.0)
+
+
+def test_worth_goes_from_one_over_evaluations_to_the_law() -> None:
+    law = SnapshotLaw(10, 10, 0.5)
+    noisy, quiet = Pairs.alike(signal=1e-9), Pairs.alike(signal=1e9)
+    assert worth_of(law, noisy) == pytest.approx(2 / 3, rel=1e-6) and worth_of(law, quiet) == pytest.approx(1 / 3)
+    c = 2.5  # the steps that Σ of best progress ‖ḡ‖⁴/(‖ḡ‖² + s v) takes
+    assert per_step(law, Pairs.alike(signal=1 / c)) == pytest.approx((1 + c) / (1 + c * 0.5))
+
+
+# ---- the laws against the algorithms, with exact sums over known noise --------------------------------------
+
+
+class Oracle:
+    """Noises as coefficients: a batch's at one time correlates with its own at another by ρ^|t − t'|."""
+
+    def __init__(self, steps: int, rho: float) -> None:
+        self.names: dict[tuple[Any, int], int] = {}
+        self.rho, self.steps = rho, steps
+        self.rows: list[dict[int, float]] = []
+
+    def __call__(self, batch: Any, time: int) -> dict[int, float]:
+        return {self.names.setdefault((batch, time), len(self.names)): 1.0}
+
+    def power(self, directions: list[dict[int, float]], frequency: float) -> float:
+        """(1/W) E|Σ_t d_t e^{−iωt}|², from the covariance alone."""
+        total = np.zeros(len(self.names), complex)
+        for t, direction in enumerate(directions):
+            for name, value in direction.items():
+                total[name] += value * np.exp(-1j * frequency * t)
+        keys = list(self.names)
+        by_batch: dict[Any, list[int]] = {}
+        for i, (batch, _) in enumerate(keys):
+            by_batch.setdefault(batch, []).append(i)
+        value = 0.0
+        for members in by_batch.values():
+            times = np.array([keys[i][1] for i in members])
+            part = total[members]
+            value += float(np.real(part.conj() @ (self.rho ** np.abs(times[:, None] - times)) @ part))
+        return value / len(directions)
+
+
+def plus(*terms: tuple[float, dict[int, float]]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for factor, part in terms:
+        for name, value in part.items():
+            found[name] = found.get(name, 0.0) + factor * value
+    return found
+
+
+def snapshot_directions(g: Oracle, every: int, size: int, alpha: float, cached: bool) -> list[dict[int, float]]:
+    made, mega, out = [], [], 0
+    for t in range(g.steps):
+        if t % every == 0:
+            mega, out = [("mega", t, k) for k in range(size)], t
+        batch = mega[t % every] if cached else t
+        mean = plus(*((alpha / size, g(name, out)) for name in mega))
+        made.append(plus((1.0, g(batch, t)), (-alpha, g(batch, out)), (1.0, mean)))
+    return made
+
+
+def recursive_directions(g: Oracle, alpha: float) -> list[dict[int, float]]:
+    made = [g(0, 0)]
+    for t in range(1, g.steps):
+        made.append(plus((alpha, made[-1]), (1.0, g(t, t)), (-alpha, g(t, t - 1))))
+    return made
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.95])
+@pytest.mark.parametrize("frequency", [0.0, 2 * math.pi / 30, 2 * math.pi / 5])
+def test_spectra_are_those_of_the_algorithms(rho: float, frequency: float) -> None:
+    every, size, alpha = 6, 9, 0.6
+    mean = float(np.mean(rho ** np.arange(every)))
+    pairs = ALIKE._replace(cross=mean, step=rho)
+    for cached in (False, True):
+        k = every if cached else size
+        g = Oracle(10 * every, rho)
+        law = CachedLaw(k, alpha) if cached else SnapshotLaw(every, k, alpha)
+        directions = snapshot_directions(g, every, k, alpha, cached)
+        # A store's noise between frequencies has the mean correlation in the place of its course over the loop.
+        allowed = 2e-3 if cached and rho < 1.0 and frequency > 0.0 else 1e-9
+        assert law.power(pairs, frequency) == pytest.approx(g.power(directions, frequency), rel=allowed)
+    g = Oracle(300, rho)
+    found = g.power(recursive_directions(g, 0.5), frequency)
+    assert RecursiveLaw(0.5).power(pairs, frequency) == pytest.approx(
+        found, rel=0.02
+    )  # but for the ends, of 1/300 each
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 1.0])
+def test_what_momentum_keeps_of_an_affine_gradient(gamma: float) -> None:
+    beta, steps = 0.8, 400
+    far, points = gamma * beta / (1 - beta), [math.cos(0.05 * t) + 1e-3 * t for t in range(steps)]
+    ahead = [now + far * (now - last) for last, now in itertools.pairwise(points)]
+    mean = sum((1 - beta) * beta**tau * value for tau, value in enumerate(reversed(ahead))) / points[-1]
+    alike = {tau: points[-1 - tau] / points[-1] for tau in range(steps)}
+    assert kept(beta, alike, gamma) == pytest.approx(mean, abs=1e-5)
+
+
+# ---- the optimizers themselves: how far noise alone moves them ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choices, law",
+    [
+        ({"alpha": 0.0}, BatchLaw(1)),
+        ({"alpha": 0.5}, SnapshotLaw(5, 10, 0.5)),
+        ({"alpha": 1.0}, SnapshotLaw(5, 10, 1.0)),
+        ({"alpha": 0.5, "correction": "recursive"}, RecursiveLaw(0.5)),
+    ],
+)
+def test_noise_moves_the_optimizers_as_far_as_the_law_says(choices: dict[str, Any], law: Law) -> None:
+    generator, size, steps = torch.Generator().manual_seed(0), 4000, 200
+    weight = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+    optimizer = poco.SVRG([weight], lr=1.0, **choices)
+
+    def closure() -> Callable[[], Tensor]:
+        noise = torch.randn(size, generator=generator, dtype=torch.float64)
+        return lambda: (noise * weight).sum()
+
+    for step in range(steps):
+        if step % 5 == 0 and isinstance(law, SnapshotLaw):
+            optimizer.refresh([closure() for _ in range(10)])
+        optimizer.step(closure())
+    found = float(weight.detach().square().mean()) / steps
+    # The mean of `size` squares has a relative standard error of √(2/size); a recursion's ends are 1/steps of it.
+    assert found == pytest.approx(law.power(ALIKE, 0.0), rel=4 * math.sqrt(2 / size) + 2 / steps)
+
+
+# ---- the measurement ----------------------------------------------------------------------------------------
+
+
+class Quadratic(nn.Module):
+    """Σ ½ h (θ − 1)² + ⟨ξ, θ⟩: the gradient is h (θ − 1), and its noise ξ, a mini-batch, the same everywhere."""
+
+    def __init__(self, size: int, curvature: float = 0.1) -> None:
+        super().__init__()
+        self.weight, self.curvature = nn.Parameter(torch.zeros(size, dtype=torch.float64)), curvature
+
+    def closure(self, noise: Tensor) -> Callable[[], Tensor]:
+        return lambda: 0.5 * self.curvature * (self.weight - 1).square().sum() + (noise * self.weight).sum()
+
+
+def noises(count: int, size: int, scale: float = 0.3) -> Tensor:
+    return scale * torch.randn(count, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def plain(model: nn.Module, **choices: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), **{"lr": 1e-3, "momentum": 0.9, **choices})
+
+
+class Unsized:
+    """Mini-batches that do not say how many they are: fresh data."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+def test_additive_noise_has_the_worths_of_the_law() -> None:
+    size = 2000
+    model = Quadratic(size)
+    found = poco.worth(model, plain(model), model.closure, Unsized(noises(40, size)), alphas=(1.0,))
+    assert found.fresh == 1.0 and found.evaluations <= 200
+    assert found.alike == pytest.approx(1.0) and found.alpha == pytest.approx(0.5)
+    noise = 0.3**2 * size / (0.1**2 * size)  # v/‖ḡ‖² at the start, from which 10 steps of 1e-3 hardly lead away
+    assert abs(found.noise - noise) < 4 * found.noise_error and found.noise_error < 0.2 * noise
+    assert abs(found.block_sums - 1.0) < 4 * found.block_error + 0.05
+    for start, power, evaluations in (
+        ("snapshot K=10 M=10 alpha=0.50", 0.5, 3), ("snapshot K=10 M=10 alpha=1.00", 1.0, 3), ("cached", 1.0, 2),
+        ("recursive", 1.0, 2), ("3x", 1 / 3, 3), ("momentum", 1.0, 1), ("transport", 1.0, 1),
+    ):  # fmt: skip
+        row = found[start]
+        assert (row.power, row.evaluations) == (pytest.approx(power, rel=1e-6), evaluations)
+        c = found.noise
+        assert row.worth == pytest.approx((1 + c) / (evaluations * (1 + c * power)), rel=1e-6)
+        assert row.limit == pytest.approx(1 / (power * evaluations), rel=1e-6)
+
+
+def test_noise_that_changes_on_the_way_is_followed() -> None:
+    """Gradients cos(θ + φ) with random phases correlate by cos(θ − θ'), and the way is known."""
+    size, drift = 3000, 0.5
+    weight = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+    model = nn.ParameterList([weight])
+    phases = 2 * math.pi * torch.rand(60, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def closure_of(phase: Tensor) -> Callable[[], Tensor]:
+        return lambda: (0.1 * torch.sin(weight + phase) - drift * weight).sum()
+
+    optimizer = torch.optim.SGD([weight], lr=0.2)
+    found = poco.worth(model, optimizer, closure_of, Unsized(phases), every=9, size=6)
+    way = [weight.detach().clone()]
+    for phase in phases[:9]:
+        optimizer.zero_grad()
+        closure_of(phase)().backward()
+        optimizer.step()
+        way.append(weight.detach().clone())
+    cosines = [float(torch.cos(point - way[0]).mean()) for point in way]
+    mean = float(np.interp(range(9), [0, 3, 6, 8], [cosines[a] for a in (0, 3, 6, 8)]).mean())
+    assert found.alike == pytest.approx(mean, abs=0.02) and mean < 0.9
+    assert found.alpha == pytest.approx(mean / (1 + 9 / 6), abs=0.02)
+    step = float(torch.cos(way[-1] - way[-2]).mean())
+    assert found["recursive"].power == pytest.approx(1 + 2 * 0.9 * (1 - step) / 0.1**2, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["torch", "IVON"])
+def test_a_transports_noise_is_measured_where_it_evaluates(kind: str) -> None:
+    """Curvatures that differ from batch to batch: the noise's variance goes as ‖θ‖², here that of the point ahead."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(500, dtype=torch.float64))])
+    generator = torch.Generator().manual_seed(3)
+    factors = 1 + 0.5 * torch.randn(60, 500, generator=generator, dtype=torch.float64)
+
+    def closure_of(factor: Tensor) -> Callable[[], Tensor]:
+        return lambda: 0.5 * (factor * model[0].square()).sum()
+
+    optimizer: Any = plain(model, lr=0.05)
+    if kind == "IVON":
+        optimizer = poco.IVON(model.parameters(), lr=0.2, ess=1e12, hess_init=1.0, seed=0)
+    found = poco.worth(model, optimizer, closure_of, Unsized(factors), transports=(0.5,), every=5)
+    way = [model[0].detach().clone()]
+    for factor in factors[:5]:
+        if kind == "torch":
+            optimizer.zero_grad()
+            closure_of(factor)().backward()
+            optimizer.step()
+        else:
+            optimizer.step(closure_of(factor))
+        way.append(model[0].detach().clone())
+    ahead = way[-1] + 0.5 * 9 * (way[-1] - way[-2])
+    measured = factors[5 : 5 + 16]
+    ratio = float((measured * ahead).var(0).sum() / (measured * way[-1]).var(0).sum())
+    assert abs(ratio - 1) > 0.02 and found["transport"].power == pytest.approx(ratio, rel=1e-4)
+    lags = [1.0 - found[start].kept for start in ("momentum", "transport")]  # type: ignore[operator]
+    assert abs(lags[0]) > 0.1 and lags[1] == pytest.approx(0.5 * lags[0])
+
+
+def test_all_data_in_a_mega_batch_leave_no_error_of_its_mean() -> None:
+    model = Quadratic(300)
+    found = poco.worth(model, plain(model), model.closure, noises(30, 300), size=30)
+    assert found.fresh == 0.0 and found.alpha == pytest.approx(1.0)
+    assert found["snapshot"].limit > 1e3 and found["snapshot"].worth > 1.0
+    assert found.advice.startswith("On this run a mega-batch of 30 every 10 steps is worth ")
+    assert "use it" in found.advice
+
+
+def test_a_loader_that_is_not_shuffled_is_told() -> None:
+    model = Quadratic(300)
+    sorted_ones = noises(10, 300).repeat_interleave(4, 0)
+    found = poco.worth(model, plain(model), model.closure, Unsized(sorted_ones), every=8, samples=28)
+    # Seven windows of four equal noises have sums of variance 16 s² and, all 28 together, the variance (28/27)(6/7) s².
+    assert found.block_sums == pytest.approx(16 / 4 * 27 / 24)
+    assert "shuffle the loader" in found.advice and found.advice in str(found)
+
+
+def test_large_models_are_seen_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Quadratic(6000)
+    whole = poco.worth(model, plain(model), model.closure, Unsized(noises(40, 6000)))
+    monkeypatch.setattr(stretch, "SEEN", 1000)
+    part = poco.worth(model, plain(model), model.closure, Unsized(noises(40, 6000)))
+    assert part.noise == pytest.approx(whole.noise, rel=0.25) and part.pairs.plain < 0.25 * whole.pairs.plain
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    model = Quadratic(300)
+    found = poco.worth(model, plain(model), model.closure, Unsized(noises(40, 300)), corrections=("snapshot",))
+    lines = found.table().splitlines()
+    assert lines[0].split()[0] == "setting" and len(lines) == len(found.rows) + 4
+    assert "if steps, not evaluations, are what you lack" in found.advice
+    found.picture(tmp_path / "worth.png")
+    assert (tmp_path / "worth.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(KeyError, match="rows are plain"):
+        found["cached"]
+
+
+# ---- no traces, and refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used", [0, 3], ids=["fresh", "used"])
+@pytest.mark.parametrize("name", ["IVONPoCoMo", "SVRG", "BayesBiNN", "VON", "AlphaSVRG-AdamW", "VSGD"])
+def test_training_goes_on_as_if_nobody_had_measured(name: str, used: int) -> None:
+    results = []
+    on_gradients = name in ON_GRADIENTS
+    for look in (False, True):
+        model = nn.Sequential(nn.BatchNorm1d(3), *network(dropout=0.2)).double()
+        optimizer, task = (ON_GRADIENTS if on_gradients else OPTIMIZERS)[name](model.parameters()), Task(model)
+        torch.manual_seed(0)
+        for step in range(0 if on_gradients else used):
+            run(optimizer, task, 1, start=step)
+        generator = torch.Generator().manual_seed(5)
+        loader = torch.utils.data.DataLoader(range(4), batch_size=None, shuffle=True, generator=generator)
+        if look:
+            before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            found = poco.worth(model, optimizer, lambda i, task=task: task.closure(int(i)), loader, every=3, samples=6)
+            assert found.evaluations <= 200 and all(math.isfinite(row.evaluations) for row in found.rows)
+            assert same((model.state_dict(), optimizer.state_dict()), before)
+            assert all(p.grad is None for p in model.parameters())
+        results.append([list(loader), torch.rand(3)])
+        results[-1] += [] if on_gradients else [*run(optimizer, task, 3, start=used), *weights(model), *model.buffers()]
+    assert same(results[0], results[1])
+
+
+def test_wrong_arguments_are_refused() -> None:
+    model = Quadratic(10)
+    optimizer, loader = plain(model), noises(20, 10)
+    for words, error, match in (
+        ({"corrections": ("stored",)}, ValueError, "corrections='stored'"),
+        ({"every": 180}, ValueError, "most=200"),
+        ({"batches": (0,)}, ValueError, "batches=0"),
+        ({"momenta": (1.0,)}, ValueError, "momenta=1.0"),
+        ({"samples": 2}, ValueError, "samples=2"),
+    ):
+        with pytest.raises(error, match=match):
+            poco.worth(model, optimizer, model.closure, loader, **words)
+    with pytest.raises(TypeError, match="closure_of"):
+        poco.worth(model, optimizer, lambda batch: model.closure(batch)(), loader)
+    with pytest.raises(ValueError, match="loader"):
+        poco.worth(model, optimizer, model.closure, [])
+    with pytest.raises(ValueError, match=r"alpha=1\.0"):
+        RecursiveLaw(1.0)
