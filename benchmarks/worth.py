@@ -179,8 +179,8 @@ def predicted(budget: int, rate: float, seed: int) -> list[poco.Worth]:
     return found
 
 
-class iter_only:
-    """An iterable without length."""
+class Fresh:
+    """Mini-batches that do not say how many they are: none comes twice."""
 
     def __init__(self, items: list[Any]) -> None:
         self.items = items

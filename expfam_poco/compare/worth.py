@@ -70,9 +70,7 @@ def worth_on_task(options: Options, out: Console) -> Worth:
         raise InputError("--picture needs matplotlib; run: python -m pip install 'expfam_poco[examples]'.")
     (method,) = find_methods([options.method])
     if method.name not in PLAIN:
-        raise InputError(
-            f"--method {method.name}: corrections are measured beside a plain one; give {', '.join(PLAIN)}."
-        )
+        raise InputError(f"--method {method.name}: a plain method is measured; give one of {', '.join(PLAIN)}.")
     task = load_task(options.task)
     if options.batch > task.size:
         raise InputError(f"--batch {options.batch}: the task has {task.size} examples; give fewer.")

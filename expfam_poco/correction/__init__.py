@@ -25,7 +25,7 @@ from expfam_poco.correction.snapshot import (
     variance_terms,
 )
 from expfam_poco.correction.stored import Stored
-from expfam_poco.correction.transported import Previous, Transported
+from expfam_poco.correction.transported import Previous, Transported, transported
 
 __all__ = [
     "CORRECTIONS",
@@ -50,6 +50,7 @@ __all__ = [
     "outer_from_posterior",
     "resolve_correction",
     "stack_states",
+    "transported",
     "update_outer",
     "variance_ratio",
     "variance_terms",

@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from expfam_poco.arguments import shown
 from expfam_poco.correction.base import Corrected, Correction
 
 if TYPE_CHECKING:
@@ -90,3 +91,30 @@ class Transported(Correction):
     def after_step(self, family: ExponentialFamily, memory: Any, before: Any, after: Any, found: Corrected) -> Previous:
         """λ_t becomes the previous posterior."""
         return Previous(before)
+
+
+def transported(correction: Correction, transport: float, alpha: Any) -> Correction:
+    """`Transported(transport)` in the place of a correction that corrects nothing; the correction itself for 0.
+
+    Raises:
+        ValueError: for a γ outside [0, 1], or beside a correction that does something.
+
+    Example:
+        >>> from expfam_poco.correction import Correction, transported
+        >>> transported(Correction(), 0.1, alpha=1.0)
+        Transported(gamma=0.1)
+    """
+    try:
+        made = Transported(transport)
+    except ValueError as error:
+        raise ValueError(str(error).replace("gamma=", "transport=", 1)) from None
+    if transport == 0.0:
+        return correction
+    without = alpha in (0.0, (0.0, 0.0)) if isinstance(alpha, int | float | tuple) else False
+    idle = type(correction) is Correction or (correction.compares and without)
+    if not idle:
+        raise ValueError(
+            f"transport={shown(transport)}: it stands in the place of another correction, and here alpha={shown(alpha)} "
+            f"with {correction!r}; give alpha=0 (or correction='none'), or transport=0."
+        )
+    return made

@@ -313,6 +313,21 @@ def checked_max_grad_norm(max_grad_norm: Any) -> float | None:
     return None if max_grad_norm is None else float(max_grad_norm)
 
 
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """β₁ of anybody's group: the first of torch's `betas`, or its `momentum`; 0 where it has neither."""
+    betas = group.get("betas")
+    return float(betas[0] if betas else group.get("momentum", 0.0))
+
+
+def check_transport(transport: float, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a look-ahead where no momentum has a lag to make up for."""
+    if transport > 0.0 and not any(group["momentum"] > 0.0 for group in groups):
+        raise ValueError(
+            f"transport={transport!r}: without momentum nothing lags behind, and it would do nothing; give momentum "
+            "(such as 0.9; beta1, where it is called so), or transport=0."
+        )
+
+
 def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
     """Refuse noise modes under which an estimator measures nothing, or measures it wrongly."""
     estimator: Estimator = group["curvature"]

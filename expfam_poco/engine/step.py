@@ -299,6 +299,24 @@ def age_of(block: Block, record: Record) -> int:
     return record["step"] + 1 if block.settings.momentum > 0.0 else 1
 
 
+def follow(block: Block, record: Record, correction: Correction) -> None:
+    """Centre a posterior where another optimizer has stepped the weights; a memory that follows steps goes along."""
+    if not correction.follows_steps:
+        block.follow(record)
+        return
+    before = fields.map_fields(torch.clone, record["posterior"])
+    block.follow(record)
+    memory = correction.after_step(block.family, record["memory"], before, record["posterior"], None)
+    record["step"] += 1
+    if isinstance(block, FlatBlock):
+        for place, value in zip(fields.leaves(record["memory"]), fields.leaves(memory), strict=True):
+            if place.ndim:
+                place.copy_(value)
+        block.settle()
+    else:
+        record["memory"] = memory
+
+
 def begin(block: Block, record: Record, correction: Correction, *, in_place: bool) -> bool:
     """Give a block what its next step needs: a momentum, a memory, contiguous storage; whether anything was missing."""
     has_momentum = bool(record["momentum"]) == (block.settings.momentum > 0.0)

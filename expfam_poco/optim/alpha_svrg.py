@@ -17,9 +17,10 @@ from expfam_poco.arguments import is_real, shown
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.closures.rows import rows_of
-from expfam_poco.correction.snapshot import Alpha
+from expfam_poco.correction.snapshot import Alpha, Snapshot
+from expfam_poco.correction.transported import transported
 from expfam_poco.engine.block import Block
-from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
+from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, momentum_of, python_number
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim import travelled
@@ -40,6 +41,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         base_optimizer: any torch optimizer whose step needs only gradients.
         alpha: α in [0, 1], a schedule step → α (`LinearAlpha`), or "adaptive" (the α of least variance, measured for
             every tensor); no effect before `refresh`.
+        transport: γ in [0, 1]: with alpha=0, evaluate beyond the weights by this share of the lag of the base's momentum
+            (`correction.Transported`; AdamW with look-ahead); off unless given.
         max_grad_norm: clip the *corrected* gradient of all parameters together to this norm.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
         process_group: of `torch.distributed`, as in `PosteriorCorrected`.
@@ -59,6 +62,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         base_optimizer: torch.optim.Optimizer,
         *,
         alpha: Alpha = 1.0,
+        transport: float = 0.0,
         max_grad_norm: float | None = None,
         stale_after: int | None = 1000,
         process_group: Any = None,
@@ -76,7 +80,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             )
         self.base = base_optimizer
         self.max_grad_norm = checked_max_grad_norm(max_grad_norm)
-        groups = [_bare(group) for group in base_optimizer.param_groups]
+        self.transport = transport
+        groups = [self._bare(group) for group in base_optimizer.param_groups]
         family = get_family("isotropic_gaussian")()
         self._engine = PosteriorCorrected(
             groups,
@@ -84,6 +89,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             0.0,
             1.0,
             alpha=alpha,
+            transport=transport,
             noise="zero",
             stale_after=stale_after,
             seed=0,
@@ -101,8 +107,20 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
     @alpha.setter
     def alpha(self, alpha: Any) -> None:
         value = checked_alpha(python_number(alpha))
+        if self.transport > 0.0:
+            transported(Snapshot(), self.transport, value)  # refuses any but 0
         for group in self._engine.param_groups:
             group["alpha"] = value
+
+    def _lag(self, group: Mapping[str, Any]) -> float:
+        """β of the base's momentum, by which gradients are transported; 0 where they are not."""
+        return momentum_of(group) if self.transport > 0.0 else 0.0
+
+    def _bare(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group's parameters and their names, and of the base's hyperparameters what a transport goes by."""
+        return {key: list(group[key]) for key in ("params", "param_names") if key in group} | {
+            "momentum": self._lag(group)
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
@@ -113,7 +131,7 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         check_foreign(param_group, {})
         if not any(param_group is group for group in self.base.param_groups):
             self.base.add_param_group(param_group)
-            self._engine.add_param_group(_bare(self.base.param_groups[-1]))
+            self._engine.add_param_group(self._bare(self.base.param_groups[-1]))
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -136,6 +154,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         if travelled.only_makes_state(closure, self.param_groups):
             return self._make_state()
         engine, parts = self._engine, parts_of(closure, weights, scaler=scaler)
+        for own, group in zip(engine.param_groups, self.param_groups, strict=True):
+            own["momentum"] = self._lag(group)
         if any(map(any, (rows_of(part) for part, _ in parts))):
             raise ValueError(
                 "rows: the base optimizer steps all rows of a parameter; give AlphaSVRG the closure alone."
@@ -363,8 +383,3 @@ def _no_global_hooks() -> Iterator[None]:
     finally:
         for hooks, before in zip(known, kept, strict=True):
             hooks.update(before)
-
-
-def _bare(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's parameters and their names, without the base's hyperparameters."""
-    return {key: list(group[key]) for key in ("params", "param_names") if key in group}

@@ -17,7 +17,7 @@ from torch import Tensor
 from expfam_poco.closures.effects import mark_used
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
-from expfam_poco.correction import Correction, resolve_correction
+from expfam_poco.correction import Correction, resolve_correction, transported
 from expfam_poco.correction.alpha import Pace, Staleness
 from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.correction.variance import VarianceMeter
@@ -35,7 +35,7 @@ from expfam_poco.engine.products import Products
 from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.rows import are_local
-from expfam_poco.engine.step import Step, clip_factor, hold_together
+from expfam_poco.engine.step import Step, clip_factor, follow, hold_together
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
@@ -67,6 +67,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         prior: a `State` (or a dictionary of them by name) in place of `weight_decay`.
         correction: of natural gradients, an object or a name ("snapshot": by the posterior of the last refresh;
             "stored", "recursive", "transported", "none"); see `correction`.
+        transport: γ in [0, 1]: evaluate beyond λ by this share of momentum's lag (`correction.Transported`), where nothing
+            else corrects (alpha=0); off unless given.
         alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α, "adaptive" (of least variance, by
             tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.
@@ -124,6 +126,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         weight_decay: float = 0.0,
         prior: Any = None,
         correction: str | type[Correction] | Correction = "snapshot",
+        transport: float = 0.0,
         alpha: Alpha = 1.0,
         rho: float | tuple[float, float] = 0.0,
         noise: str = "shared",
@@ -153,7 +156,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
     ) -> None:
         settings.check_shell(params, noise, NOISE_MODES, mc_samples, nonfinite, one_pass, lr_scale)
         self.noise = noise
-        self.correction = resolve_correction(correction)
+        self.correction = transported(resolve_correction(correction), transport, alpha)
         self.mc_samples = mc_samples
         self.max_grad_norm = settings.checked_max_grad_norm(max_grad_norm)
         self.nonfinite = nonfinite
@@ -201,6 +204,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         }
         super().__init__(params, defaults)
         settings.check_prior_names(self.param_groups, [block.name for block in self._blocks])
+        settings.check_transport(transport, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
@@ -285,7 +289,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
     def _follow(self, blocks: Sequence[Block]) -> None:
         """Take the weights for the centres of the posteriors, where another optimizer has stepped them."""
         for block, record in self._layout.units(blocks, self.correction, in_place=False):
-            block.follow(record)
+            follow(block, record, self.correction)
 
     def _trainable(self) -> list[Block]:
         """The active blocks, at least one, with hyperparameters in their ranges and no gradients waiting."""

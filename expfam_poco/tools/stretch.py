@@ -215,7 +215,7 @@ class Stretch:
 
 
 def batches_of(loader: Iterable[Any], count: int) -> list[Any]:
-    """So many mini-batches in the loader's order, from as many passes as that takes; its generators stay as they are."""
+    """So many mini-batches in the loader's order, from as many passes as it takes; its generators stay the same."""
     found: list[Any] = []
     with _generators_kept(loader):
         while len(found) < count:

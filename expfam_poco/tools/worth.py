@@ -26,6 +26,7 @@ from expfam_poco.correction.worth import (
     per_step,
     worth_of,
 )
+from expfam_poco.engine.settings import momentum_of
 from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.tools.files import written_aside
 from expfam_poco.tools.stretch import Counted, Gradients, Stretch, batches_of
@@ -291,7 +292,7 @@ def worth(
     for name, value in (("every", every), ("size", size), ("window", window), ("most", most)):
         arguments.whole(name, value, 1)
     arguments.whole("samples", samples, LEAST)
-    own = _momentum(optimizer)
+    own = momentum_of(optimizer.param_groups[0])
     betas = [own] if momenta is None else list(momenta)
     ahead = [g for g in transports if "transported" in corrections and any(betas)]
     ages = sorted({0, round(every / 3), round(2 * every / 3), every - 1, every})
@@ -386,13 +387,6 @@ def _present_alpha(optimizer: torch.optim.Optimizer, every: int, size: int) -> l
         return []
     value = alpha_at(alpha, optimizer._clock["step"] + 1, Pace(size, every))[0]
     return [value] if value > 0.0 else []
-
-
-def _momentum(optimizer: torch.optim.Optimizer) -> float:
-    """β₁ of the first group, by the names that optimizers have for it."""
-    group = optimizer.param_groups[0]
-    beta = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
-    return float(beta)
 
 
 def _fresh(loader: Any, size: int) -> float:
