@@ -33,6 +33,7 @@ import expfam_poco as poco
 from expfam_poco.correction import Recursive, Transported
 
 RESULTS = Path(__file__).resolve().parent / "results" / "worth.json"
+PAGE = Path(__file__).resolve().parent / "RESULTS.md"
 BATCH, EVERY, SIZE = 8, 10, 10
 BUDGETS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
 RATES = (0.1, 0.2, 0.4, 0.8)
@@ -157,6 +158,8 @@ def final(method: Method, rate: float, seed: int, budget: int) -> float:
 
 def tuned(method: Method, budget: int, rates: tuple[float, ...]) -> float:
     """The rate of least loss on another seed."""
+    if len(rates) == 1:
+        return rates[0]
     return min(rates, key=lambda rate: final(method, rate, TUNING_SEED, budget))
 
 
@@ -197,6 +200,50 @@ def _line(name: str, row: dict[str, Any]) -> str:
     )
 
 
+def markdown(content: dict[str, Any]) -> str:
+    """The table that RESULTS.md shows."""
+    lines = [
+        "| method | lr | measured | predicted | at ¼, ½, ¾ of the run | if noise is all | predicted − measured |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in content["rows"].items():
+        cells = [name, f"{row['rate']:g}", f"{row['measured']:.2f} ± {row['error']:.2f}", f"{row['predicted']:.2f}"]
+        cells += [", ".join(f"{value:.2f}" for value in row["by_share"]), f"{row['limit']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['predicted'] - row['measured']:+.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def run(budget: int, rates: tuple[float, ...], seeds: range, methods: dict[str, Method]) -> dict[str, Any]:
+    """Tune and run everything."""
+    budgets = [round(share * budget) for share in BUDGETS]
+    plain = {n: tuned(METHODS["plain"], n, rates) for n in budgets}
+    print("plain rates", plain, flush=True)
+    curves = [[final(METHODS["plain"], plain[n], seed, n) for n in budgets] for seed in seeds]
+    curve = [float(np.mean(values)) for values in zip(*curves, strict=True)]
+    print("plain losses", [round(value, 4) for value in curve], flush=True)
+    foretold = [predicted(budget, plain[budget], seed) for seed in seeds]
+    rows: dict[str, Any] = {}
+    for name, method in methods.items():
+        rate = tuned(method, budget, rates)
+        losses = [final(method, rate, seed, budget) for seed in seeds]
+        worths = [measured_worth(loss, budgets, curve, budget) for loss in losses]
+        found = [[w[method.row] for w in of_seed] for of_seed in foretold]
+        row = rows[name] = {
+            "rate": rate,
+            "losses": losses,
+            "worths": worths,
+            "measured": measured_worth(float(np.mean(losses)), budgets, curve, budget),
+            "error": statistics.stdev(worths) / math.sqrt(len(worths)),
+            "predicted": float(np.mean([[r.worth for r in of_seed] for of_seed in found])),
+            "by_share": np.mean([[r.worth for r in of_seed] for of_seed in found], axis=0).tolist(),
+            "limit": float(np.mean([[r.limit for r in of_seed] for of_seed in found])),
+        }
+        print(_line(name, row), flush=True)
+    noise = np.median([[w.noise for w in of_seed] for of_seed in foretold], axis=0).tolist()
+    print("noise/signal at a quarter, half, three quarters:", [round(value, 1) for value in noise])
+    return {"budgets": budgets, "plain_rates": plain, "plain": curve, "noise": noise, "rows": rows}
+
+
 def main() -> None:
     """Tune, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,37 +253,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    budget, rates, seeds = options.budget, RATES, range(options.seeds)
     if options.quick:
-        budget, rates, seeds = 60, RATES[1:2], range(2)
-    budgets = [round(share * budget) for share in BUDGETS]
-    plain = {n: tuned(METHODS["plain"], n, rates) for n in budgets}
-    print("plain rates", plain, flush=True)
-    curves = [[final(METHODS["plain"], plain[n], seed, n) for n in budgets] for seed in seeds]
-    curve = [float(np.mean(values)) for values in zip(*curves, strict=True)]
-    print("plain losses", [round(value, 4) for value in curve], flush=True)
-    foretold = [predicted(budget, plain[budget], seed) for seed in seeds]
-    rows: dict[str, Any] = {}
-    for name, method in METHODS.items():
-        rate = tuned(method, budget, rates)
-        losses = [final(method, rate, seed, budget) for seed in seeds]
-        worths = [measured_worth(loss, budgets, curve, budget) for loss in losses]
-        found = [[w[method.row].worth for w in of_seed] for of_seed in foretold]
-        row = rows[name] = {
-            "rate": rate,
-            "losses": losses,
-            "worths": worths,
-            "measured": measured_worth(float(np.mean(losses)), budgets, curve, budget),
-            "error": statistics.stdev(worths) / math.sqrt(len(worths)),
-            "predicted": float(np.mean(found)),
-            "by_share": np.mean(found, axis=0).tolist(),
-            "limit": float(np.mean([[w[method.row].limit for w in of_seed] for of_seed in foretold])),
-        }
-        print(_line(name, row), flush=True)
-    noise = np.median([[w.noise for w in of_seed] for of_seed in foretold], axis=0).tolist()
-    print("noise/signal at a quarter, half, three quarters:", [round(value, 1) for value in noise])
+        found = run(40, RATES[1:2], range(2), METHODS)
+    else:
+        found = run(options.budget, RATES, range(options.seeds), METHODS)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    found = {"budgets": budgets, "plain_rates": plain, "plain": curve, "noise": noise, "rows": rows}
     options.output.write_text(json.dumps(found, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""`transport=` of every optimizer: the look-ahead where it was asked for, nothing where it is off, and what it refuses."""
+"""`transport=` of every optimizer: the look-ahead where asked for, nothing where it is off, and what is refused."""
 
 import io
 from collections.abc import Callable

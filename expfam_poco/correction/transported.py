@@ -114,7 +114,7 @@ def transported(correction: Correction, transport: float, alpha: Any) -> Correct
     idle = type(correction) is Correction or (correction.compares and without)
     if not idle:
         raise ValueError(
-            f"transport={shown(transport)}: it stands in the place of another correction, and here alpha={shown(alpha)} "
-            f"with {correction!r}; give alpha=0 (or correction='none'), or transport=0."
+            f"transport={shown(transport)}: it stands in the place of another correction, and here "
+            f"alpha={shown(alpha)} with {correction!r}; give alpha=0 (or correction='none'), or transport=0."
         )
     return made

@@ -18,8 +18,9 @@ present point and a steps before, r̄ its mean over an inner loop, and equal var
         the M corrected steps have independent ξ_B(λ) − α ξ_B(λ_out), and share the error of ḡ_out, of variance
         φ v/K, which M steps add up to α² M² φ v/K; φ = 1 − K/N_b for K of N_b batches drawn without
         replacement (0 for all data, where the mean has no error; 1 for fresh data).
-        Least at α = r̄/(1 + φ M/K). With r̄ = φ = 1 it is [(1−α)² + α² M/K](K + 2M)/M ≥ 3/2, worth (K+M)/(K+2M)
-        at α = K/(K+M); with φ = 0 and r̄ = 1 it is 0, which is what SVRG lives on.
+        Least at α = r̄/(1 + φ M/K). With r̄ = φ = 1 the product e S(0)/v is [(1−α)² + α² M/K](K + 2M)/M, at its best,
+        α = K/(K+M), (K + 2M)/(K + M): 3/2 at K = M, and above 1 for any K. With φ = 0 and r̄ = 1 S(0) is 0 at α = 1,
+        which is what SVRG lives on.
     cached, the mega-batch's own K batches again, M = K      S(0)/v = 1      e = 2
         the stored gradients and their mean cancel over the loop at any α: Σ_t [ξ_t(λ_t) − α(ξ_t(λ_out) − ξ̄)]
         = Σ_t ξ_t(λ_t). Nothing new is learnt from a batch that is evaluated twice.

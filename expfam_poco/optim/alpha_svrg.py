@@ -41,8 +41,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         base_optimizer: any torch optimizer whose step needs only gradients.
         alpha: α in [0, 1], a schedule step → α (`LinearAlpha`), or "adaptive" (the α of least variance, measured for
             every tensor); no effect before `refresh`.
-        transport: γ in [0, 1]: with alpha=0, evaluate beyond the weights by this share of the lag of the base's momentum
-            (`correction.Transported`; AdamW with look-ahead); off unless given.
+        transport: γ in [0, 1]: with alpha=0, evaluate beyond the weights by this share of the lag of the base's
+            momentum (`correction.Transported`; AdamW with look-ahead); off unless given.
         max_grad_norm: clip the *corrected* gradient of all parameters together to this norm.
         stale_after: warn, once, when α > 0 and the last refresh is more steps ago than this; None: never.
         process_group: of `torch.distributed`, as in `PosteriorCorrected`.

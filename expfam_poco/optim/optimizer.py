@@ -67,8 +67,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         prior: a `State` (or a dictionary of them by name) in place of `weight_decay`.
         correction: of natural gradients, an object or a name ("snapshot": by the posterior of the last refresh;
             "stored", "recursive", "transported", "none"); see `correction`.
-        transport: γ in [0, 1]: evaluate beyond λ by this share of momentum's lag (`correction.Transported`), where nothing
-            else corrects (alpha=0); off unless given.
+        transport: γ in [0, 1]: evaluate beyond λ by this share of momentum's lag (`correction.Transported`), where
+            nothing else corrects (alpha=0); off unless given.
         alpha: α in [0, 1], a pair for gradient and curvature, a schedule step → α, "adaptive" (of least variance, by
             tensor), or "mega_batch" (`MegaBatchAlpha`). No effect before `refresh`.
         rho: ρ in [0, 1) (or a pair) of the mega-batch average, multiplying the old value.

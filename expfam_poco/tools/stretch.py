@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,22 +77,25 @@ class Gradients:
             moved={name[1]: self.noise(name, name, chosen) for name, _ in self.between if name not in self.ages},
         )
 
-    def kept(self, beta: float, gamma: float = 0.0, without: int | None = None) -> float:
+    def kept(self, beta: float, gamma: float = 0.0) -> float:
         """The share of the gradient that momentum's mean direction keeps (`correction.worth.kept`)."""
-        chosen = np.array([i for i in range(self.count) if i != without])
-        last = self.ages[-1]
+        chosen, last = np.arange(self.count), self.ages[-1]
         whole = self.signal(last, last, chosen)
         if whole <= 0.0:
             return float("nan")
         return kept(beta, {last - a: self.signal(a, last, chosen) / whole for a in reversed(self.ages)}, gamma)
 
-    def jackknife(self, function: Callable[[int | None], float]) -> tuple[float, float]:
-        """A number made of all mini-batches, and its standard error from leaving out each of them."""
-        parts = np.array([function(i) for i in range(self.count)])
-        if not np.isfinite(parts).all():
-            return function(None), math.inf
-        spread = ((parts - parts.mean()) ** 2).sum() * (self.count - 1) / self.count
-        return function(None), float(np.sqrt(spread))
+    @functools.cached_property
+    def parts(self) -> list[Pairs]:
+        """`pairs` without each of the mini-batches."""
+        return [self.pairs(i) for i in range(self.count)]
+
+    def error(self, function: Callable[[Pairs], float]) -> float:
+        """The standard error of a number made of `pairs`, by the jackknife; infinite where one of its parts is."""
+        values = np.array([function(part) for part in self.parts])
+        if not np.isfinite(values).all():
+            return math.inf
+        return float(np.sqrt(((values - values.mean()) ** 2).sum() * (self.count - 1) / self.count))
 
     def block_sums(self, window: int) -> tuple[float, float]:
         """S(0)/v of plain gradients as the loader gives them, from sums over windows, and its jackknife error.

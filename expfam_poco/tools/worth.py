@@ -55,7 +55,7 @@ class Row:
     Example:
         >>> from expfam_poco.correction.worth import BatchLaw, Pairs
         >>> from expfam_poco.tools.worth import Row
-        >>> Row.alone(BatchLaw(3), Pairs.alike(signal=0.5)).worth
+        >>> round(Row.alone(BatchLaw(3), Pairs.alike(signal=0.5)).worth, 3)
         0.6
     """
 
@@ -311,12 +311,11 @@ def worth(
     fresh = _fresh(loader, size)
     pairs = found.pairs()
     laws = _laws(optimizer, pairs, corrections, batches, betas, ahead, alphas, (every, size, fresh))
-    noise, error = found.jackknife(lambda without: found.pairs(without).noise)
     best = SnapshotLaw.best(every, size, pairs, fresh)
     return Worth(
         rows=tuple(_row(law, found, pairs) for law in laws),
-        noise=noise,
-        noise_error=error if math.isfinite(error) else math.inf,
+        noise=pairs.noise,
+        noise_error=found.error(lambda part: part.noise),
         alike=pairs.cross / math.sqrt(pairs.plain * pairs.outer) if pairs.plain * pairs.outer > 0.0 else math.nan,
         block_sums=(sums := found.block_sums(min(window, samples // 3)))[0],
         block_error=sums[1],
@@ -373,7 +372,7 @@ def _laws(
 
 
 def _row(law: Law, found: Gradients, pairs: Pairs) -> Row:
-    _, error = found.jackknife(lambda without: worth_of(law, found.pairs(without)))
+    error = found.error(lambda part: worth_of(law, part))
     share = found.kept(law.beta, law.gamma) if isinstance(law, MomentumLaw) else None
     return Row.alone(law, pairs, error, share)
 
