@@ -2,6 +2,7 @@
 
     python benchmarks/worth.py             # tunes, runs and reports: worth.json, and the table that RESULTS.md quotes
     python benchmarks/worth.py --quick     # so short that it shows only that all works
+    python benchmarks/worth.py --language-model     # predictions beside what benchmarks/language_model.py has measured
 
 Fresh data: digits (scikit-learn) moved by up to a pixel and with noise on every pixel, drawn anew for every mini-batch,
 so that none comes twice. A 64-64-10 network; IVON with a cosine schedule. Every method gets the same number of gradient
@@ -10,15 +11,21 @@ evaluations, and its rate is tuned on its own on another seed.
 *Measured worth*: the number of evaluations at which plain IVON (with a schedule and rate of its own for every budget)
 reaches the same held-out loss, interpolated linearly between log loss and log evaluations, over the number that was
 used. *Predicted worth*: `poco.worth` at one quarter, half and three quarters of the plain run, the mean of the three.
+
+With `--language-model` the plain run is IVON's of `benchmarks/language_model.py` (0.4 M weights, 1000 evaluations),
+looked at after 100 and 300 steps; what is measured there counts from the end of the burn-in on, between plain runs of
+400 and 1000 evaluations.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,10 +164,13 @@ def final(method: Method, rate: float, seed: int, budget: int) -> float:
 
 
 def tuned(method: Method, budget: int, rates: tuple[float, ...]) -> float:
-    """The rate of least loss on another seed."""
+    """The rate of least loss on another seed; the grid is widened where that is its largest."""
     if len(rates) == 1:
         return rates[0]
-    return min(rates, key=lambda rate: final(method, rate, TUNING_SEED, budget))
+    losses = {rate: final(method, rate, TUNING_SEED, budget) for rate in rates}
+    while min(losses, key=losses.__getitem__) == max(losses):
+        losses[2.0 * max(losses)] = final(method, 2.0 * max(losses), TUNING_SEED, budget)
+    return min(losses, key=losses.__getitem__)
 
 
 def measured_worth(loss: float, budgets: list[int], losses: list[float], used: int) -> float:
@@ -244,15 +254,56 @@ def run(budget: int, rates: tuple[float, ...], seeds: range, methods: dict[str, 
     return {"budgets": budgets, "plain_rates": plain, "plain": curve, "noise": noise, "rows": rows}
 
 
+def language_model(marks: Sequence[int] = (100, 300)) -> dict[str, Any]:
+    """Predicted and measured worth of the language model's mega-batch correction and larger batch."""
+    # Examples have a module of that name as well, which this one imports.
+    found_at = PAGE.parent / "language_model.py"
+    spec = importlib.util.spec_from_file_location("language_model_benchmark", found_at)
+    assert spec is not None and spec.loader is not None
+    theirs = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = theirs
+    spec.loader.exec_module(theirs)
+    common = theirs.COMMON
+    stored = json.loads((PAGE.parent / "results" / "language-model" / "compare.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in stored["rows"]}
+    ends = {name: float(np.mean([curve["loss"][-1] for curve in row["curves"]])) for name, row in rows.items()}
+    burn_in, plain = common.burn_in, "IVON, 3× steps"
+    after = [common.steps - burn_in, 3 * (common.steps - burn_in)]
+    losses = [ends["IVON"], ends[plain]]
+    settings = theirs.CONFIGURATIONS[plain].settings(common, rows[plain]["lr"], 0)
+    training = theirs.Training(settings, theirs.text(common.context))
+    found = []
+    for mark in marks:
+        for _ in training.run(until=mark):
+            pass
+        batches = Fresh(training.batches(sys.modules["corpus"].MEASUREMENT, 1000 * mark, 40))
+        pace: dict[str, Any] = {"alphas": (common.alpha,), "every": common.every, "size": common.mega}
+        found.append(poco.worth(training.model, training.optimizer, training.closure, batches, samples=12, **pace))
+        print(found[-1], flush=True)
+    content = {}
+    for name, start in (("IVON, 3× batch", "3x batch"), ("IVON-PoCo", f"snapshot K=10 M=10 alpha={common.alpha:.2f}")):
+        content[name] = {
+            "measured": measured_worth(ends[name], after, losses, after[1]),
+            "predicted": [w[start].worth for w in found],
+            "errors": [w[start].error for w in found],
+        }
+        print(name, content[name], flush=True)
+    return {"noise": [w.noise for w in found], "transport": [w["transport"].worth for w in found], "rows": content}
+
+
 def main() -> None:
     """Tune, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--language-model", action="store_true", help="the language model in place of the digits")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     parser.add_argument("--budget", type=int, default=1000, help="gradient evaluations of a run")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.language_model:
+        language_model()
+        return
     if options.quick:
         found = run(40, RATES[1:2], range(2), METHODS)
     else:
