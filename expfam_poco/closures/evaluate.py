@@ -22,6 +22,7 @@ from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.caches import forget_weights
 from expfam_poco.closures.fp16 import Scaling
 from expfam_poco.closures.hessians import hessian_block, hessian_product
+from expfam_poco.closures.shards import gradients, is_spread, own_parts
 from expfam_poco.errors import NonFiniteError
 
 Closure = Callable[[], Any]
@@ -172,6 +173,7 @@ def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request, c
     if check and (value.is_cpu or not request.gradient):
         _require_finite_loss(value)  # elsewhere it is looked at with the gradients, to wait for the device only once
     if not request.gradient:
+        forget_weights()  # what a backward pass would have dropped
         return Measured(value, [None] * len(params), [], {})
     again = request.second_order
     if by_closure is not None:
@@ -226,10 +228,13 @@ def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[T
     try:
         with torch.enable_grad():
             loss = _checked_loss(closure())
-        left = [p.grad for p in params]
+        left = own_parts([p.grad for p in params], params)
+        forget_weights(gathered=False)
         return loss, left if any(grad is not None for grad in left) else None
-    finally:
+    except BaseException:
         forget_weights()
+        raise
+    finally:
         for p in params:
             p.grad = None
 
@@ -254,6 +259,8 @@ def _checked_loss(returned: Any) -> Tensor:
     if not isinstance(returned, Tensor) or returned.numel() != 1 or returned.is_complex():
         what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else shown(returned)
         raise TypeError(f"closure: it returned {what}; return the mean loss of the batch as a real scalar.")
+    if is_spread(returned):
+        returned = returned.full_tensor()  # type: ignore[attr-defined]
     return returned.reshape(()) if returned.ndim else returned
 
 
@@ -265,6 +272,13 @@ def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: b
             "closure: its loss has no graph and no gradients were left on the parameters; return the loss of a "
             "model that uses this optimizer's parameters, or call backward() inside."
         )
+    if any(map(is_spread, params)):
+        if create_graph:
+            raise ValueError(
+                "curvature: second derivatives cannot be taken where parameters are spread over processes "
+                "(fully_shard, DTensor); use 'reparam' or 'gradsq' in all groups."
+            )
+        return gradients(loss, params)
     return list(torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True))
 
 

@@ -50,8 +50,8 @@ class Beginning:
         state[block.params[0]] = block.record
         block.note_weights()
         point = block.split(block.family.point(posterior))
-        same = all(torch.equal(a, b) for a, b in zip(point, block.params, strict=True))
-        self._weights = None if same else [p.detach().clone() for p in block.params]
+        same = all(torch.equal(a, b) for a, b in zip(point, block.tensors, strict=True))
+        self._weights = None if same else [p.detach().clone() for p in block.tensors]
 
     def undo(self) -> None:
         """Give back the weights, where the posterior's point is another, and forget the posterior."""
@@ -59,7 +59,7 @@ class Beginning:
             return
         block = self.block
         with torch.no_grad():
-            for p, before in zip(block.params, self._weights, strict=True):
+            for p, before in zip(block.tensors, self._weights, strict=True):
                 p.copy_(before)
         self._state.pop(block.params[0], None)
         block.record = new_record(None)
@@ -93,7 +93,7 @@ def prior_of(block: Block) -> Any:
     if isinstance(prior, dict):
         prior = prior.get(block.name)
     if prior is not None:
-        return type(prior)(*(v.to(device=device, dtype=dtype) for v in prior))
+        return type(prior)(*(block.part_of(v).to(device=device, dtype=dtype) for v in prior))
     key = (block.family, block.settings.ess * block.settings.weight_decay, dtype, device)
     if block.known_prior is None or block.known_prior[0] != key:
         event = block.family.event_dim
@@ -118,6 +118,7 @@ def check_prior(block: Block, prior: Any) -> None:
     own = family.centred_at(family.reference_like(torch.zeros(block.shape, dtype=block.dtype, device=block.device)))
     for name, value, reference in zip(prior._fields, prior, own, strict=True):
         try:
+            value = block.part_of(value)
             fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape
         except RuntimeError:
             fits = False

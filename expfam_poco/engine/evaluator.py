@@ -38,6 +38,11 @@ class Evaluator:
         """A copy looks for its own processes."""
         return {**self.__dict__, "processes": None, "_averaged": None}
 
+    @property
+    def spread(self) -> Processes | None:
+        """The processes, if parameters are spread over them."""
+        return self.processes if self.processes is not None and self.processes.spread else None
+
     def modules(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> list[nn.Module]:
         """The modules around these parameters, and those that closures may call."""
         return self._buffers.modules(params, closures)
@@ -113,7 +118,7 @@ class Evaluator:
     def evaluate_chunk(self, closure: Closure, trials: Sequence[Trial], share: float) -> Tensor:
         """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
         params = params_of(trials)
-        self._averaged = None  # the natural gradients of all chunks are
+        self._averaged = self.spread  # else the natural gradients of all chunks are
         with self._buffers.kept(params, closure):
             if isinstance(closure, Batched):
                 loss = measure_batched(closure, trials)

@@ -225,7 +225,7 @@ class Round:
         trials: list[Trial] = []
         losses = []
         numbers = [self._numbers(*unit, (0.0, 0.0)) for unit in self.units]
-        processes = evaluator.processes
+        processes = None if evaluator.spread is not None else evaluator.processes
         with contextlib.nullcontext() if processes is None else processes.failing_together():
             for chunk, (closure, share) in enumerate(chunks, number):
                 now = []
@@ -274,7 +274,7 @@ def holds_draw(block: Block, record: Record, plan: NoisePlan, backend: Backend) 
     key, block.drawn = block.drawn, None
     if key is None or not steps_in_place(block):
         return False
-    (p,) = block.params
+    (p,) = block.tensors
     trial = _sampling(block, record["posterior"], block.settings.estimator, plan, key, backend)
     constants, present = trial.constants(), p.detach()
     for tile in trial.tiles():

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.closures.processes import Processes
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import kernels, passes
+from expfam_poco.engine import spread as spread_over
 from expfam_poco.engine.backend import plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record
@@ -30,7 +32,7 @@ from expfam_poco.engine.watch import Unsound
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.family.transfer import read_now
+from expfam_poco.family.transfer import is_ahead, read_now
 from expfam_poco.rule import blr
 
 METER_WEIGHTS = 2**12  # of each large block; the meter's ratios need no more
@@ -58,6 +60,7 @@ class Step:
         self.age = age_of(self.block, record)
         self.constants = first.constants()
         self.numbers = first.numbers
+        self.share = self.block.members[0].share
 
     @plainly
     def gradient_square(self) -> Tensor:
@@ -191,17 +194,17 @@ class Step:
         counts = unsound[0] if len(unsound) == 1 else torch.stack(unsound).sum()
         self.unsound = Unsound(block, counts, TILE, block.settings.lr_given)
 
-    def meter(self, meter: VarianceMeter, number: int) -> None:
+    def meter(self, meter: VarianceMeter | spread_over.PartsMeter, number: int) -> None:
         """Show the meter the weights, of large blocks some; an adaptive α looks at every pair."""
         adaptive = self.block.settings.adaptive
         if meter.samples(number, adaptive is not None):
             self._meter(meter, number, None if adaptive is None else adaptive.keep)
 
     @plainly
-    def _meter(self, meter: VarianceMeter, number: int, keep: float | None) -> None:
-        family, only = self.block.family, None
+    def _meter(self, meter: VarianceMeter | spread_over.PartsMeter, number: int, keep: float | None) -> None:
+        family, only, share = self.block.family, None, self.share
         if self.first.in_place:
-            only = next(tiles(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
+            only, share = self._looked_at()
         ((like, weights, *pair, found),) = self._sites(only)
         real, correction, memory = self._real(only), self.constants.correction, weights.memory
         mean = None if pair[1] is None else correction.mean(memory)
@@ -210,11 +213,22 @@ class Step:
             there, outer = snapshot.carried(family, pair[1], outer, weights.state)
             own, there, mean = (kernels.without_gaps(site, real) for site in (pair[0], there, outer.site))
             terms = snapshot.variance_terms(own, there, outer._replace(site=mean))
+            if share != 1.0:
+                terms = fields.map_leaves(lambda value: value * share, terms)
             meter.add(self.block.name, terms, self.numbers.alpha, keep)
         if meter.samples(number):
             site = kernels.without_gaps(found.site, real)
             square = blr.square_of([getattr(site, name) for name in family.momentum_block])
-            meter.add_square(number, self.block.name, square, self.block.shape.numel() / like.numel())
+            scale = self.block.shape.numel() / max(1, like.numel())
+            meter.add_square(number, self.block.name, square, scale * self.share)
+
+    def _looked_at(self) -> tuple[Any, float]:
+        """In place: the tile that the meter sees, and what it counts; of a part, what is in the first of the whole."""
+        shard, most = self.block.shard, METER_WEIGHTS
+        if shard is not None:
+            most -= self.block.offset // self.block.shape[len(self.block.batch) :].numel()
+        tile = next(tiles(self.block, METER_WEIGHTS, most=max(most, 1)))
+        return tile, self.share if most > 0 else 0.0
 
     def _real(self, tile: Any) -> Tensor | None:
         """Which entries of a flat block's tile are weights."""
@@ -269,14 +283,24 @@ class Step:
 
 
 @plainly
-def hold_together(steps: Sequence[Step]) -> None:
+def hold_together(steps: Sequence[Step], processes: Processes | None = None) -> None:
     """Let none of the whole blocks move if one must not, without the host's waiting for the devices to say so.
+
+    Args:
+        steps: of all blocks.
+        processes: over which parameters are spread.
 
     Raises:
         NonFiniteError: if one must not, and blocks are on several devices, of which one has to be waited for.
     """
     held = [step for step in steps if not step.first.in_place]
     found = [step.unsound for step in held if step.unsound is not None]
+    if processes is not None and is_ahead(processes.device):
+        counts = [own.counts.sum().float() for own in found] or [torch.zeros((), device=processes.device)]
+        sound = spread_over.summed(processes, torch.stack(counts).sum()) == 0
+        for step in held:
+            step.hold(sound)
+        return
     if not found:
         return
     if len({step.block.device for step in held}) > 1:
@@ -289,9 +313,34 @@ def hold_together(steps: Sequence[Step]) -> None:
             step.hold(sound)
 
 
-def clip_factor(steps: Sequence[Step], max_norm: float) -> float | Tensor:
-    """The factor of clipping by the norm of all gradients together; a tensor where the host would have to wait."""
-    return read_now(blr.norm_clip_factor([step.gradient_square() for step in steps], max_norm))
+def clip_factor(steps: Sequence[Step], max_norm: float, processes: Processes | None = None) -> float | Tensor:
+    """The factor of clipping by the norm of all gradients together; a tensor where the host would have to wait.
+
+    `processes`: over which parameters are spread.
+    """
+    squares = [step.gradient_square() for step in steps]
+    if processes is not None:
+        own = squares[0].device
+        shares = [square.to(own) * step.share for square, step in zip(squares, steps, strict=True)]
+        squares = [spread_over.summed(processes, torch.stack(shares).sum())]
+    return read_now(blr.norm_clip_factor(squares, max_norm))
+
+
+def show_meter(
+    meter: VarianceMeter, steps: Sequence[Step], number: int, blocks: Sequence[Block], processes: Processes | None
+) -> None:
+    """Show the variance meter step `number` of some of an optimizer's blocks.
+
+    `processes`: over which parameters are spread.
+    """
+    if processes is None:
+        for step in steps:
+            step.meter(meter, number)
+        return
+    parts = spread_over.PartsMeter(meter, blocks, processes)
+    for step in steps:
+        step.meter(parts, number)
+    parts.show()
 
 
 def age_of(block: Block, record: Record) -> int:

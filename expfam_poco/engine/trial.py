@@ -112,7 +112,7 @@ class Trial:
     @property
     def fused(self) -> bool:
         """Whether passes over the whole block are kernels of their own (`passes`), without tiles."""
-        if self.backend is None or self.block.shape.numel() < SHORTEST:
+        if self.backend is None or self.block.shape.numel() < SHORTEST or self.block.offset:
             return False
         return self.backend.fuses(self.constants(), self.block.device)
 
@@ -166,11 +166,13 @@ class Trial:
         """One draw's noise on a tile, or its address."""
         if constants.noise == "zero":
             return torch.empty(0, dtype=self.block.dtype, device=self.block.device)
-        start = tile.start * tile.event.numel() * numbers_of(self.block.family)
-        key = self.key_of(draw).at(parameter=self.block.index, offset=start)
-        addresses = self.block.addresses(tile) if isinstance(self.block, FlatBlock) else None
-        whole = tile.shape.numel() == self.block.shape.numel() and self.runner.makes_noise(constants, self.block.device)
-        return self.runner.noise(constants, key, self.like(tile), addresses, self.block.programs if whole else None)
+        block, key = self.block, self.key_of(draw).at(parameter=self.block.index)
+        addresses = block.addresses(tile) if isinstance(block, FlatBlock) else None
+        if addresses is None:
+            key = key.at(offset=(block.offset + tile.start * tile.event.numel()) * numbers_of(block.family))
+        whole = not block.offset and tile.shape.numel() == block.shape.numel()
+        programs = block.programs if whole and self.runner.makes_noise(constants, block.device) else None
+        return self.runner.noise(constants, key, self.like(tile), addresses, programs)
 
     def key_of(self, draw: int) -> NoiseKey:
         """The key of one draw's noise."""
@@ -243,9 +245,9 @@ class Trial:
     def is_there(self, draw: int) -> Answer:
         """Whether the model still holds, up to rounding, draw number `draw`, which has been written into it."""
         if self.backend is None:
-            parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
+            parts = zip(self.block.split(self.points()[draw]), self.block.tensors, strict=True)
             return all_of(_are_near(part.to(p.dtype), p.detach()) for part, p in parts)
-        constants, params = self.constants(draw), self.block.params
+        constants, params = self.constants(draw), self.block.tensors
         drawn_apart = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params if self.fused]
         if drawn_apart and self._draw_fused(drawn_apart, draw):
             return all_of(_are_near(drawn, p.detach()) for drawn, p in zip(drawn_apart, params, strict=True))
@@ -262,11 +264,9 @@ class Trial:
 
     def _holds(self, points: Tensor) -> bool:
         """Whether the model is known to hold these points, since they are the posterior's own."""
-        if self.mode != "zero" or not self.is_present or not all([m.at_point for m in self.block.members]):
-            return False
-        if is_ahead(self.block.device):
-            return False
-        return torch.equal(points, self.block.family.point(self.state))
+        known = self.mode == "zero" and not self.watched and self.is_present
+        known = known and all([m.at_point for m in self.block.members])
+        return known and torch.equal(points, self.block.family.point(self.state))
 
     def _take_first_draw(self) -> bool:
         """Whether the last step has left this draw in the model; it counts once, for λ_ref may have the same key."""

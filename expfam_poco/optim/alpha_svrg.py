@@ -20,6 +20,7 @@ from expfam_poco.closures.rows import rows_of
 from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.block import Block
 from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
+from expfam_poco.engine.step import show_meter
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim import travelled
@@ -148,11 +149,11 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             with engine._evaluator.undone_on_error():
                 with engine._weights_restored(blocks):
                     loss, steps = engine._measured(parts, blocks, number)
-                    for step in steps:
-                        step.meter(engine._meter, number)
+                    show_meter(engine._meter, steps, number, blocks, engine._evaluator.spread)
                 for step in steps:
-                    for p, grad in zip(step.block.params, step.gradients(), strict=True):
-                        p.grad = grad if grad.dtype is p.dtype else grad.to(p.dtype)
+                    for block, grad in zip(step.block.members, step.gradients(), strict=True):
+                        (p,) = block.params
+                        p.grad = block.whole_of(grad if grad.dtype is p.dtype else grad.to(p.dtype))
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
                 try:

@@ -83,6 +83,9 @@ class Shell:
     def _settle(self, *, raising: bool) -> None:
         raise NotImplementedError("the optimizer watches its steps")
 
+    def _summed(self, numbers: Sequence[float], blocks: Sequence[Block]) -> list[float]:
+        raise NotImplementedError("the optimizer knows the other processes")
+
     def _measured(
         self,
         parts: Sequence[tuple[Closure, float]],

@@ -35,7 +35,8 @@ from expfam_poco.engine.products import Products
 from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.rows import are_local
-from expfam_poco.engine.step import Step, clip_factor, hold_together
+from expfam_poco.engine.spread import failing_together
+from expfam_poco.engine.step import Step, clip_factor, hold_together, show_meter
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
@@ -255,6 +256,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         """The blocks that take part now, with their records made or brought up to date."""
         self._layout.recover()
         self._read_settings()
+        if any([block.has_moved() for block in self._blocks]):
+            self._layout = Layout()
         active, known = [], list[Block]()
         for block in self._blocks:
             block.check_members(self.param_groups[block.group_number]["params"])
@@ -399,19 +402,21 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
         most = self.max_grad_norm
-        factor: float | Tensor = clip_factor(steps, most) if most is not None and steps else 1.0
+        spread = self._evaluator.spread
+        factor: float | Tensor = clip_factor(steps, most, spread) if most is not None and steps else 1.0
         following = self._plan(None).step_key(number + 1) if self._rehearsal.ahead else None
-        try:
-            for step in steps:
-                step.prepare(factor, following)
-        except torch.linalg.LinAlgError:
-            raise singular_error(step.block) from None
-        hold_together(steps)
-        for step in steps:
-            step.meter(self._meter, number)
+        with failing_together(spread):
+            try:
+                for step in steps:
+                    step.prepare(factor, following)
+            except torch.linalg.LinAlgError:
+                raise singular_error(step.block) from None
+        hold_together(steps, spread)
+        show_meter(self._meter, steps, number, self._blocks, spread)
         with Uninterrupted():
             self._commit(steps, number)
-        self._watch.take([step.unsound for step in steps if step.unsound is not None], number)
+        with failing_together(spread, stepped=True):
+            self._watch.take([step.unsound for step in steps if step.unsound is not None], number)
 
     def _commit(self, steps: Sequence[Step], number: int) -> None:
         """Make the new posteriors the blocks', and the step the last; where that fails half-way, the next goes on."""

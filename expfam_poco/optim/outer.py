@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.closures.caches import forget_weights
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.alpha import refreshed
@@ -15,6 +16,7 @@ from expfam_poco.correction.snapshot import outer_from_posterior
 from expfam_poco.engine import beginning
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.rows import check_refreshed
+from expfam_poco.engine.spread import failing_together
 from expfam_poco.engine.step import remember
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
@@ -66,7 +68,8 @@ class Refreshing(Together):
             loss, trials = now.evaluate_chunks(list(zip(parts, shares, strict=True)), self._evaluator, refresh, first)
         if not any(any(trial.used) for trial in trials):
             raise unused_error()
-        memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
+        with failing_together(self._evaluator.spread):
+            memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
         with Uninterrupted():
             self._clock.update(refreshed(self._clock, count), mega=mega)
             now.keep(memories, trials, self._clock["memory"])
@@ -94,6 +97,7 @@ class Refreshing(Together):
                 record["memory"], record["stamp"] = None, 0
             self._write_point(block)
             block.note_weights()
+        forget_weights()
 
     @torch.no_grad()
     def set_outer(self, state: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +78,7 @@ def encode_state(block: Block, state: Mapping[str, Any], correction: Correction)
         averaged = averaged or {name: _absent(getattr(site, name)) for name in family.momentum_block}
     drawn = dict.fromkeys(NOISE, -1) if state["drawn"] is None else dataclasses.asdict(state["drawn"])
     ages = torch.full(block.batch[:1], -1) if state["ages"] is None else state["ages"].clone()
-    return {
+    plain = {
         "step": state["step"],
         "ages": ages,
         "stamp": state["stamp"],
@@ -88,6 +88,14 @@ def encode_state(block: Block, state: Mapping[str, Any], correction: Correction)
         "momentum": {name: value.clone() for name, value in averaged.items()},
         "memory": {} if memory is None else plain_of(memory),
     }
+    return plain if block.shard is None else _of_tensors(block.whole_of, plain) | {"ages": block.shard.spread(ages, 1)}
+
+
+def _of_tensors(function: Callable[[Tensor], Tensor], plain: Any) -> Any:
+    """Nested dictionaries with a function of their tensors."""
+    if isinstance(plain, Mapping):
+        return {name: _of_tensors(function, value) for name, value in plain.items()}
+    return function(plain) if isinstance(plain, Tensor) else plain
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ def _is_absent(value: Any, like: Any) -> bool:
         return True
     if isinstance(like, Tensor):
         fits = isinstance(value, Tensor) and value.shape == like.shape and value.dtype in PRECISE
-        return fits and bool((value == torch.inf).all())
+        return fits and value.numel() > 0 and bool((value == torch.inf).all())
     like = like if isinstance(like, Mapping) else like._asdict()
     return bool(like) and set(value) == set(like) and all(_is_absent(value[name], own) for name, own in like.items())
 
@@ -115,6 +123,8 @@ def plain_of(values: Any) -> Any:
 def decode_state(block: Block, plain: Any, correction: Correction) -> Record | None:
     """The inverse of `encode_state` on the block's device and in its dtype, checked; None has not begun."""
     family, where = block.family, f"state_dict: the state of {block.name!r}"
+    if block.shard is not None and isinstance(plain, Mapping):
+        plain = _of_tensors(block.part_of, plain) | {"ages": block.shard.cut(plain["ages"], 1)}
     expected = family.centred_at(block.read())
     site = family.kl_gradient(expected, expected)
     try:
@@ -219,7 +229,7 @@ def posteriors_of(
 def _posterior(block: Block, value: Any, like: Any) -> Any:
     """The State on the block's device and in its dtype."""
     if isinstance(value, type(like)) and all(isinstance(v, Tensor) and v.is_floating_point() for v in value):
-        cast = type(like)(*(v.to(device=block.device, dtype=block.dtype) for v in value))
+        cast = type(like)(*(block.part_of(v).to(device=block.device, dtype=block.dtype) for v in value))
         shapes = [v.shape for v in cast] == [v.shape for v in like]
         if shapes and bool(block.family.in_domain(cast)):
             return cast
@@ -431,7 +441,7 @@ class Resuming(Recorded, Shell):
             for block in blocks:
                 own = self.state.get(block.params[0])
                 if own:  # a parameter that was always frozen has no posterior, and keeps its prior
-                    known[block.name] = fields.map_fields(torch.clone, own["posterior"])
+                    known[block.name] = fields.map_fields(lambda v, b=block: b.whole_of(v.clone()), own["posterior"])
                     own.update(memory=None, stamp=0, in_mega=False, momentum=(), step=0, ages=None)
             group["prior"] = known
         self._products.reset()

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from expfam_poco import arguments
 from expfam_poco.closures.evaluate import require_finite
+from expfam_poco.closures.shards import is_spread
 from expfam_poco.engine import settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.block import check_parameter
@@ -120,7 +121,13 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
             self.check(group)
             arguments.flag("maximize", group["maximize"])
             for number, p in enumerate(group["params"]):
-                check_parameter(p, f"parameter {number} of group {len(self.param_groups) - 1}")
+                name = f"parameter {number} of group {len(self.param_groups) - 1}"
+                check_parameter(p, name)
+                if is_spread(p):
+                    raise ValueError(
+                        f"params: {name} is spread over processes (fully_shard, DTensor), which {type(self).__name__} "
+                        "cannot step; keep whole parameters on every process, by DistributedDataParallel."
+                    )
         except ValueError:
             self.param_groups.pop()
             raise
