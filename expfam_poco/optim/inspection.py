@@ -254,7 +254,7 @@ class Inspection(Shell):
     def _mean_alpha(self, number: int, group: dict[str, Any]) -> tuple[float, float]:
         """α of the last step, the mean over a group's weights (adaptive ones differ from tensor to tensor)."""
         blocks = [b for b in self._blocks if b.group_number == number and b.name in self._alphas]
-        weights = sum(b.numel for b in blocks)
+        weights = sum(b.whole for b in blocks)
         if not blocks:
             if isinstance(group["alpha"], AdaptiveAlpha):
                 return 0.0, 0.0
@@ -262,7 +262,7 @@ class Inspection(Shell):
         pairs = [self._alphas[b.name] for b in blocks]
         if len(set(pairs)) == 1:
             return pairs[0]
-        first, second = (sum(p[k] * b.numel for p, b in zip(pairs, blocks, strict=True)) / weights for k in (0, 1))
+        first, second = (sum(p[k] * b.whole for p, b in zip(pairs, blocks, strict=True)) / weights for k in (0, 1))
         return first, second
 
     @torch.no_grad()

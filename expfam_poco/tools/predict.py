@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from expfam_poco import arguments
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import ModuleState
+from expfam_poco.closures.shards import is_spread
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 Transform = Callable[[Any], Tensor]
@@ -254,6 +255,13 @@ def _each_output(
     drawn = _drawn(call, optimizer)
     if samples == 0 or all(group["family"].levels is None for group in optimizer.param_groups):
         remind_of_recalibration(model, optimizer)  # draws of discrete weights are far from the point, as in training
+    if any(map(is_spread, drawn.values())):
+        if batched:
+            raise ValueError(
+                "batched=True: parameters are spread over processes (fully_shard, DTensor), which vmap cannot gather; "
+                "give batched=None or False."
+            )
+        batched = False
     if samples > 0 and (batched or (batched is None and _is_small(drawn, call, samples))):
         outputs = _in_one_pass(call, optimizer, drawn, samples, seed, insist=batched is True)
         if outputs is not None:
