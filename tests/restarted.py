@@ -4,6 +4,7 @@ Usage: torchrun … restarted.py FOLDER WRAPPER [RANK:STEP …]: each of these p
 weights that come out are written to FOLDER/weights.
 """
 
+import datetime
 import os
 import pathlib
 import signal
@@ -43,7 +44,8 @@ def main(folder: pathlib.Path, wrapper: str, kills: list[str]) -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
+    # A restart may find gloo waiting for itself; it fails after this time, and is started once more.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
     rank, size = dist.get_rank(), dist.get_world_size()
     net = DistributedDataParallel(make_model()) if wrapper == "ddp" else spread(make_model())
 

@@ -201,7 +201,7 @@ def test_columns_are_refused(mesh: Any) -> None:
         poco.IVON([("w", p)], lr=0.1, ess=8.0)
 
 
-def test_states_that_leave_the_optimizer_are_dtensors(mesh: Any) -> None:
+def test_states_that_leave_the_optimizer_are_dtensors(mesh: Any, tmp_path: pathlib.Path) -> None:
     p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
     optimizer = poco.IVON([("w", p)], lr=0.1, ess=8.0)
     optimizer.step(lambda: p.full_tensor().square().sum())
@@ -210,6 +210,8 @@ def test_states_that_leave_the_optimizer_are_dtensors(mesh: Any) -> None:
     record = optimizer.state_dict()["state"][0]
     assert record["posterior"]["mean"].shape == record["momentum"]["gradient"].shape == (4, 3)
     assert record["ages"].placements == (Shard(0),)
+    with pytest.raises(TypeError, match="is a DTensor, of which this process has a part"):
+        poco.save(tmp_path / "run", optimizer=optimizer)
     whole = type(state)(*(value.full_tensor() for value in state))
     other = poco.IVON([("w", p)], lr=0.1, ess=8.0, prior={"w": state})
     other.set_posterior({"w": whole})  # of all rows, which are cut
@@ -222,7 +224,7 @@ def test_states_that_leave_the_optimizer_are_dtensors(mesh: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_torchrun_restarts_from_the_last_checkpoint(wrapper: str, tmp_path: pathlib.Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=4"]
     command = [*torchrun, str(HERE / "restarted.py"), str(tmp_path), wrapper, "1:7", "0:16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

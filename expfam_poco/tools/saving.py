@@ -158,7 +158,7 @@ def _check_plain(name: str, value: Any, where: str) -> None:
             _check_plain(name, inner, f"{where}[{number}]")
     elif is_spread(value):
         raise TypeError(
-            f"{name}: {name}{where} is a DTensor, of which this process has a part; save by torch.distributed.checkpoint "
+            f"{name}: {name}{where} is a DTensor, of which this process has a part; use torch.distributed.checkpoint "
             "(docs/scaling.md)."
         )
     elif kind not in _ATOMS and kind not in _TENSORS:
