@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node 2 examples/train_distributed.py --method adamw
     python examples/train_distributed.py --steps 20                     # one process, the same numbers
 
-The global batch is the same on any number of processes, so is the noise, and so the curve. With --checkpoint FOLDER the
+The global batch is the same on any number of processes, so is the noise, and so the curve, but that under DDP every
+process draws for its own chunks of a mega-batch. With --checkpoint FOLDER the
 run saves every --every steps, and goes on from the last checkpoint if there is one, on any number of processes:
 
     torchrun --standalone --nproc_per_node 2 --max-restarts 3 examples/train_distributed.py --checkpoint run
