@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("rounds", 5), ("steps", 60), ("clients", 10), ("seeds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    rates = {"lr-sgd": 0.7, "lr-often": 0.8, "lr-adam": 0.01, "lr-merged": 0.4, "least": 1e-4, "power": 0.5}
+    rates = {"lr-sgd": 0.7, "lr-often": 0.8, "lr-adam": 0.015, "lr-merged": 0.4, "least": 1e-4, "power": 0.5}
     for name, rate in rates.items():
         parser.add_argument(f"--{name}", type=float, default=rate)
     options = parser.parse_args()

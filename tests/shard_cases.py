@@ -147,6 +147,8 @@ def predicted(rank: int, size: int) -> Any:
     """Predictions, the objective, and what the model computes between steps, all without a backward pass after them."""
     (x, y), own = make_data(), rows_of(rank, size)
     net = spread(make_model()) if size > 1 else make_model()
+    # Parts that have been assigned are laid anew in the first forward pass, which is that of a draw.
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
     optimizer = OPTIMIZERS["IVONPoCoMo"](net)
     found = []
     for i in range(3):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch.nn.utils import parametrize
 
-keepers: WeakSet[Any] = WeakSet()  # modules of `fully_shard`, which may keep gathered copies of their weights
+keepers: list[ref[Any]] = []  # modules of `fully_shard`, which may keep gathered copies of their weights
 
 
 def forget_weights(*, gathered: bool = True) -> None:
@@ -26,8 +26,9 @@ def forget_weights(*, gathered: bool = True) -> None:
     torch.clear_autocast_cache()
     if parametrize._cache:
         parametrize._cache.clear()
-    for module in keepers if gathered else ():
-        module.reshard()
+    for link in keepers if gathered else ():
+        if (module := link()) is not None:
+            module.reshard()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.caches import forget_weights
 from expfam_poco.closures.fp16 import Scaling
 from expfam_poco.closures.hessians import hessian_block, hessian_product
-from expfam_poco.closures.shards import gradients, is_spread, own_parts
+from expfam_poco.closures.shards import any_spread, gradients, is_spread, made, own_parts
 from expfam_poco.errors import NonFiniteError
 
 Closure = Callable[[], Any]
@@ -228,9 +228,9 @@ def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[T
     try:
         with torch.enable_grad():
             loss = _checked_loss(closure())
-        left = own_parts([p.grad for p in params], params)
+        left = [p.grad for p in params]
         forget_weights(gathered=False)
-        return loss, left if any(grad is not None for grad in left) else None
+        return loss, own_parts(left, params) if any(grad is not None for grad in left) else None
     except BaseException:
         forget_weights()
         raise
@@ -259,7 +259,7 @@ def _checked_loss(returned: Any) -> Tensor:
     if not isinstance(returned, Tensor) or returned.numel() != 1 or returned.is_complex():
         what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else shown(returned)
         raise TypeError(f"closure: it returned {what}; return the mean loss of the batch as a real scalar.")
-    if is_spread(returned):
+    if type(returned) is not Tensor and is_spread(returned):
         returned = returned.full_tensor()  # type: ignore[attr-defined]
     return returned.reshape(()) if returned.ndim else returned
 
@@ -272,7 +272,7 @@ def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: b
             "closure: its loss has no graph and no gradients were left on the parameters; return the loss of a "
             "model that uses this optimizer's parameters, or call backward() inside."
         )
-    if any(map(is_spread, params)):
+    if made and any_spread(params):
         if create_graph:
             raise ValueError(
                 "curvature: second derivatives cannot be taken where parameters are spread over processes "

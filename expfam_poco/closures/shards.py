@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,12 +18,18 @@ from torch.nn import Parameter
 
 from expfam_poco.closures import caches
 
-_USUAL = (Tensor, Parameter, type(None))
+_USUAL = {Tensor, Parameter, type(None)}
+made: list[str] = []  # the last parameter of which there is a shard: where there never was one, nobody need look
 
 
 def is_spread(value: Any) -> bool:
     """Whether it is a DTensor."""
     return type(value) not in _USUAL and hasattr(value, "device_mesh")
+
+
+def any_spread(values: Sequence[Any]) -> bool:
+    """Whether one of them is."""
+    return not {type(value) for value in values} <= _USUAL and any(map(is_spread, values))
 
 
 def local(value: Tensor) -> Tensor:
@@ -111,6 +118,7 @@ def shard_of(p: Tensor, name: str) -> Shard | None:
             f"params: {name} has {tuple(local(p).shape)} of {tuple(p.shape)} here, where torch would put {rows} rows; "
             "spread it by fully_shard or distribute_tensor."
         )
+    made[:] = [name]
     return Shard(mesh, placements, p.shape, start, rows, size / mesh.size())
 
 
@@ -138,11 +146,13 @@ def group_of(params: Sequence[Tensor]) -> Any:
 
 def watch_copies(params: Sequence[Tensor]) -> None:
     """From now on `forget_weights` drops the gathered copies that modules of `fully_shard` keep."""
-    if not any(map(is_spread, params)):
+    if not any_spread(params):
         return
     from torch.distributed.fsdp import FSDPModule
 
-    caches.keepers.update(m for m in gc.get_objects() if issubclass(type(m), FSDPModule))
+    known = {link() for link in caches.keepers} - {None}
+    known.update(m for m in gc.get_objects() if issubclass(type(m), FSDPModule))
+    caches.keepers[:] = map(ref, known)
 
 
 def gradients(loss: Tensor, params: Sequence[Parameter]) -> list[Tensor | None]:

@@ -77,6 +77,7 @@ class Block:
         params: the parameters it consists of (several only for joint families and blocks laid side by side).
         tensors: where their values lie: the parameters, or the parts that this process has of them.
         shard: which part that is; None: all.
+        is_part: whether it is one, or holds blocks that are.
         offset: how many of the parameter's entries come before it, in noise as in the whole.
         share: what sums over the block count in sums over processes.
         index: number of its first parameter in the optimizer; with the key it determines the noise.
@@ -108,7 +109,7 @@ class Block:
         self.params = list(params)
         self.tensors = [local(p) for p in self.params]
         self.shard: Shard | None = None
-        self.offset, self.share = 0, 1.0
+        self.offset, self.share, self.is_part = 0, 1.0, False
         self.index = index
         self.name = name
         self.names = [name] if names is None else list(names)
@@ -135,7 +136,7 @@ class Block:
         """
         if shard is None:
             return
-        self.shard, self.offset, self.share = shard, shard.offset, shard.share
+        self.shard, self.offset, self.share, self.is_part = shard, shard.offset, shard.share, True
         family, needs = self.family, self.settings.estimator.needs
         if not self.batch:
             raise ValueError(
@@ -184,7 +185,8 @@ class Block:
 
         An empty part of one that other processes have parts of does, so that all do the same.
         """
-        return self.whole > 0 and all([p.requires_grad for p in self.params])
+        there = self.numel > 0 or (self.is_part and self.whole > 0)
+        return there and all([p.requires_grad for p in self.params])
 
     @property
     def whole(self) -> int:
@@ -297,7 +299,7 @@ class Block:
 
     def note_weights(self) -> None:
         """Remember that the present weights are known here, to notice later changes from outside."""
-        self._seen = self._versions()
+        self._seen = [(p._version, p.data_ptr()) for p in self.tensors] if self.shard is None else self._versions()
 
     def forget_weights(self) -> None:
         """Compare weights and posterior at the next use, as after loading a checkpoint."""
@@ -306,12 +308,12 @@ class Block:
 
     def weights_changed(self) -> bool:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
+        if self.shard is None:
+            return self._seen != [(p._version, p.data_ptr()) for p in self.tensors]
         return self._seen != self._versions()
 
     def _versions(self) -> list[tuple[int, ...]]:
-        """What changes when somebody writes to the weights, but for writes through `p.data`."""
-        if self.shard is None:
-            return [(p._version, p.data_ptr()) for p in self.tensors]
+        """What changes when somebody writes to a part, or to the DTensor, but for writes through `p.data`."""
         pairs = zip(self.params, self.tensors, strict=True)
         return [(p._version, part._version, part.data_ptr()) for p, part in pairs]
 

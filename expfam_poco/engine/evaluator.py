@@ -23,7 +23,12 @@ FIRST, AGAIN = 3, 61  # evaluations that are looked at more closely: so many, an
 
 
 class Evaluator:
-    """Evaluates closures at the draws of trials; only a batch's first evaluation moves the model's buffers."""
+    """Evaluates closures at the draws of trials; only a batch's first evaluation moves the model's buffers.
+
+    Attributes:
+        processes: that train the model together, once they are known, if they are several.
+        spread: the same, if parameters are spread over them.
+    """
 
     def __init__(self, products: Products) -> None:
         self.products = products
@@ -33,15 +38,11 @@ class Evaluator:
         self._watched = False
         self._averaged: Processes | None = None
         self.processes: Processes | None = None
+        self.spread: Processes | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks for its own processes."""
-        return {**self.__dict__, "processes": None, "_averaged": None}
-
-    @property
-    def spread(self) -> Processes | None:
-        """The processes, if parameters are spread over them."""
-        return self.processes if self.processes is not None and self.processes.spread else None
+        return {**self.__dict__, "processes": None, "spread": None, "_averaged": None}
 
     def modules(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> list[nn.Module]:
         """The modules around these parameters, and those that closures may call."""
@@ -162,6 +163,11 @@ class Evaluator:
         Raises:
             RuntimeError: names a parameter.
         """
+        for trial in trials:
+            if (
+                trial.block.is_part
+            ):  # which the first forward pass of `fully_shard` may have laid anew, with these values
+                trial.block.has_moved()
         self._evaluations += 1
         # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
         looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0

@@ -53,6 +53,7 @@ class FlatBlock(Block):
         self._dtype = first.dtype
         super().__init__([b.params[0] for b in members], first.settings, first.index, first.name, first.group_number)
         self.offset, self.share = max(b.offset for b in members), first.share
+        self.is_part = any(b.is_part for b in members)
         self.shape = self.batch = torch.Size([sum(self._lengths)])
         self.tiles = tiles_of([b.index for b in members], reach)
         counts = torch.tensor([length // TILE for length in self._lengths])
@@ -71,6 +72,13 @@ class FlatBlock(Block):
     def members(self) -> Sequence[Block]:
         """The blocks."""
         return self._members
+
+    def has_moved(self) -> bool:
+        """Whether members' parts lie elsewhere than before; found again."""
+        if not any([member.has_moved() for member in self._members]):
+            return False
+        self.tensors = [member.tensors[0] for member in self._members]
+        return True
 
     def adopt(self, settings: Settings) -> None:
         """Go by the group's new settings; the family is the members'."""

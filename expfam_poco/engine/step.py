@@ -22,7 +22,7 @@ from expfam_poco.engine import kernels, passes
 from expfam_poco.engine import spread as spread_over
 from expfam_poco.engine.backend import plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
-from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import ROLES, FlatBlock
 from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Weights
@@ -60,7 +60,11 @@ class Step:
         self.age = age_of(self.block, record)
         self.constants = first.constants()
         self.numbers = first.numbers
-        self.share = self.block.members[0].share
+
+    @property
+    def share(self) -> float:
+        """What sums over the block count in sums over processes."""
+        return self.block.members[0].share
 
     @plainly
     def gradient_square(self) -> Tensor:
@@ -280,6 +284,19 @@ class Step:
             return self.block.prior()
         prior = prior_of(self.block)
         return spread(prior, self.record["posterior"], self.block) if self.first.in_place else prior
+
+
+def prepare(steps: Sequence[Step], factor: float | Tensor, following: NoiseKey | None) -> None:
+    """`Step.prepare` of all blocks.
+
+    Raises:
+        NonFiniteError: names the block of which a matrix is singular.
+    """
+    try:
+        for step in steps:
+            step.prepare(factor, following)
+    except torch.linalg.LinAlgError:
+        raise singular_error(step.block) from None
 
 
 @plainly

@@ -17,6 +17,7 @@ from torch import Tensor
 from expfam_poco.closures.effects import mark_used
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
+from expfam_poco.closures.shards import made
 from expfam_poco.correction import Correction, resolve_correction
 from expfam_poco.correction.alpha import Pace, Staleness
 from expfam_poco.correction.snapshot import Alpha
@@ -24,7 +25,7 @@ from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.beginning import Beginning
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, touched
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, touched
 from expfam_poco.engine.evaluator import Evaluator
 from expfam_poco.engine.flat import FlatBlock
 from expfam_poco.engine.flips import Flips
@@ -35,8 +36,7 @@ from expfam_poco.engine.products import Products
 from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.round import Round, holds_draw
 from expfam_poco.engine.rows import are_local
-from expfam_poco.engine.spread import failing_together
-from expfam_poco.engine.step import Step, clip_factor, hold_together, show_meter
+from expfam_poco.engine.step import Step, clip_factor, hold_together, prepare, show_meter
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
@@ -256,7 +256,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         """The blocks that take part now, with their records made or brought up to date."""
         self._layout.recover()
         self._read_settings()
-        if any([block.has_moved() for block in self._blocks]):
+        if made and any([block.has_moved() for block in self._blocks if block.is_part]):
             self._layout = Layout()
         active, known = [], list[Block]()
         for block in self._blocks:
@@ -405,18 +405,21 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         spread = self._evaluator.spread
         factor: float | Tensor = clip_factor(steps, most, spread) if most is not None and steps else 1.0
         following = self._plan(None).step_key(number + 1) if self._rehearsal.ahead else None
-        with failing_together(spread):
-            try:
-                for step in steps:
-                    step.prepare(factor, following)
-            except torch.linalg.LinAlgError:
-                raise singular_error(step.block) from None
+        if spread is None:
+            prepare(steps, factor, following)
+        else:
+            with spread.failing_together():
+                prepare(steps, factor, following)
         hold_together(steps, spread)
         show_meter(self._meter, steps, number, self._blocks, spread)
         with Uninterrupted():
             self._commit(steps, number)
-        with failing_together(spread, stepped=True):
-            self._watch.take([step.unsound for step in steps if step.unsound is not None], number)
+        unsound = [step.unsound for step in steps if step.unsound is not None]
+        if spread is None:
+            self._watch.take(unsound, number)
+        else:
+            with spread.failing_together(stepped=True):
+                self._watch.take(unsound, number)
 
     def _commit(self, steps: Sequence[Step], number: int) -> None:
         """Make the new posteriors the blocks', and the step the last; where that fails half-way, the next goes on."""

@@ -9,7 +9,7 @@ from expfam_poco.arguments import flag
 from expfam_poco.closures import processes
 from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.evaluate import Closure, no_batch
-from expfam_poco.closures.shards import is_spread
+from expfam_poco.closures.shards import is_spread, made
 from expfam_poco.engine.block import Block
 from expfam_poco.optim.base import Shell
 
@@ -42,8 +42,9 @@ class Together(Shell):
             RuntimeError: on every process, where they disagree.
             ValueError: for what several processes cannot do.
         """
-        self._refuse_together(parts, blocks)
         together = self._evaluator.processes
+        if together is not None or (made and any([block.is_part for block in blocks])):
+            self._refuse_together(parts, blocks)
         if together is None:
             if self._is_alone or not processes.are_many(self._process_group):
                 return
@@ -53,6 +54,7 @@ class Together(Shell):
             if together is None:
                 return
             together.own_noise, self._evaluator.processes = self._noise_per_rank, together
+            self._evaluator.spread = together if together.spread else None
             if not self._seed_is_given:
                 self.seed = together.first(self.seed)
             for block in blocks:
