@@ -2,6 +2,7 @@
 
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -232,3 +233,13 @@ def test_torchrun_restarts_from_the_last_checkpoint(wrapper: str, tmp_path: path
     model = cases.make_model()
     restarted.train(model, slice(0, cases.cases.ROWS), 0)
     torch.testing.assert_close(torch.load(tmp_path / "weights"), cases.weights_of(model), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_benchmark_counts_what_is_sent() -> None:
+    script = HERE.parent / "benchmarks" / "distributed.py"
+    command = [sys.executable, str(script), "--steps=1", "--width=64", "--sizes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    sent = re.findall(r"^(\w+) .* (\S+) +[\d.]+ ms .* ([\d.]+) bytes", done.stdout, re.M)
+    found = {(wrapper, method): float(size) for wrapper, method, size in sent}
+    assert found["ddp", "IVON-PoCoMo"] < 8.1 and found["fsdp", "IVON-PoCoMo"] < 2 * found["fsdp", "AdamW"] + 0.1
