@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import expfam_poco as poco
+from expfam_poco.closures import shards
 
 HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.xdist_group("processes")
@@ -163,6 +164,7 @@ def mesh() -> Iterator[Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
+    shards.made.clear()  # other tests count calls, as where there never was a shard
 
 
 REFUSED: dict[str, tuple[Callable[[torch.nn.Parameter], Any], str]] = {
