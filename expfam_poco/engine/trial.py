@@ -183,8 +183,8 @@ class Trial:
             for draw in range(self.count):
                 constants = self.constants(draw)
                 source = self.like(whole) if self.mode == "zero" else self.source(whole, constants, draw)
-                assert isinstance(source, Tensor)  # addresses are for compiled kernels
-                rows.append(constants.noise_of(source, source))
+                like = source if isinstance(source, Tensor) else self.like(whole)  # a record has addresses
+                rows.append(constants.noise_of(source, like))
             self.noises.append(stacked(rows))
         return self.noises[0]
 
@@ -340,7 +340,7 @@ class Trial:
         """Keep what the estimator makes of the gradient alone."""
         if self.block.family.curvature == "none":
             return
-        pair = self.estimator.pair(self.gradient(-1), self.block.settings.ess)
+        pair = self.estimator.pair(self.gradient(-1), self.numbers.ess)
         self.pairs.extend([] if pair is None else [pair])
 
     def gradient(self, draw: int) -> Tensor:
@@ -372,7 +372,7 @@ class Trial:
             where = constants.where(tile.cut(self.state), tile.cut(self.memory), self.numbers.share)
             evidence = Evidence(self.source(tile, constants, draw), grad, self.losses[0])
             arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
-            self.runner.collect(*arguments, self.block.settings.ess, self.like(tile))
+            self.runner.collect(*arguments, self.numbers.ess, self.like(tile))
         self.raw, self.losses = (), []
 
     def _raw_gradient(self, tile: Tile | Whole) -> Tensor | None:
@@ -431,7 +431,7 @@ class Trial:
         family, where, settings = self.block.family, self.where, self.block.settings
         if not settings.own_site:
             return self.estimator.natural_gradient(family, where, draws)
-        return own_site.natural_gradient(self.estimator, family, where, prior_of(self.block), settings.ess, draws)
+        return own_site.natural_gradient(self.estimator, family, where, prior_of(self.block), self.numbers.ess, draws)
 
     def evidence(self, tile: Tile | Whole, constants: Constants, *, beside: Trial | None = None) -> Any:
         """What was measured on a tile: the site, or one draw's gradient (zero where the batch did not use it).

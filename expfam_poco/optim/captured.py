@@ -1,0 +1,425 @@
+"""Captured steps of a `PosteriorCorrected`: the device's part is recorded once for each kind of step, and replayed.
+
+The host's part is done at every replay as ever: it looks for writes of others, reads what the groups say, chooses α,
+counts. What follows from that for the device goes into the record's slots (`family.recording`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expfam_poco.arguments import shown
+from expfam_poco.closures import processes
+from expfam_poco.closures.evaluate import Closure
+from expfam_poco.engine import fused
+from expfam_poco.engine.beginning import prior_of
+from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.capture import Captured, CudaGraph, Recorder, check_captured
+from expfam_poco.engine.capture import Record as Recorded
+from expfam_poco.engine.flat import ROLES, FlatBlock
+from expfam_poco.engine.interrupts import Uninterrupted
+from expfam_poco.engine.kernels import Numbers, is_flat, unshared
+from expfam_poco.engine.layout import Restored, Unit
+from expfam_poco.engine.round import Pair, Round
+from expfam_poco.engine.step import Sample, Step, clip_factor, hold_together
+from expfam_poco.engine.tiles import steps_in_place
+from expfam_poco.engine.watch import Unsound
+from expfam_poco.engine.width import check_reach
+from expfam_poco.errors import NonFiniteError
+from expfam_poco.family import fields, recording
+from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.recording import Counter
+from expfam_poco.family.transfer import AHEAD, Later
+from expfam_poco.optim.base import Shell
+
+
+class Plan(NamedTuple):
+    """What the host knows of the next step.
+
+    Attributes:
+        now: its round.
+        blocks: that take part.
+        alphas: of the units.
+        wanted: as `Round.evaluate` has it.
+        numbers: of the units.
+        sampled: whether the variance meter sees squares, and for every unit whether it sees that.
+        kind: steps of one kind differ in numbers alone.
+    """
+
+    now: Round
+    blocks: Sequence[Block]
+    alphas: Sequence[Pair]
+    wanted: Sequence[bool] | None
+    numbers: Sequence[Numbers]
+    sampled: tuple[bool, ...]
+    kind: Hashable
+
+
+class Done(NamedTuple):
+    """What a record's run leaves: tensors that every replay fills, and what tells whose they are."""
+
+    loss: Tensor
+    steps: list[Step]
+    samples: list[tuple[int, Sample]]
+    counts: Tensor
+    found: list[tuple[Unsound, slice]]
+    units: list[Block]
+    state: list[list[Tensor]]
+    priors: list[tuple[Block, Any]]
+
+
+class CapturedStep(Captured):
+    """`optimizer.step` of one closure, recorded. Call it with a batch.
+
+    Args:
+        optimizer: whose steps these are.
+        closure: gives the loss of a batch.
+        example: a batch.
+        recorder: makes recorders for a device.
+    """
+
+    def __init__(
+        self,
+        optimizer: Shell,
+        closure: Callable[..., Any],
+        example: Any,
+        recorder: Callable[[torch.device], Recorder] = CudaGraph,
+    ) -> None:
+        device = check_captured(closure, {b.device for b in optimizer._blocks if b.active}, recorder)
+        refuse(optimizer)
+        self._optimizer = optimizer
+        super().__init__(closure, example, device, recorder)
+        before = optimizer._alphas
+        with _begun_undone(optimizer), torch.no_grad():
+            self._record_of(self._plan(optimizer._trainable()))
+        optimizer._alphas = before
+
+    @torch.no_grad()
+    def __call__(self, batch: Any) -> Tensor:
+        """One step on this batch.
+
+        Args:
+            batch: like the example in all but the values of its tensors.
+
+        Returns:
+            the loss, on the device, as `step` does.
+
+        Raises:
+            ValueError: for a batch of another shape.
+            NonFiniteError: about an earlier step, whose weights have kept their values (with nonfinite="raise").
+        """
+        optimizer = self._optimizer
+        refuse(optimizer)
+        self._batch.take(batch)
+        with _begun_undone(optimizer):
+            blocks = optimizer._trainable()
+            plan = self._plan(blocks)
+            number, first = plan.now.number, optimizer._clock["step"] == 0 and optimizer.noise != "zero"
+            record = self._record_of(plan)
+            at_weights = optimizer._width.loss([(self._closure, 1.0)], blocks, optimizer._evaluator) if first else None
+            with Uninterrupted():
+                self._prepare(record, plan)
+                record.replay()
+                self._follow(record, plan)
+        loss: Tensor = record.result.loss.clone()
+        if at_weights is not None:
+            optimizer._width.compare(float(loss), at_weights)
+        try:
+            for error in optimizer._watch.errors(number if self._device.type in AHEAD else number + 1):
+                raise error
+        except NonFiniteError as error:
+            optimizer._fell(error, number)
+        else:
+            optimizer._skips.stepped()
+            check_reach(number, blocks)
+        return loss
+
+    # ---- the host's part -----------------------------------------------------------------------------------
+
+    def _plan(self, blocks: Sequence[Block]) -> Plan:
+        """What the next step is."""
+        optimizer = self._optimizer
+        number = optimizer._clock["step"] + 1
+        noise = optimizer._plan(blocks)
+        if noise.backend is None and all([_gets_kernels(block, optimizer) for block in blocks]):
+            noise = noise._replace(backend=optimizer.backend)
+        now = Round(optimizer._layout, blocks, noise, number, optimizer._rehearsal)
+        alphas, wanted = optimizer._choices(now, blocks)
+        meter = optimizer._meter
+        adaptive = [block.settings.adaptive is not None for block, _ in now.units]
+        sampled = (meter.samples(number), *[meter.samples(number, own) for own in adaptive])
+        members = [member for block, _ in now.units for member in block.members]
+        kind = (
+            noise, sampled, None if wanted is None else (*wanted, *map(any, alphas)),
+            *[block for block, _ in now.units],
+            *[len(fields.leaves(record[role])) for _, record in now.units for role in ROLES],  # type: ignore[literal-required]
+            *[_constants(block) for block, _ in now.units],
+            *[p.data_ptr() for member in members for p in member.params],
+            optimizer.max_grad_norm,
+            None if wanted is None else tuple(member.record["in_mega"] for member in members),
+        )  # fmt: skip
+        return Plan(now, blocks, alphas, wanted, now.numbers(alphas), sampled, kind)
+
+    def _prepare(self, record: Recorded, plan: Plan) -> None:
+        """Let the record find this step's state, priors and numbers."""
+        done: Done = record.result
+        for unit, places in zip(plan.now.units, done.state, strict=True):
+            _bring(unit, places)
+        for block, prior in done.priors:
+            present = prior_of(block)
+            if present is not prior:
+                for place, value in zip(prior, present, strict=True):
+                    place.copy_(value)
+                assert block.known_prior is not None
+                block.known_prior = block.known_prior[0], prior
+        for i, own in enumerate(plan.numbers):
+            record.numbers.write(f"unit {i}", own.known())
+        record.numbers.count("step", plan.now.number)
+        record.numbers.count("refresh", self._optimizer._clock["refresh"])
+
+    def _follow(self, record: Recorded, plan: Plan) -> None:
+        """Count a step that a replay has made, as the ordinary one does."""
+        optimizer, done, number = self._optimizer, record.result, plan.now.number
+        torch.autograd.graph.increment_version([p for block in plan.blocks for p in block.params])
+        for step in done.steps:
+            step.count()
+        for block in (*plan.blocks, *[block for block, _ in plan.now.units]):
+            block.at_point, block.drawn = True, None
+            block.note_weights()
+        for step in done.steps:
+            if isinstance(step.block, FlatBlock):
+                step.block.settle()
+        if optimizer.correction.follows_steps and optimizer.correction.compares:
+            optimizer._stamp(done.steps)
+        optimizer._clock["step"] = number
+        for unit, sample in done.samples:
+            sample.show(optimizer._meter, number, plan.numbers[unit].alpha)
+        if done.found:
+            counts = Later(done.counts)
+            found = [_Found(own, counts, place) for own, place in done.found]
+            optimizer._watch.wait(number, found, _Totals(found))
+
+    # ---- the device's part ---------------------------------------------------------------------------------
+
+    def _record_of(self, plan: Plan) -> Recorded:
+        """The record of this kind of step; those of blocks that are laid otherwise by now are forgotten."""
+        if plan.kind not in self._records:
+            present = [block for block, _ in plan.now.units]
+            kept = {k: r for k, r in self._records.items() if r.result.units == present}
+            self._records = kept
+        return self._record(plan.kind, lambda: self._run(plan), lambda: _undone(self._optimizer, plan, self._closure))
+
+    def _run(self, plan: Plan) -> Done:
+        """A step, less what the host does besides: what `PosteriorCorrected.step` does with the same functions."""
+        optimizer, now = self._optimizer, plan.now
+        number, most = now.number, optimizer.max_grad_norm
+        refresh: Any = Counter(optimizer._clock["refresh"], "refresh")
+        now.number = Counter(number, "step")
+        try:
+            with Restored(optimizer._layout, plan.blocks, []), optimizer._evaluator.undone_on_error(watched=True):
+                parts: list[tuple[Closure, float]] = [(self._closure, 1.0)]
+                loss, steps = now.evaluate(parts, optimizer._evaluator, plan.alphas, plan.wanted, refresh, False)
+                factor = clip_factor(steps, most) if most is not None and steps else 1.0
+                for step in steps:
+                    step.prepare(factor)
+                hold_together(steps)
+                samples = self._samples(plan, steps)
+                for step in steps:
+                    step.apply()
+        finally:
+            now.number = number
+        if loss.device.type != self._device.type:
+            raise TypeError(f"its loss is on {loss.device}, the model on {self._device}")
+        own = [step.unsound for step in steps if step.unsound is not None]
+        flat = [unsound.counts.reshape(-1) for unsound in own]
+        ends = [sum(map(len, flat[: i + 1])) for i in range(len(flat))]
+        found = [(u, slice(end - len(c), end)) for u, c, end in zip(own, flat, ends, strict=True)]
+        counts = torch.cat(flat) if flat else torch.zeros(0)
+        state = [_leaves(record) for _, record in now.units]
+        known = {member for block, _ in now.units for member in (block, *block.members)}
+        priors = [(b, b.known_prior[1]) for b in known if b.known_prior is not None and b.settings.prior is None]
+        return Done(loss, steps, samples, counts, found, [block for block, _ in now.units], state, priors)
+
+    @staticmethod
+    def _samples(plan: Plan, steps: Sequence[Step]) -> list[tuple[int, Sample]]:
+        units = {id(own): i for i, (block, _) in enumerate(plan.now.units) for own in (block, *block.members)}
+        squared, *sampled = plan.sampled
+        pairs = [(units[id(step.block)], step) for step in steps]
+        return [(i, step.sample(squared=squared)) for i, step in pairs if sampled[i]]
+
+
+class _Found(NamedTuple):
+    """Unsound weights whose counts are on their way to the host."""
+
+    unsound: Unsound
+    counts: Later
+    place: slice
+
+    def error(self, late: str) -> NonFiniteError:
+        """As of `Unsound`."""
+        return self.unsound._replace(counts=torch.tensor(self.counts.read()[self.place])).error(late)
+
+
+class _Totals(NamedTuple):
+    """How many weights were unsound, for each that was found."""
+
+    found: list[_Found]
+
+    def read(self) -> list[int]:
+        """The numbers, as the host's."""
+        return [sum(own.counts.read()[own.place]) for own in self.found]
+
+
+def _leaves(record: Record) -> list[Tensor]:
+    return [leaf for role in ROLES for leaf in fields.leaves(record[role])]  # type: ignore[literal-required]
+
+
+def _bring(unit: Unit, places: Sequence[Tensor]) -> None:
+    """Let a unit's state lie where a record has it, if somebody has put other tensors in its place."""
+    block, record = unit
+    present = _leaves(record)
+    if all([value is place for value, place in zip(present, places, strict=True)]):
+        return
+    for place, value in zip(places, unshared(places, present), strict=True):
+        if value is not place:
+            place.copy_(value)
+    rest = iter(places)
+    for role in ROLES:
+        record[role] = fields.map_leaves(lambda _: next(rest), record[role])  # type: ignore[literal-required]
+    if isinstance(block, FlatBlock):
+        block.give()
+
+
+def _constants(block: Block) -> Hashable:
+    """What a record keeps of a block's settings."""
+    s = block.settings
+    prior = None if s.prior is None else _Same(s.prior)
+    own = s.anchor_weight, s.clip_radius, s.retraction, s.prior_in_momentum, s.own_site, s.maximize
+    return (s.family, s.estimator, s.momentum > 0.0, prior, *own)
+
+
+class _Same:
+    """An object by its identity, as a part of a key."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._own is self._own
+
+    def __hash__(self) -> int:
+        return id(self._own)
+
+
+def _gets_kernels(block: Block, optimizer: Shell) -> bool:
+    """Whether each pass over the block is one kernel, which is what a graph of few launches needs."""
+    fuses = optimizer.backend.mode == "compiled" and fused.is_at_hand(block.device)
+    return fuses and is_flat(block.family) and steps_in_place(block)
+
+
+@contextmanager
+def _undone(optimizer: Shell, plan: Plan, closure: Closure) -> Iterator[None]:
+    """Run a block after which state, weights, buffers and generators are what they were."""
+    params = [p for block in plan.blocks for p in block.params]
+    tensors = [*[leaf for _, record in plan.now.units for leaf in _leaves(record)], *[p.detach() for p in params]]
+    copies = [value.clone() for value in tensors]
+    blocks = [*plan.blocks, *[block for block, _ in plan.now.units]]
+    flags = [(block.at_point, block.drawn) for block in blocks]
+    with optimizer._evaluator.undone(params, [closure]):
+        try:
+            yield
+        finally:
+            for value, copy in zip(tensors, copies, strict=True):
+                value.copy_(copy)
+            for block, known in zip(blocks, flags, strict=True):
+                block.at_point, block.drawn = known
+                block.note_weights()
+
+
+@contextmanager
+def _begun_undone(optimizer: Shell) -> Iterator[None]:
+    """If the block raises, posteriors that have begun in it have not."""
+    try:
+        yield
+    except BaseException as error:
+        if not getattr(error, "stepped", False):
+            for begun in optimizer._begun:
+                begun.undo()
+        raise
+    finally:
+        optimizer._begun.clear()
+
+
+def refuse(optimizer: Shell) -> None:
+    """Refuse what no step can be captured of.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    instead = "call step(closure)"
+    if optimizer.one_pass:
+        raise ValueError(f"one_pass=True: a captured step leaves the model at the point; leave it out, or {instead}.")
+    if optimizer._products.kind != "curvature":
+        kind = optimizer._products.kind
+        raise ValueError(
+            f"anchor={kind!r}: it evaluates other batches besides, which no graph does; take anchor='curvature', or "
+            f"{instead}."
+        )
+    if optimizer._evaluator.processes is not None or (
+        not optimizer._is_alone and processes.are_many(optimizer._process_group)
+    ):
+        raise ValueError(f"process_group: several processes wait for each other, which no graph does; {instead}.")
+    for block in optimizer._blocks:
+        family, estimator = block.family, block.settings.estimator
+        if family.joint or type(family).noise is not ExponentialFamily.noise:
+            raise ValueError(
+                f"family={type(family).__name__}: its steps look at values (factors of matrices, noise of its own), which "
+                f"no graph does; {instead}."
+            )
+        if estimator.needs != "gradient" or estimator.compares:
+            raise ValueError(
+                f"curvature={shown(estimator)}: a graph holds estimators of gradients alone, not second derivatives, "
+                f"other losses or solutions of linear systems; take curvature='reparam' (or 'gradsq'), or {instead}."
+            )
+
+
+class Capturing(Shell):
+    """What a `PosteriorCorrected` does in graphs; mixed into it."""
+
+    def captured(self, closure: Callable[..., Any], example_batch: Any) -> CapturedStep:
+        """Steps as CUDA graphs, for small models on a GPU, where launches cost more than what they ask for.
+
+        `run = optimizer.captured(closure, batch)` records evaluation (or the pair), correction and update; `run(batch)`
+        copies a batch to where the recorded ones are, sends rates, α and the counters of noise along, and replays. The
+        numbers are those of `step` up to rounding. Rates, schedules, `ess` and `weight_decay` may change; so may all
+        else, for which another graph is recorded when it comes up, as for the first corrected step after a refresh.
+        `refresh`, `step`, checkpoints and questions may come in between.
+
+        Args:
+            closure: closure(*batch) of a tuple or list, closure(batch) of anything else, returns the mean loss. What
+                Python decides inside of it is decided once; values may not be looked at.
+            example_batch: tensors (or tuples, lists and dictionaries of them) of the shapes and dtypes to come.
+
+        Returns:
+            a function of a batch, which returns the loss as a tensor on the device.
+
+        Raises:
+            TypeError, ValueError: for what no graph can be made of; the sentence says why.
+            RuntimeError: if the closure cannot be captured. Nothing has changed in any case.
+
+        Example:
+            >>> import torch, expfam_poco as poco
+            >>> model = torch.nn.Linear(3, 1)
+            >>> opt = poco.IVON(model.parameters(), lr=0.1, ess=64.0)
+            >>> closure = lambda x, y: torch.nn.functional.mse_loss(model(x), y)
+            >>> opt.captured(closure, (torch.randn(8, 3), torch.randn(8, 1)))
+            Traceback (most recent call last):
+                ...
+            ValueError: params: they are on cpu, which has no CUDA graphs; call step(closure).
+        """
+        return CapturedStep(self, closure, example_batch)
