@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from expfam_poco.closures.generators import Replay
@@ -62,6 +62,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if function in REFUSED:
             raise RuntimeError(f"operation not permitted when a tape records: {REFUSED[function]} ({function})")
+        if function is ATEN.index.Tensor and any(own is not None and own.dtype == torch.bool for own in args[1]):
+            raise RuntimeError("operation not permitted when a tape records: a shape depends on values (a mask)")
         found = function(*args, **kwargs)
         writes = function._schema.is_mutable
         fresh = [own for own in tree_leaves(found) if isinstance(own, Tensor)]
@@ -83,19 +85,22 @@ class Paired:
     """As `Replay`, at every replay anew."""
 
     def __init__(self, tape: Tape) -> None:
-        self._tape, self._state = tape, [Replay()]
-        tape.note(lambda: self._state[0].capture())
+        with _disable_current_modes():
+            self._tape, self._state = tape, Replay()
+        tape.note(self._state.capture)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         contexts: list[Any] = []
 
         def enter() -> None:
-            contexts.append(self._state[0].again())
-            contexts[-1].__enter__()
+            contexts.append(self._state.again())
+            with _disable_current_modes():  # a graph has its own ways
+                contexts[-1].__enter__()
 
         def leave() -> None:
-            contexts.pop().__exit__(None, None, None)
+            with _disable_current_modes():
+                contexts.pop().__exit__(None, None, None)
 
         self._tape.note(enter)
         enter()

@@ -60,14 +60,16 @@ class Recording:
     def __init__(self, device: torch.device, paired: Callable[[Any], Any]) -> None:
         self.device, self.paired = device, paired
         self._host = np.zeros(CAPACITY, np.int64)
+        self._floats = self._host.view(np.float64)
         own = device.type == "cpu"
         self._slots = torch.from_numpy(self._host) if own else torch.zeros(CAPACITY, dtype=torch.int64, device=device)
         self._used = 0
+        self._ranges: dict[str, slice] = {}
         self._places: dict[str, list[int]] = {}
 
     def numbers(self, name: str, values: Sequence[float]) -> list[Tensor]:
         """Slots for these numbers, float64 tensors without dimensions, that `write` finds by the name."""
-        self._places[name] = list(range(self._used, self._used + len(values)))
+        self._ranges[name] = slice(self._used, self._used + len(values))
         return list(self.place(values, torch.float64).unbind())
 
     def place(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
@@ -91,7 +93,7 @@ class Recording:
 
     def write(self, name: str, values: Sequence[float]) -> None:
         """New values of `numbers`; `send` sends them."""
-        self._host.view(np.float64)[self._places[name]] = values
+        self._floats[self._ranges[name]] = values
 
     def count(self, name: str, value: int) -> None:
         """The new value of a `Counter`; `send` sends it."""
@@ -112,6 +114,7 @@ class Recording:
         active = self
         self._used = 0
         self._places.clear()
+        self._ranges.clear()
         try:
             yield
         finally:

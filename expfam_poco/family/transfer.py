@@ -24,22 +24,22 @@ def is_ahead(device: torch.device) -> bool:
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Some numbers as a tensor; a device's arrive without the host waiting for it."""
-    record = recording.active
-    if record is not None:
-        return record.place(values, dtype)
-    if device.type != "cuda":
+    compiling = torch.compiler.is_compiling()
+    if recording.active is not None and not compiling:
+        return recording.active.place(values, dtype)
+    if device.type != "cuda" or compiling:
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
-def gathered(values: Sequence[Any], device: torch.device) -> Tensor:
-    """Some numbers, of which any may be a device's tensor without dimensions, as one float64 tensor."""
+def gathered(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Some numbers, of which any may be a device's tensor without dimensions, as one tensor."""
     known = [value for value in values if not isinstance(value, Tensor)]
-    sent = on_device(known, torch.float64, device)
+    sent = on_device(known, dtype, device) if known else torch.empty(0)
     if len(known) == len(values):
         return sent
     own = iter(sent.unbind())
-    return torch.stack([value.double() if isinstance(value, Tensor) else next(own) for value in values])
+    return torch.stack([value.to(dtype) if isinstance(value, Tensor) else next(own) for value in values])
 
 
 def read_now(value: Tensor) -> float | Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from expfam_poco.engine.products import Products
     from expfam_poco.engine.rehearsal import Rehearsal
     from expfam_poco.engine.round import Round
+    from expfam_poco.engine.settings import Reading
     from expfam_poco.engine.step import Step
     from expfam_poco.engine.watch import Watch
     from expfam_poco.engine.width import StartingWidth
@@ -48,6 +49,7 @@ class Shell:
     param_groups: list[dict[str, Any]]
     state: Any
     _blocks: list[Block]
+    _readings: list[Reading]
     _clock: dict[str, int]
     _committed: tuple[int, set[int]]
     _products: Products

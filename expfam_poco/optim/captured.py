@@ -16,9 +16,10 @@ from torch import Tensor
 from expfam_poco.arguments import shown
 from expfam_poco.closures import processes
 from expfam_poco.closures.evaluate import Closure
+from expfam_poco.correction.alpha import Pace
 from expfam_poco.engine import fused
 from expfam_poco.engine.beginning import prior_of
-from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.block import LOOK_AGAIN, LOOKS, Block, Record
 from expfam_poco.engine.capture import Captured, CudaGraph, Recorder, check_captured
 from expfam_poco.engine.capture import Record as Recorded
 from expfam_poco.engine.flat import ROLES, FlatBlock
@@ -29,7 +30,7 @@ from expfam_poco.engine.round import Pair, Round
 from expfam_poco.engine.step import Sample, Step, clip_factor, hold_together
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.watch import Unsound
-from expfam_poco.engine.width import check_reach
+from expfam_poco.engine.width import PATIENCE, check_reach
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields, recording
 from expfam_poco.family.base import ExponentialFamily
@@ -93,6 +94,7 @@ class CapturedStep(Captured):
         device = check_captured(closure, {b.device for b in optimizer._blocks if b.active}, recorder)
         refuse(optimizer)
         self._optimizer = optimizer
+        self._last: tuple[_Last, Plan, Recorded] | None = None
         super().__init__(closure, example, device, recorder)
         before = optimizer._alphas
         with _begun_undone(optimizer), torch.no_grad():
@@ -114,16 +116,17 @@ class CapturedStep(Captured):
             NonFiniteError: about an earlier step, whose weights have kept their values (with nonfinite="raise").
         """
         optimizer = self._optimizer
-        refuse(optimizer)
         self._batch.take(batch)
+        at_weights = None
         with _begun_undone(optimizer):
-            blocks = optimizer._trainable()
-            plan = self._plan(blocks)
-            number, first = plan.now.number, optimizer._clock["step"] == 0 and optimizer.noise != "zero"
-            record = self._record_of(plan)
-            at_weights = optimizer._width.loss([(self._closure, 1.0)], blocks, optimizer._evaluator) if first else None
+            plan, record = self._as_before() or self._afresh()
+            number, blocks = plan.now.number, plan.blocks
+            if number == 1 and optimizer.noise != "zero":
+                at_weights = optimizer._width.loss([(self._closure, 1.0)], blocks, optimizer._evaluator)
             with Uninterrupted():
-                self._prepare(record, plan)
+                for i, own in enumerate(plan.numbers):
+                    record.numbers.write(f"unit {i}", own.known())
+                record.numbers.count("step", number)
                 record.replay()
                 self._follow(record, plan)
         loss: Tensor = record.result.loss.clone()
@@ -140,6 +143,36 @@ class CapturedStep(Captured):
         return loss
 
     # ---- the host's part -----------------------------------------------------------------------------------
+
+    def _afresh(self) -> tuple[Plan, Recorded]:
+        """The next step, whatever has happened since the last one, and its record with all that it is about."""
+        optimizer = self._optimizer
+        refuse(optimizer)
+        plan = self._plan(optimizer._trainable())
+        record = self._record_of(plan)
+        self._prepare(record, plan)
+        if not any(plan.sampled):  # after a step that the meter has seen, the next is like the one before that
+            self._last = _Last.of(optimizer, plan), plan, record
+        return plan, record
+
+    def _as_before(self) -> tuple[Plan, Recorded] | None:
+        """The next step and its record, if it is like the last one in all but its number (and α): all is in place."""
+        optimizer = self._optimizer
+        if self._last is None or not self._last[0].holds(optimizer):
+            return None
+        _, plan, record = self._last
+        number = optimizer._clock["step"] + 1
+        plan.now.number = number
+        if not self._last[0].steady:
+            alphas, _ = plan.now.alphas(optimizer._meter, Pace.of(optimizer._clock, number), always=False)
+            if [any(pair) for pair in alphas] != [any(pair) for pair in plan.alphas]:
+                return None
+            optimizer._alphas = plan.now.alphas_by_name(alphas)
+            plan = plan._replace(alphas=alphas)
+        optimizer._stale.check(plan.wanted is not None, number - optimizer._clock["refreshed"])
+        plan = plan._replace(numbers=plan.now.numbers(plan.alphas))
+        self._last = self._last[0], plan, record
+        return plan, record
 
     def _plan(self, blocks: Sequence[Block]) -> Plan:
         """What the next step is."""
@@ -166,7 +199,7 @@ class CapturedStep(Captured):
         return Plan(now, blocks, alphas, wanted, now.numbers(alphas), sampled, kind)
 
     def _prepare(self, record: Recorded, plan: Plan) -> None:
-        """Let the record find this step's state, priors and numbers."""
+        """Let the record find this step's state, priors and q_out."""
         done: Done = record.result
         for unit, places in zip(plan.now.units, done.state, strict=True):
             _bring(unit, places)
@@ -177,9 +210,6 @@ class CapturedStep(Captured):
                     place.copy_(value)
                 assert block.known_prior is not None
                 block.known_prior = block.known_prior[0], prior
-        for i, own in enumerate(plan.numbers):
-            record.numbers.write(f"unit {i}", own.known())
-        record.numbers.count("step", plan.now.number)
         record.numbers.count("refresh", self._optimizer._clock["refresh"])
 
     def _follow(self, record: Recorded, plan: Plan) -> None:
@@ -188,9 +218,11 @@ class CapturedStep(Captured):
         torch.autograd.graph.increment_version([p for block in plan.blocks for p in block.params])
         for step in done.steps:
             step.count()
-        for block in (*plan.blocks, *[block for block, _ in plan.now.units]):
+        for block in plan.blocks:
             block.at_point, block.drawn = True, None
             block.note_weights()
+        for block, _ in plan.now.units:
+            block.at_point, block.drawn = True, None
         for step in done.steps:
             if isinstance(step.block, FlatBlock):
                 step.block.settle()
@@ -242,7 +274,7 @@ class CapturedStep(Captured):
         counts = torch.cat(flat) if flat else torch.zeros(0)
         state = [_leaves(record) for _, record in now.units]
         known = {member for block, _ in now.units for member in (block, *block.members)}
-        priors = [(b, b.known_prior[1]) for b in known if b.known_prior is not None and b.settings.prior is None]
+        priors = [(b, b.known_prior[1]) for b in known if b.known_prior is not None and prior_of(b) is b.known_prior[1]]
         return Done(loss, steps, samples, counts, found, [block for block, _ in now.units], state, priors)
 
     @staticmethod
@@ -251,6 +283,68 @@ class CapturedStep(Captured):
         squared, *sampled = plan.sampled
         pairs = [(units[id(step.block)], step) for step in steps]
         return [(i, step.sample(squared=squared)) for i, step in pairs if sampled[i]]
+
+
+class _Last(NamedTuple):
+    """What the last step found, by which the next one may go as long as it is so: looking costs a tenth of making it.
+
+    Attributes:
+        settings: of every group.
+        own: what the optimizer has for all groups, and its counters of refreshes.
+        params: the trainable parameters, one by one with the block that knows what they are.
+        records: the records of all blocks.
+        units: the flat blocks.
+        steady: whether α is a number everywhere.
+    """
+
+    settings: list[Any]
+    own: tuple[Any, ...]
+    params: list[tuple[Any, Block]]
+    frozen: list[Any]
+    records: list[tuple[Any, Record, list[Any]]]
+    units: list[FlatBlock]
+    steady: bool
+
+    @staticmethod
+    def _own(optimizer: Shell) -> tuple[Any, ...]:
+        clock = optimizer._clock
+        return (
+            optimizer.seed, optimizer.noise, optimizer.mc_samples, optimizer.correction, optimizer.max_grad_norm,
+            optimizer.one_pass, clock["refresh"], clock["memory"], len(optimizer.param_groups),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, optimizer: Shell, plan: Plan) -> _Last:
+        """What a plan has found."""
+        params = [(block.params[0], block) for block in plan.blocks]
+        known = {id(p) for p, _ in params}
+        frozen = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known and p.numel()]
+        settings = [reading.of(g) for reading, g in zip(optimizer._readings, optimizer.param_groups, strict=True)]
+        records = [(p, b.record, [b.record[role] for role in ROLES]) for p, b in params]  # type: ignore[literal-required]
+        units = [block for block, _ in plan.now.units if isinstance(block, FlatBlock)]
+        steady = all([isinstance(own.alpha, int | float | tuple) for own in settings])
+        return cls(settings, cls._own(optimizer), params, frozen, records, units, steady)
+
+    def holds(self, optimizer: Shell) -> bool:
+        """Whether all is so still, and nobody is to look closer: the meter, or for writes that leave no trace."""
+        number, looks = optimizer._clock["step"] + 1, self.params[0][1]._looks
+        closer = looks < LOOKS or not (looks + 1) % LOOK_AGAIN or number == PATIENCE
+        if closer or optimizer._meter.samples(number) or optimizer._layout.trying or self._own(optimizer) != self.own:
+            return False
+        pairs = zip(optimizer._readings, optimizer.param_groups, self.settings, strict=True)
+        if any([reading.of(group) is not own or own.adaptive is not None for reading, group, own in pairs]):
+            return False
+        if any([p.grad is not None or not p.requires_grad or b.weights_changed() or not b.at_point for p, b in self.params]):
+            return False
+        if any([p.requires_grad for p in self.frozen]):
+            return False
+        state = optimizer.state
+        for p, record, values in self.records:
+            if state.get(p) is not record or any([record[role] is not v for role, v in zip(ROLES, values, strict=True)]):  # type: ignore[literal-required]
+                return False
+        for _, block in self.params:
+            block._looks += 1
+        return all([unit.is_bound() for unit in self.units])
 
 
 class _Found(NamedTuple):
