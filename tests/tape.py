@@ -1,7 +1,7 @@
 """What a CUDA graph does, on the CPU: every operation of a run is recorded, and replayed into the same memory.
 
-It is no imitation: a number that the host bakes in, a tensor that moves, a value that somebody looks at show here as they
-do on a card. What a capture refuses is refused: looking at values, and numbers on their way from the host.
+It is no imitation: a number that the host bakes in, a tensor that moves, a value that somebody looks at show here as
+they do on a card. What a capture refuses is refused: looking at values, and numbers on their way from the host.
 """
 
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import expfam_poco as poco
 from expfam_poco.engine import capture, fused
 from expfam_poco.family.recording import Counter, Recording
-from expfam_poco.optim import captured as optim_captured
+from expfam_poco.optim import capturable
 from expfam_poco.optim.captured import CapturedStep
 from expfam_poco.optim.captured_gradients import CapturedGradientStep
 
@@ -35,6 +35,17 @@ CASES: dict[str, Make] = {
     "plain-retraction": shell("diagonal_gaussian", retraction="plain", **COMMON),
     "as a prior": named(poco.BayesBiNNPoCo, lr=0.001, ess=24.0, mc_samples=2),
 }  # fmt: skip
+# What has the same passes as others, or takes long; the tests marked `slow` have them.
+SLOW = {
+    *FAMILIES, "GaussianByHand", "LogNormal", "Exponential", "IVON", "IVONPoCo", "IVONPoCoMo", "old-average", "prior",
+    "clipping", "no-momentum", "gradsq", "VSGDPoCo", "straight-through", "as a prior", "VSGD-official",
+}  # fmt: skip
+
+
+def slowly(case: str) -> Any:
+    return [pytest.mark.slow] if case in SLOW - {"exponential"} else []
+
+
 Loss = Callable[[Any], Tensor]
 
 
@@ -98,9 +109,9 @@ def trajectory(make: Make, captured: bool, steps: int = 12, **choices: Any) -> t
 
 
 @pytest.mark.filterwarnings("ignore:params", "ignore:alpha", "ignore:ess")
-@pytest.mark.parametrize("case", [*CASES, *ON_GRADIENTS])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=slowly(c)) for c in (*CASES, *ON_GRADIENTS)])
 def test_replays_are_the_ordinary_steps(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.setattr(optim_captured, "LOOKS", 0)  # so that steps go by what the one before has found
+    monkeypatch.setattr(capturable, "LOOKS", 0)  # so that steps go by what the one before has found
     make = {**CASES, **ON_GRADIENTS}[case]
     ordinary, first, _ = trajectory(make, False)
     replayed, second, run = trajectory(make, True)
@@ -121,14 +132,21 @@ def plain(opt: Any) -> dict[str, float]:
     return {name: value for name, value in opt.diagnostics().items() if name != "compile_seconds"}
 
 
-@pytest.mark.parametrize("case", ["IVON-3", "IVONPoCoMo", "antithetic", "norm-clipping", "exponential"])
+@pytest.mark.parametrize("case", ["IVON-3", "norm-clipping", pytest.param("antithetic", marks=pytest.mark.slow)])
 def test_tile_by_tile(case: str) -> None:
     """Models that are stepped in place."""
     found = [torch.stack(trajectory(CASES[case], captured, backend="eager")[0]) for captured in (False, True)]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", ["IVON", "IVON-3", "IVONPoCoMo", "norm-clipping", "Bernoulli", "VSGD", "ConstantVSGD"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "IVONPoCoMo",
+        "VSGD",
+        *[pytest.param(c, marks=pytest.mark.slow) for c in ("IVON-3", "Bernoulli", "norm-clipping")],
+    ],
+)
 def test_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """As on a card: kernels by `fake_triton`, whose launches the tape repeats with the same tensors."""
     make = {**CASES, **ON_GRADIENTS}[case]
@@ -168,7 +186,8 @@ def test_a_pair_sees_one_dropout(name: str) -> None:
         batch = task.x[0], task.y[0]
         run = CapturedStep(opt, loss, batch, Tape) if captured else None
         opt.refresh(task.chunks())
-        found = [run((x, y)) if run else opt.step(lambda: loss(x, y)) for x, y in zip(task.x, task.y, strict=True)]
+        batches = zip(task.x, task.y, strict=True)
+        found = [run(batch) if run else opt.step(lambda batch=batch: loss(*batch)) for batch in batches]
         return torch.stack([*found, torch.rand(())])
 
     torch.testing.assert_close(losses(True).double(), losses(False).double(), rtol=1e-12, atol=1e-12)
@@ -248,7 +267,10 @@ def test_others_may_write_load_and_go_on() -> None:
     ("make", "sentence"),
     [
         (SHELL["VON"], r"^family=FullGaussian: .*call step\(closure\)\.$"),
-        (shell("diagonal_gaussian", lr=0.1, ess=10.0, curvature="exact"), "^curvature=.* estimators of gradients alone"),
+        (
+            shell("diagonal_gaussian", lr=0.1, ess=10.0, curvature="exact"),
+            "^curvature=.* estimators of gradients alone",
+        ),
         (shell("diagonal_gaussian", lr=0.1, ess=10.0, curvature="regression", mc_samples=9), "^curvature=Regression"),
         (named(poco.IVON, one_pass=True, **IVON), "^one_pass=True: "),
         (named(poco.IVONPoCo, anchor="products", **IVON), "^anchor='products': "),
@@ -301,7 +323,7 @@ def test_refused_without_a_card() -> None:
     for opt in (SHELL["IVON"](model.named_parameters()), poco.VSGD(model.parameters(), lr=0.1)):
         with pytest.raises(ValueError, match=r"^params: they are on cpu, which has no CUDA graphs; call step"):
             opt.captured(loss, torch.ones(2, 3))
-        with pytest.raises(TypeError, match="^closure="):
+        with pytest.raises(TypeError, match=r"^closure="):
             opt.captured([loss], torch.ones(2, 3))
     mixed = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
     with pytest.raises(ValueError, match=r"^params: they are on cpu, meta; captured\(\) is for one CUDA device"):
@@ -311,5 +333,5 @@ def test_refused_without_a_card() -> None:
 def test_counters_are_not_reckoned_with() -> None:
     counter = Counter(3, "step")
     for wrong in (lambda: counter + 1, lambda: 2 * counter, lambda: counter % 2, lambda: float(counter)):
-        with pytest.raises(RuntimeError, match="^step: a recorded step would keep this number"):
+        with pytest.raises(RuntimeError, match=r"^step: a recorded step would keep this number"):
             wrong()

@@ -6,7 +6,6 @@ they are. A replay is one launch, whatever the number of operations.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -57,8 +56,7 @@ class CudaGraph:
 
     @property
     def _generator(self) -> torch.Generator:
-        index = self.device.index
-        return torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
+        return torch.cuda.default_generators[self.device.index or 0]
 
     def warm(self, run: Run) -> None:
         """On the stream on which it will be recorded, as torch wants it."""
@@ -77,11 +75,12 @@ class CudaGraph:
             self._recording = True
             try:
                 # A capture that fails leaves its stream the current one, if nobody puts the old one back.
-                with torch.cuda.stream(torch.cuda.current_stream()), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
                     # Threads that load data may ask for memory meanwhile.
-                    with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-                        return run()
+                    torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"),
+                ):
+                    return run()
             finally:
                 self._recording = False
 
@@ -179,8 +178,8 @@ class Batch:
                 self._look(part, other, found)
         elif isinstance(example, dict | tuple | list) or type(value) is not type(example) or value != example:
             raise ValueError(
-                f"batch: {shown(value)} where the example has {shown(example)}; a captured step keeps all but the values "
-                "of tensors: give what changes in tensors, or call step(closure)."
+                f"batch: {shown(value)} where the example has {shown(example)}; a captured step keeps all but the "
+                "values of tensors: give what changes in tensors, or call step(closure)."
             )
 
 
@@ -215,9 +214,9 @@ class Record:
                 self.result = recorder.record(once)
             except Exception as error:
                 raise RuntimeError(
-                    f"closure: its step cannot be captured ({_reason(error)}); look at no values inside of it (.item(), "
-                    "if, print, masks as indices), make no tensors of the host's numbers there, or call step(closure). "
-                    "Nothing was changed."
+                    f"closure: its step cannot be captured ({_reason(error)}); look at no values inside of it "
+                    "(.item(), if, print, masks as indices), make no tensors of the host's numbers there, or call "
+                    "step(closure). Nothing was changed."
                 ) from error
 
     def replay(self) -> None:

@@ -123,7 +123,8 @@ class Numbers(NamedTuple):
         """The same in slots of a record, where its `write` finds `known()` by the name."""
         values, kind = record.numbers(name, self.known()), type(self.rates)
         count = len(self.rates)
-        return Numbers(kind(*values[:count]), kind(*values[count : 2 * count]), *values[2 * count :], self.factor)
+        rest: tuple[Any, ...] = (*values[2 * count :], self.factor)
+        return Numbers(kind(*values[:count]), kind(*values[count : 2 * count]), *rest)
 
 
 def unpacked(constants: Constants, numbers: Numbers | Tensor) -> Numbers:

@@ -176,7 +176,7 @@ class Step:
             self.begun = True
 
     def _replace(self, moved: kernels.Moved) -> None:
-        """Keep a whole block's new values, a flat one's (and those of a step that is recorded) where the old ones are."""
+        """Keep a whole block's new values; a flat one's, and those that are recorded, where the old ones are."""
         record = self.record
         if not isinstance(self.block, FlatBlock) and recording.active is None:
             record["posterior"], record["momentum"], record["memory"] = moved

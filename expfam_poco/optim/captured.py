@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expfam_poco.arguments import shown
-from expfam_poco.closures import processes
 from expfam_poco.closures.evaluate import Closure
 from expfam_poco.correction.alpha import Pace
 from expfam_poco.engine import fused
 from expfam_poco.engine.beginning import prior_of
-from expfam_poco.engine.block import LOOK_AGAIN, LOOKS, Block, Record
+from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.capture import Captured, CudaGraph, Recorder, check_captured
 from expfam_poco.engine.capture import Record as Recorded
 from expfam_poco.engine.flat import ROLES, FlatBlock
@@ -30,13 +28,13 @@ from expfam_poco.engine.round import Pair, Round
 from expfam_poco.engine.step import Sample, Step, clip_factor, hold_together
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.watch import Unsound
-from expfam_poco.engine.width import PATIENCE, check_reach
+from expfam_poco.engine.width import check_reach
 from expfam_poco.errors import NonFiniteError
-from expfam_poco.family import fields, recording
-from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family import fields
 from expfam_poco.family.recording import Counter
 from expfam_poco.family.transfer import AHEAD, Later
 from expfam_poco.optim.base import Shell
+from expfam_poco.optim.capturable import Last, constants_of, refuse
 
 
 class Plan(NamedTuple):
@@ -94,7 +92,7 @@ class CapturedStep(Captured):
         device = check_captured(closure, {b.device for b in optimizer._blocks if b.active}, recorder)
         refuse(optimizer)
         self._optimizer = optimizer
-        self._last: tuple[_Last, Plan, Recorded] | None = None
+        self._last: tuple[Last, Plan, Recorded] | None = None
         super().__init__(closure, example, device, recorder)
         before = optimizer._alphas
         with _begun_undone(optimizer), torch.no_grad():
@@ -148,11 +146,12 @@ class CapturedStep(Captured):
         """The next step, whatever has happened since the last one, and its record with all that it is about."""
         optimizer = self._optimizer
         refuse(optimizer)
-        plan = self._plan(optimizer._trainable())
+        blocks = optimizer._trainable()
+        plan = self._plan(blocks)
         record = self._record_of(plan)
         self._prepare(record, plan)
         if not any(plan.sampled):  # after a step that the meter has seen, the next is like the one before that
-            self._last = _Last.of(optimizer, plan), plan, record
+            self._last = Last.of(optimizer, blocks, plan.now.units), plan, record
         return plan, record
 
     def _as_before(self) -> tuple[Plan, Recorded] | None:
@@ -191,7 +190,7 @@ class CapturedStep(Captured):
             noise, sampled, None if wanted is None else (*wanted, *map(any, alphas)),
             *[block for block, _ in now.units],
             *[len(fields.leaves(record[role])) for _, record in now.units for role in ROLES],  # type: ignore[literal-required]
-            *[_constants(block) for block, _ in now.units],
+            *[constants_of(block) for block, _ in now.units],
             *[p.data_ptr() for member in members for p in member.params],
             optimizer.max_grad_norm,
             None if wanted is None else tuple(member.record["in_mega"] for member in members),
@@ -263,6 +262,8 @@ class CapturedStep(Captured):
                 samples = self._samples(plan, steps)
                 for step in steps:
                     step.apply()
+                    if isinstance(step.block, FlatBlock):
+                        step.block.settle()  # the members hold the point, where the block does
         finally:
             now.number = number
         if loss.device.type != self._device.type:
@@ -283,68 +284,6 @@ class CapturedStep(Captured):
         squared, *sampled = plan.sampled
         pairs = [(units[id(step.block)], step) for step in steps]
         return [(i, step.sample(squared=squared)) for i, step in pairs if sampled[i]]
-
-
-class _Last(NamedTuple):
-    """What the last step found, by which the next one may go as long as it is so: looking costs a tenth of making it.
-
-    Attributes:
-        settings: of every group.
-        own: what the optimizer has for all groups, and its counters of refreshes.
-        params: the trainable parameters, one by one with the block that knows what they are.
-        records: the records of all blocks.
-        units: the flat blocks.
-        steady: whether α is a number everywhere.
-    """
-
-    settings: list[Any]
-    own: tuple[Any, ...]
-    params: list[tuple[Any, Block]]
-    frozen: list[Any]
-    records: list[tuple[Any, Record, list[Any]]]
-    units: list[FlatBlock]
-    steady: bool
-
-    @staticmethod
-    def _own(optimizer: Shell) -> tuple[Any, ...]:
-        clock = optimizer._clock
-        return (
-            optimizer.seed, optimizer.noise, optimizer.mc_samples, optimizer.correction, optimizer.max_grad_norm,
-            optimizer.one_pass, clock["refresh"], clock["memory"], len(optimizer.param_groups),
-        )  # fmt: skip
-
-    @classmethod
-    def of(cls, optimizer: Shell, plan: Plan) -> _Last:
-        """What a plan has found."""
-        params = [(block.params[0], block) for block in plan.blocks]
-        known = {id(p) for p, _ in params}
-        frozen = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known and p.numel()]
-        settings = [reading.of(g) for reading, g in zip(optimizer._readings, optimizer.param_groups, strict=True)]
-        records = [(p, b.record, [b.record[role] for role in ROLES]) for p, b in params]  # type: ignore[literal-required]
-        units = [block for block, _ in plan.now.units if isinstance(block, FlatBlock)]
-        steady = all([isinstance(own.alpha, int | float | tuple) for own in settings])
-        return cls(settings, cls._own(optimizer), params, frozen, records, units, steady)
-
-    def holds(self, optimizer: Shell) -> bool:
-        """Whether all is so still, and nobody is to look closer: the meter, or for writes that leave no trace."""
-        number, looks = optimizer._clock["step"] + 1, self.params[0][1]._looks
-        closer = looks < LOOKS or not (looks + 1) % LOOK_AGAIN or number == PATIENCE
-        if closer or optimizer._meter.samples(number) or optimizer._layout.trying or self._own(optimizer) != self.own:
-            return False
-        pairs = zip(optimizer._readings, optimizer.param_groups, self.settings, strict=True)
-        if any([reading.of(group) is not own or own.adaptive is not None for reading, group, own in pairs]):
-            return False
-        if any([p.grad is not None or not p.requires_grad or b.weights_changed() or not b.at_point for p, b in self.params]):
-            return False
-        if any([p.requires_grad for p in self.frozen]):
-            return False
-        state = optimizer.state
-        for p, record, values in self.records:
-            if state.get(p) is not record or any([record[role] is not v for role, v in zip(ROLES, values, strict=True)]):  # type: ignore[literal-required]
-                return False
-        for _, block in self.params:
-            block._looks += 1
-        return all([unit.is_bound() for unit in self.units])
 
 
 class _Found(NamedTuple):
@@ -389,27 +328,6 @@ def _bring(unit: Unit, places: Sequence[Tensor]) -> None:
         block.give()
 
 
-def _constants(block: Block) -> Hashable:
-    """What a record keeps of a block's settings."""
-    s = block.settings
-    prior = None if s.prior is None else _Same(s.prior)
-    own = s.anchor_weight, s.clip_radius, s.retraction, s.prior_in_momentum, s.own_site, s.maximize
-    return (s.family, s.estimator, s.momentum > 0.0, prior, *own)
-
-
-class _Same:
-    """An object by its identity, as a part of a key."""
-
-    def __init__(self, own: Any) -> None:
-        self._own = own
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._own is self._own
-
-    def __hash__(self) -> int:
-        return id(self._own)
-
-
 def _gets_kernels(block: Block, optimizer: Shell) -> bool:
     """Whether each pass over the block is one kernel, which is what a graph of few launches needs."""
     fuses = optimizer.backend.mode == "compiled" and fused.is_at_hand(block.device)
@@ -447,39 +365,6 @@ def _begun_undone(optimizer: Shell) -> Iterator[None]:
         raise
     finally:
         optimizer._begun.clear()
-
-
-def refuse(optimizer: Shell) -> None:
-    """Refuse what no step can be captured of.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    instead = "call step(closure)"
-    if optimizer.one_pass:
-        raise ValueError(f"one_pass=True: a captured step leaves the model at the point; leave it out, or {instead}.")
-    if optimizer._products.kind != "curvature":
-        kind = optimizer._products.kind
-        raise ValueError(
-            f"anchor={kind!r}: it evaluates other batches besides, which no graph does; take anchor='curvature', or "
-            f"{instead}."
-        )
-    if optimizer._evaluator.processes is not None or (
-        not optimizer._is_alone and processes.are_many(optimizer._process_group)
-    ):
-        raise ValueError(f"process_group: several processes wait for each other, which no graph does; {instead}.")
-    for block in optimizer._blocks:
-        family, estimator = block.family, block.settings.estimator
-        if family.joint or type(family).noise is not ExponentialFamily.noise:
-            raise ValueError(
-                f"family={type(family).__name__}: its steps look at values (factors of matrices, noise of its own), which "
-                f"no graph does; {instead}."
-            )
-        if estimator.needs != "gradient" or estimator.compares:
-            raise ValueError(
-                f"curvature={shown(estimator)}: a graph holds estimators of gradients alone, not second derivatives, "
-                f"other losses or solutions of linear systems; take curvature='reparam' (or 'gradsq'), or {instead}."
-            )
 
 
 class Capturing(Shell):

@@ -15,7 +15,7 @@ from expfam_poco.closures.evaluate import evaluate
 from expfam_poco.engine.capture import Captured, CudaGraph, Record, Recorder, check_captured
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.errors import NonFiniteError
-from expfam_poco.family.transfer import AHEAD, Later
+from expfam_poco.family.transfer import AHEAD
 
 if TYPE_CHECKING:
     from expfam_poco.optim.vsgd import GradientModelOptimizer, Spoiled

@@ -393,7 +393,7 @@ class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.opti
     def _choices(
         self, now: Round, blocks: Sequence[Block], *, always: bool = False
     ) -> tuple[list[Pair], list[bool] | None]:
-        """Every unit's α, and whether its pair is measured even where that is 0; None: there is no second evaluation."""
+        """Every unit's α, and whether its pair is measured even where that is 0; None: nothing is evaluated twice."""
         alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, now.number), always=always)
         self._alphas = now.alphas_by_name(alphas)
         asked = any(map(any, alphas)) or any(wanted)

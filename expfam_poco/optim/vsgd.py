@@ -209,6 +209,7 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         members, kinds = list[Member](), self.kinds(used)
         record, numbers = recording.active, dict[Any, tuple[Any, ...]](kinds)
         if record is not None:
+            streamed = streamed or all([self.backend.fuses_all(self.rule, p.device) for _, p in used])
             numbers = {kind: tuple(record.numbers(f"kind {i}", own)) for i, (kind, own) in enumerate(kinds.items())}
         for group, p in used:
             state = self._started(p, group)
