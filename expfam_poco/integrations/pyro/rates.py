@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -89,7 +90,8 @@ class Rates:
         if m < least:
             return 0.0
         before, after = self.recent[-2 * m : -m], self.recent[-m:]
-        higher = sum((x > y) + 0.5 * (x == y) for x in before for y in after)
+        ordered = sorted(before)
+        higher = sum(m - 0.5 * (bisect_left(ordered, y) + bisect_right(ordered, y)) for y in after)
         if higher <= 0.5 * m**2 + errors * m * ((2 * m + 1) / 12) ** 0.5:
             return 0.0
         return max(0.0, median(before) - median(after))
