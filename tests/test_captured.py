@@ -212,6 +212,44 @@ def test_a_bad_batch_moves_nothing(nonfinite: str, backend: str) -> None:
     assert run(batches[3]).isfinite() and not equal(weights(model), held)
 
 
+def groups(model: nn.Module, **choices: Any) -> Any:
+    """Signs beside real numbers."""
+    some = dict(model.named_parameters())
+    signs = {"params": [some["0.weight"], some["3.weight"]], "family": "bernoulli", "lr": 0.01}
+    rest = {"params": [some["0.bias"], some["3.bias"]]}
+    return poco.PosteriorCorrected([signs, rest], "diagonal_gaussian", **COMMON, seed=0)
+
+
+def one_is_alone(model: nn.Module) -> Any:
+    return poco.IVONPoCo([model[0].weight], seed=0, **IVON)  # type: ignore[index]
+
+
+def one_is_unused(model: nn.Module) -> Any:
+    extra = nn.Parameter(torch.ones_like(model[0].bias))  # type: ignore[index, arg-type]
+    return poco.IVONPoCo([*model.parameters(), extra], seed=2**63 + 5, **IVON)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [groups, one_is_alone, one_is_unused])
+def test_other_models(make: Callable[[nn.Module], Any], dtype: torch.dtype) -> None:
+    """Groups of two families, a tensor that lies by itself, one that the batch does not use; narrower numbers."""
+
+    def finished(captured: bool) -> list[Tensor]:
+        model = network(dtype)
+        task, opt = Task(model), make(model)
+        batches = [[x, y] for x, y in zip(task.x, task.y, strict=True)]
+        loss = lambda x, y: 0.5 * (model(x) - y).square().mean()  # noqa: E731
+        run = CapturedStep(opt, loss, batches[0], Tape) if captured else lambda b: opt.step(lambda: loss(*b))
+        for step in range(6):
+            if step == 3:
+                opt.refresh(task.chunks())
+            run(batches[step % 4])
+        return [*weights(model), *[v for state in opt.posterior_states().values() for v in state]]
+
+    bound = torch.finfo(dtype).eps
+    torch.testing.assert_close(finished(True), finished(False), rtol=8 * bound, atol=8 * bound)
+
+
 def test_the_tape_notices_what_the_host_bakes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     ordinary = torch.stack(trajectory(CASES["IVONPoCo"], False)[0])
     for name in ("write", "count"):

@@ -52,7 +52,7 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._stream = torch.cuda.Stream(device)
         self._second: torch.Generator | None = None
-        self._recording = False
+        self._recording = self._pairs = False
 
     @property
     def _generator(self) -> torch.Generator:
@@ -87,13 +87,16 @@ class CudaGraph:
     def replay(self) -> None:
         """One launch, on the current stream."""
         with torch.cuda.device(self.device):
-            if self._second is not None:
+            if self._second is not None and self._pairs:
                 self._second.set_state(self._generator.get_state())
             self._graph.replay()
 
     def paired(self, params: Sequence[Any]) -> Any:
         """While warming up as ever; generators do not tell their states to a capture."""
-        return _Second(self._generator, self._second) if self._recording else Replay(params)
+        if not self._recording:
+            return Replay(params)
+        self._pairs = True
+        return _Second(self._generator, self._second)
 
 
 class _Second:

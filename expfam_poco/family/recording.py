@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BUFFERS = 8  # as many replays may wait for the device
 CAPACITY = 2**17  # slots of a record: addresses of tensors, words of keys and numbers
 
 
@@ -64,6 +65,8 @@ class Recording:
         own = device.type == "cpu"
         self._slots = torch.from_numpy(self._host) if own else torch.zeros(CAPACITY, dtype=torch.int64, device=device)
         self._used = 0
+        self._sent = -1
+        self._on_their_way: list[tuple[Tensor, Any, Any]] = []
         self._ranges: dict[str, slice] = {}
         self._places: dict[str, list[int]] = {}
 
@@ -100,10 +103,19 @@ class Recording:
         self._host[self._places.get(name, [])] = value
 
     def send(self) -> None:
-        """Let the device have all values, without waiting for it."""
-        if self.device.type != "cpu":
-            values = torch.from_numpy(self._host[: self._used]).pin_memory()
-            self._slots[: self._used].copy_(values, non_blocking=True)
+        """Let the device have all values, without waiting for it: they go through one of some buffers in turn."""
+        if self.device.type == "cpu":
+            return
+        self._sent += 1
+        if self._sent < BUFFERS:
+            pinned = torch.empty(self._used, dtype=torch.int64, pin_memory=True)
+            self._on_their_way.append((pinned, pinned.numpy(), torch.cuda.Event()))
+        pinned, values, left = self._on_their_way[self._sent % BUFFERS]
+        if self._sent >= BUFFERS and not left.query():
+            left.synchronize()
+        values[:] = self._host[: self._used]
+        self._slots[: self._used].copy_(pinned, non_blocking=True)
+        left.record()
 
     @contextmanager
     def running(self) -> Iterator[None]:

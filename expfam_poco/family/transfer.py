@@ -25,8 +25,9 @@ def is_ahead(device: torch.device) -> bool:
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Some numbers as a tensor; a device's arrive without the host waiting for it."""
     compiling = torch.compiler.is_compiling()
-    if recording.active is not None and not compiling:
-        return recording.active.place(values, dtype)
+    record = None if compiling else recording.active
+    if record is not None and device.type == record.device.type:  # not "meta", where kernels are traced
+        return record.place(values, dtype)
     if device.type != "cuda" or compiling:
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)

@@ -79,6 +79,7 @@ class Last(NamedTuple):
         records: the records of all blocks.
         units: the flat blocks.
         steady: whether α is a number everywhere.
+        settled: whether all numbers are the last step's: also those that depend on the momentum's age do not move.
     """
 
     settings: list[Any]
@@ -88,6 +89,7 @@ class Last(NamedTuple):
     records: list[tuple[Any, Record, list[Any]]]
     units: list[FlatBlock]
     steady: bool
+    settled: bool = False
 
     @staticmethod
     def _own(optimizer: Shell) -> tuple[Any, ...]:

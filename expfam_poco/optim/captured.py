@@ -121,13 +121,11 @@ class CapturedStep(Captured):
             number, blocks = plan.now.number, plan.blocks
             if number == 1 and optimizer.noise != "zero":
                 at_weights = optimizer._width.loss([(self._closure, 1.0)], blocks, optimizer._evaluator)
+            record.numbers.count("step", number)
             with Uninterrupted():
-                for i, own in enumerate(plan.numbers):
-                    record.numbers.write(f"unit {i}", own.known())
-                record.numbers.count("step", number)
                 record.replay()
+                loss: Tensor = record.result.loss.clone()
                 self._follow(record, plan)
-        loss: Tensor = record.result.loss.clone()
         if at_weights is not None:
             optimizer._width.compare(float(loss), at_weights)
         try:
@@ -150,6 +148,7 @@ class CapturedStep(Captured):
         plan = self._plan(blocks)
         record = self._record_of(plan)
         self._prepare(record, plan)
+        _write(record, plan)
         if not any(plan.sampled):  # after a step that the meter has seen, the next is like the one before that
             self._last = Last.of(optimizer, blocks, plan.now.units), plan, record
         return plan, record
@@ -159,18 +158,20 @@ class CapturedStep(Captured):
         optimizer = self._optimizer
         if self._last is None or not self._last[0].holds(optimizer):
             return None
-        _, plan, record = self._last
+        last, plan, record = self._last
         number = optimizer._clock["step"] + 1
         plan.now.number = number
-        if not self._last[0].steady:
+        if not last.steady:
             alphas, _ = plan.now.alphas(optimizer._meter, Pace.of(optimizer._clock, number), always=False)
             if [any(pair) for pair in alphas] != [any(pair) for pair in plan.alphas]:
                 return None
             optimizer._alphas = plan.now.alphas_by_name(alphas)
             plan = plan._replace(alphas=alphas)
         optimizer._stale.check(plan.wanted is not None, number - optimizer._clock["refreshed"])
-        plan = plan._replace(numbers=plan.now.numbers(plan.alphas))
-        self._last = self._last[0], plan, record
+        if not last.settled:
+            before, plan = plan.numbers, plan._replace(numbers=plan.now.numbers(plan.alphas))
+            _write(record, plan)
+            self._last = last._replace(settled=last.steady and plan.numbers == before), plan, record
         return plan, record
 
     def _plan(self, blocks: Sequence[Block]) -> Plan:
@@ -284,6 +285,12 @@ class CapturedStep(Captured):
         squared, *sampled = plan.sampled
         pairs = [(units[id(step.block)], step) for step in steps]
         return [(i, step.sample(squared=squared)) for i, step in pairs if sampled[i]]
+
+
+def _write(record: Recorded, plan: Plan) -> None:
+    """Let a record have the numbers of a step."""
+    for i, own in enumerate(plan.numbers):
+        record.numbers.write(f"unit {i}", own.known())
 
 
 class _Found(NamedTuple):
