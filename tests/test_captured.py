@@ -119,7 +119,7 @@ def test_replays_are_the_ordinary_steps(monkeypatch: pytest.MonkeyPatch, case: s
     for mine, theirs in zip(states(second), states(first), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     assert plain(second) == pytest.approx(plain(first), rel=1e-9, nan_ok=True)
-    assert sum(record._recorder.replays for record in run._records.values()) == 11
+    assert sum(graph._recorder.replays for graph in run._graphs.values()) == 11
 
 
 def states(opt: Any) -> list[Any]:
@@ -259,16 +259,16 @@ def test_the_tape_notices_what_the_host_bakes_in(monkeypatch: pytest.MonkeyPatch
         assert not torch.allclose(replayed, ordinary, rtol=1e-6)
 
 
-def test_one_more_kind_of_step_is_one_more_record() -> None:
+def test_one_more_kind_of_step_is_one_more_graph() -> None:
     _, opt, loss, batches = problem(CASES["IVONPoCo"])
     run = CapturedStep(opt, loss, batches[0], Tape)
     for _ in range(5):
         run(batches[0])
-    assert len(run._records) == 1
+    assert len(run._graphs) == 1
     for _ in range(2):
         opt.refresh([lambda: loss(batches[0])])
         run(batches[1])
-    assert len(run._records) == 2
+    assert len(run._graphs) == 2
 
 
 def test_others_may_write_load_and_go_on() -> None:

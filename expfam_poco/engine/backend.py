@@ -321,7 +321,7 @@ def _compile(kernel: Callable[..., Any], constants: tuple[Any, ...]) -> Callable
 
 
 class Pair(NamedTuple):
-    """Two numbers of a kernel, which may change from call to call; a record has them in slots."""
+    """Two numbers of a kernel, which may change from call to call; tensors where a step is recorded."""
 
     first: Any
     second: Any

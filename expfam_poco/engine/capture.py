@@ -1,6 +1,6 @@
 """Steps that are recorded once and replayed, a CUDA graph each: what is static about them, and who records.
 
-A record is made of what a step asks of its device, with the batch, the numbers and all state in tensors that stay where
+A graph is what a step asks of its device, with the batch, the numbers and all state in tensors that stay where
 they are. A replay is one launch, whatever the number of operations.
 """
 
@@ -186,7 +186,7 @@ class Batch:
             )
 
 
-class Record:
+class Graph:
     """One kind of step, recorded.
 
     Args:
@@ -237,7 +237,7 @@ def _reason(error: BaseException) -> str:
 
 
 class Captured:
-    """What is common to captured steps: the batch, and a record for each kind of step that has come up.
+    """What is common to captured steps: the batch, and a graph for each kind of step that has come up.
 
     Args:
         closure: gives the loss of a batch.
@@ -256,15 +256,15 @@ class Captured:
         self._batch = Batch(example, device)
         self._closure = self._batch.bound(closure)
         self._device, self._recorder = device, recorder
-        self._records: dict[Hashable, Record] = {}
+        self._graphs: dict[Hashable, Graph] = {}
 
-    def _record(
+    def _graph(
         self, kind: Hashable, run: Run, undone: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> Record:
-        """The record of this kind of step, made now if there is none."""
-        found = self._records.get(kind)
+    ) -> Graph:
+        """The graph of this kind of step, recorded now if there is none."""
+        found = self._graphs.get(kind)
         if found is None:
-            found = self._records[kind] = Record(self._recorder(self._device), run, undone)
+            found = self._graphs[kind] = Graph(self._recorder(self._device), run, undone)
         return found
 
 

@@ -120,7 +120,7 @@ class Numbers(NamedTuple):
         return [*self.rates, *self.alpha, *self[2:-1]]
 
     def placed(self, record: Recording, name: str) -> Numbers:
-        """The same in slots of a record, where its `write` finds `known()` by the name."""
+        """The same in slots of a recording, whose `write` finds `known()` by the name."""
         values, kind = record.numbers(name, self.known()), type(self.rates)
         count = len(self.rates)
         rest: tuple[Any, ...] = (*values[2 * count :], self.factor)

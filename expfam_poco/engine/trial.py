@@ -183,7 +183,7 @@ class Trial:
             for draw in range(self.count):
                 constants = self.constants(draw)
                 source = self.like(whole) if self.mode == "zero" else self.source(whole, constants, draw)
-                like = source if isinstance(source, Tensor) else self.like(whole)  # a record has addresses
+                like = source if isinstance(source, Tensor) else self.like(whole)  # recorded: an address
                 rows.append(constants.noise_of(source, like))
             self.noises.append(stacked(rows))
         return self.noises[0]

@@ -1,7 +1,7 @@
 """A step that is recorded once and replayed: the device finds its numbers in slots, which the host fills anew.
 
-While a step is recorded, nobody may look at values, and a number of the host becomes a part of the record. So what
-changes from step to step (rates, α, the counters of noise) gets slots in one tensor on the device. All numbers of the
+While a step is recorded, nobody may look at values, and a number of the host becomes a part of what is recorded. So
+what changes from step to step (rates, α, the counters of noise) gets slots in one tensor on the device. All numbers of the
 host come by `transfer.on_device`, which asks here; `Counter`s among them are found again.
 """
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 BUFFERS = 8  # as many replays may wait for the device
-CAPACITY = 2**17  # slots of a record: addresses of tensors, words of keys and numbers
+CAPACITY = 2**17  # slots: addresses of tensors, words of keys and numbers
 
 
 class Counter(int):
-    """A counter of a noise key whose value a record finds in a slot.
+    """A counter of a noise key whose value a recorded step finds in a slot.
 
-    Whoever reckoned with it would write its present value into the record, and is refused.
+    Whoever reckoned with it would fix its present value, and is refused.
 
     >>> from expfam_poco.noise import NoiseKey
     >>> NoiseKey(seed=7, step=Counter(3, "step")).step.name
@@ -45,7 +45,7 @@ class Counter(int):
 
 
 class Recording:
-    """The slots of a record, and how its second evaluations see the random numbers of the first.
+    """The slots of a recorded step, and how its second evaluations see the random numbers of the first.
 
     Args:
         device: where the slots are.
@@ -80,7 +80,7 @@ class Recording:
         begin, end = self._used, self._used + len(values)
         if end > CAPACITY:
             raise RuntimeError(
-                f"captured: a record has {CAPACITY} numbers, which does not do for so many tensors; large models are "
+                f"captured: a graph has {CAPACITY} numbers, which does not do for so many tensors; large models are "
                 "stepped as fast by step(closure)."
             )
         self._used = end

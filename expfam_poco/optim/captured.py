@@ -1,7 +1,7 @@
 """Captured steps of a `PosteriorCorrected`: the device's part is recorded once for each kind of step, and replayed.
 
 The host's part is done at every replay as ever: it looks for writes of others, reads what the groups say, chooses α,
-counts. What follows from that for the device goes into the record's slots (`family.recording`).
+counts. What follows from that for the device goes into the graph's slots (`family.recording`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from expfam_poco.correction.alpha import Pace
 from expfam_poco.engine import fused
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record
-from expfam_poco.engine.capture import Captured, CudaGraph, Recorder, check_captured
-from expfam_poco.engine.capture import Record as Recorded
+from expfam_poco.engine.capture import Captured, CudaGraph, Graph, Recorder, check_captured
 from expfam_poco.engine.flat import ROLES, FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.kernels import Numbers, is_flat, unshared
@@ -60,7 +59,7 @@ class Plan(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a record's run leaves: tensors that every replay fills, and what tells whose they are."""
+    """What a graph's run leaves: tensors that every replay fills, and what tells whose they are."""
 
     loss: Tensor
     steps: list[Step]
@@ -92,11 +91,11 @@ class CapturedStep(Captured):
         device = check_captured(closure, {b.device for b in optimizer._blocks if b.active}, recorder)
         refuse(optimizer)
         self._optimizer = optimizer
-        self._last: tuple[Last, Plan, Recorded] | None = None
+        self._last: tuple[Last, Plan, Graph] | None = None
         super().__init__(closure, example, device, recorder)
         before = optimizer._alphas
         with _begun_undone(optimizer), torch.no_grad():
-            self._record_of(self._plan(optimizer._trainable()))
+            self._graph_of(self._plan(optimizer._trainable()))
         optimizer._alphas = before
 
     @torch.no_grad()
@@ -117,15 +116,15 @@ class CapturedStep(Captured):
         self._batch.take(batch)
         at_weights = None
         with _begun_undone(optimizer):
-            plan, record = self._as_before() or self._afresh()
+            plan, graph = self._as_before() or self._afresh()
             number, blocks = plan.now.number, plan.blocks
             if number == 1 and optimizer.noise != "zero":
                 at_weights = optimizer._width.loss([(self._closure, 1.0)], blocks, optimizer._evaluator)
-            record.numbers.count("step", number)
+            graph.numbers.count("step", number)
             with Uninterrupted():
-                record.replay()
-                loss: Tensor = record.result.loss.clone()
-                self._follow(record, plan)
+                graph.replay()
+                loss: Tensor = graph.result.loss.clone()
+                self._follow(graph, plan)
         if at_weights is not None:
             optimizer._width.compare(float(loss), at_weights)
         try:
@@ -140,25 +139,25 @@ class CapturedStep(Captured):
 
     # ---- the host's part -----------------------------------------------------------------------------------
 
-    def _afresh(self) -> tuple[Plan, Recorded]:
-        """The next step, whatever has happened since the last one, and its record with all that it is about."""
+    def _afresh(self) -> tuple[Plan, Graph]:
+        """The next step, whatever has happened since the last one, and its graph with all that it is about."""
         optimizer = self._optimizer
         refuse(optimizer)
         blocks = optimizer._trainable()
         plan = self._plan(blocks)
-        record = self._record_of(plan)
-        self._prepare(record, plan)
-        _write(record, plan)
+        graph = self._graph_of(plan)
+        self._prepare(graph, plan)
+        _write(graph, plan)
         if not any(plan.sampled):  # after a step that the meter has seen, the next is like the one before that
-            self._last = Last.of(optimizer, blocks, plan.now.units), plan, record
-        return plan, record
+            self._last = Last.of(optimizer, blocks, plan.now.units), plan, graph
+        return plan, graph
 
-    def _as_before(self) -> tuple[Plan, Recorded] | None:
-        """The next step and its record, if it is like the last one in all but its number (and α): all is in place."""
+    def _as_before(self) -> tuple[Plan, Graph] | None:
+        """The next step and its graph, if it is like the last one in all but its number (and α): all is in place."""
         optimizer = self._optimizer
         if self._last is None or not self._last[0].holds(optimizer):
             return None
-        last, plan, record = self._last
+        last, plan, graph = self._last
         number = optimizer._clock["step"] + 1
         plan.now.number = number
         if not last.steady:
@@ -170,9 +169,9 @@ class CapturedStep(Captured):
         optimizer._stale.check(plan.wanted is not None, number - optimizer._clock["refreshed"])
         if not last.settled:
             before, plan = plan.numbers, plan._replace(numbers=plan.now.numbers(plan.alphas))
-            _write(record, plan)
-            self._last = last._replace(settled=last.steady and plan.numbers == before), plan, record
-        return plan, record
+            _write(graph, plan)
+            self._last = last._replace(settled=last.steady and plan.numbers == before), plan, graph
+        return plan, graph
 
     def _plan(self, blocks: Sequence[Block]) -> Plan:
         """What the next step is."""
@@ -198,9 +197,9 @@ class CapturedStep(Captured):
         )  # fmt: skip
         return Plan(now, blocks, alphas, wanted, now.numbers(alphas), sampled, kind)
 
-    def _prepare(self, record: Recorded, plan: Plan) -> None:
-        """Let the record find this step's state, priors and q_out."""
-        done: Done = record.result
+    def _prepare(self, graph: Graph, plan: Plan) -> None:
+        """Let the graph find this step's state, priors and q_out."""
+        done: Done = graph.result
         for unit, places in zip(plan.now.units, done.state, strict=True):
             _bring(unit, places)
         for block, prior in done.priors:
@@ -210,11 +209,11 @@ class CapturedStep(Captured):
                     place.copy_(value)
                 assert block.known_prior is not None
                 block.known_prior = block.known_prior[0], prior
-        record.numbers.count("refresh", self._optimizer._clock["refresh"])
+        graph.numbers.count("refresh", self._optimizer._clock["refresh"])
 
-    def _follow(self, record: Recorded, plan: Plan) -> None:
+    def _follow(self, graph: Graph, plan: Plan) -> None:
         """Count a step that a replay has made, as the ordinary one does."""
-        optimizer, done, number = self._optimizer, record.result, plan.now.number
+        optimizer, done, number = self._optimizer, graph.result, plan.now.number
         torch.autograd.graph.increment_version([p for block in plan.blocks for p in block.params])
         for step in done.steps:
             step.count()
@@ -238,13 +237,13 @@ class CapturedStep(Captured):
 
     # ---- the device's part ---------------------------------------------------------------------------------
 
-    def _record_of(self, plan: Plan) -> Recorded:
-        """The record of this kind of step; those of blocks that are laid otherwise by now are forgotten."""
-        if plan.kind not in self._records:
+    def _graph_of(self, plan: Plan) -> Graph:
+        """The graph of this kind of step; those of blocks that are laid otherwise by now are forgotten."""
+        if plan.kind not in self._graphs:
             present = [block for block, _ in plan.now.units]
-            kept = {k: r for k, r in self._records.items() if r.result.units == present}
-            self._records = kept
-        return self._record(plan.kind, lambda: self._run(plan), lambda: _undone(self._optimizer, plan, self._closure))
+            kept = {k: g for k, g in self._graphs.items() if g.result.units == present}
+            self._graphs = kept
+        return self._graph(plan.kind, lambda: self._run(plan), lambda: _undone(self._optimizer, plan, self._closure))
 
     def _run(self, plan: Plan) -> Done:
         """A step, less what the host does besides: what `PosteriorCorrected.step` does with the same functions."""
@@ -287,10 +286,10 @@ class CapturedStep(Captured):
         return [(i, step.sample(squared=squared)) for i, step in pairs if sampled[i]]
 
 
-def _write(record: Recorded, plan: Plan) -> None:
-    """Let a record have the numbers of a step."""
+def _write(graph: Graph, plan: Plan) -> None:
+    """Let a graph have the numbers of a step."""
     for i, own in enumerate(plan.numbers):
-        record.numbers.write(f"unit {i}", own.known())
+        graph.numbers.write(f"unit {i}", own.known())
 
 
 class _Found(NamedTuple):
@@ -320,7 +319,7 @@ def _leaves(record: Record) -> list[Tensor]:
 
 
 def _bring(unit: Unit, places: Sequence[Tensor]) -> None:
-    """Let a unit's state lie where a record has it, if somebody has put other tensors in its place."""
+    """Let a unit's state lie where a graph has it, if somebody has put other tensors in its place."""
     block, record = unit
     present = _leaves(record)
     if all([value is place for value, place in zip(present, places, strict=True)]):

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from expfam_poco.closures.effects import Buffers, capture_random, replay_random
 from expfam_poco.closures.evaluate import evaluate
-from expfam_poco.engine.capture import Captured, CudaGraph, Record, Recorder, check_captured
+from expfam_poco.engine.capture import Captured, CudaGraph, Graph, Recorder, check_captured
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family.transfer import AHEAD
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Done(NamedTuple):
-    """What a record's run leaves: the loss, the parameters that it has stepped and their state, what was not finite."""
+    """What a graph's run leaves: the loss, the parameters that it has stepped and their state, what was not finite."""
 
     loss: Tensor
     used: list[Any]
@@ -62,16 +62,16 @@ class CapturedGradientStep(Captured):
         """
         optimizer = self._optimizer
         self._batch.take(batch)
-        record = self._present()
-        done: Done = record.result
+        graph = self._present()
+        done: Done = graph.result
         with Uninterrupted():
             for place, value in zip(done.state, self._state(done.used), strict=True):
                 if value is not place:
                     place.copy_(value)
             self._keep(done)
             for i, own in enumerate(optimizer.kinds(done.used).values()):
-                record.numbers.write(f"kind {i}", own)
-            record.replay()
+                graph.numbers.write(f"kind {i}", own)
+            graph.replay()
             torch.autograd.graph.increment_version([p for _, p in done.used])
             for _, p in done.used:
                 optimizer.state[p]["step"] += 1
@@ -103,14 +103,14 @@ class CapturedGradientStep(Captured):
         return [state[name] for state in states for name in optimizer.state_names]
 
     def _keep(self, done: Done) -> None:
-        """Let the optimizer's state be the record's tensors."""
+        """Let the optimizer's state be the graph's tensors."""
         rest = iter(done.state)
         for _, p in done.used:
             for name in self._optimizer.state_names:
                 self._optimizer.state[p][name] = next(rest)
 
-    def _present(self) -> Record:
-        """The record of the next step's kind, made now if there is none."""
+    def _present(self) -> Graph:
+        """The graph of the next step's kind, made now if there is none."""
         optimizer, pairs = self._optimizer, self._pairs()
         for group in optimizer.param_groups:
             optimizer.check(group)
@@ -118,7 +118,7 @@ class CapturedGradientStep(Captured):
         order = {age: i for i, age in enumerate(dict.fromkeys(ages))}
         members = [(order[age], p.data_ptr(), group["maximize"]) for age, (group, p) in zip(ages, pairs, strict=True)]
         kind = optimizer.nonfinite, *members
-        return self._record(kind, self._run, self._undone)
+        return self._graph(kind, self._run, self._undone)
 
     def _run(self) -> Done:
         """Gradients, and the device's part of the step."""
