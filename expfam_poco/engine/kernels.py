@@ -316,7 +316,7 @@ def unshared(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
     """
     # By `is`, for a compiler takes an id() for a constant.
     pairs = zip(old, new, strict=True)
-    return [value.clone() if value is not place and any(value is o for o in old) else value for place, value in pairs]
+    return [value.clone() if value is not place and any([value is o for o in old]) else value for place, value in pairs]
 
 
 def _per_weight(values: Tensor, dims: int) -> Tensor:

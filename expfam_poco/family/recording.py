@@ -1,8 +1,8 @@
 """A step that is recorded once and replayed: the device finds its numbers in slots, which the host fills anew.
 
 While a step is recorded, nobody may look at values, and a number of the host becomes a part of what is recorded. So
-what changes from step to step (rates, α, the counters of noise) gets slots in one tensor on the device. All numbers of the
-host come by `transfer.on_device`, which asks here; `Counter`s among them are found again.
+what changes from step to step (rates, α, the counters of noise) gets slots in one tensor on the device. All numbers of
+the host come by `transfer.on_device`, which asks here; `Counter`s among them are found again.
 """
 
 from __future__ import annotations
