@@ -287,3 +287,8 @@ def check_captured(closure: Any, devices: set[torch.device], recorder: Any) -> t
     if recorder is CudaGraph and device.type != "cuda":
         raise ValueError(f"params: they are on {device}, which has no CUDA graphs; call step(closure).")
     return device
+
+
+def loss_elsewhere(loss: Tensor, device: torch.device) -> str:
+    """The sentence for a loss that is not on the model's device."""
+    return f"closure: its loss is on {loss.device}, the model on {device}; return a tensor that is computed there."

@@ -66,6 +66,7 @@ class Shell:
     _skips: Skips
     _process_group: Any
     _is_alone: bool
+    _opt_called: bool
 
     def _active(self) -> list[Block]:
         raise NotImplementedError("the optimizer knows its blocks")

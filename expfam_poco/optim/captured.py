@@ -18,7 +18,7 @@ from expfam_poco.correction.alpha import Pace
 from expfam_poco.engine import fused
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record
-from expfam_poco.engine.capture import Captured, CudaGraph, Graph, Recorder, check_captured
+from expfam_poco.engine.capture import Captured, CudaGraph, Graph, Recorder, check_captured, loss_elsewhere
 from expfam_poco.engine.flat import ROLES, FlatBlock
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.kernels import Numbers, is_flat, unshared
@@ -114,7 +114,7 @@ class CapturedStep(Captured):
         """
         optimizer = self._optimizer
         self._batch.take(batch)
-        at_weights = None
+        at_weights, optimizer._opt_called = None, True  # so that schedulers do not miss a step
         with _begun_undone(optimizer):
             plan, graph = self._as_before() or self._afresh()
             number, blocks = plan.now.number, plan.blocks
@@ -267,7 +267,7 @@ class CapturedStep(Captured):
         finally:
             now.number = number
         if loss.device.type != self._device.type:
-            raise TypeError(f"its loss is on {loss.device}, the model on {self._device}")
+            raise TypeError(loss_elsewhere(loss, self._device))
         own = [step.unsound for step in steps if step.unsound is not None]
         flat = [unsound.counts.reshape(-1) for unsound in own]
         ends = [sum(map(len, flat[: i + 1])) for i in range(len(flat))]

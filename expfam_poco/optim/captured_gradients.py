@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from expfam_poco.closures.effects import Buffers, capture_random, replay_random
 from expfam_poco.closures.evaluate import evaluate
-from expfam_poco.engine.capture import Captured, CudaGraph, Graph, Recorder, check_captured
+from expfam_poco.engine.capture import Captured, CudaGraph, Graph, Recorder, check_captured, loss_elsewhere
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family.transfer import AHEAD
@@ -62,6 +62,7 @@ class CapturedGradientStep(Captured):
         """
         optimizer = self._optimizer
         self._batch.take(batch)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # so that schedulers do not miss a step
         graph = self._present()
         done: Done = graph.result
         with Uninterrupted():
@@ -125,7 +126,7 @@ class CapturedGradientStep(Captured):
         optimizer, params = self._optimizer, self._params()
         measured = evaluate(self._closure, params, check=False)
         if measured.loss.device.type != self._device.type:
-            raise TypeError(f"its loss is on {measured.loss.device}, the model on {self._device}")
+            raise TypeError(loss_elsewhere(measured.loss, self._device))
         try:
             for p, grad in zip(params, measured.grads, strict=True):
                 p.grad = grad
