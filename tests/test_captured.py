@@ -313,15 +313,26 @@ def test_a_replay_asks_little_of_the_host(name: str, most: int) -> None:
     assert pstats.Stats(profile).total_calls <= most * 10  # type: ignore[attr-defined]
 
 
-def test_schedulers_see_a_step() -> None:
-    _, opt, loss, batches = problem(CASES["IVON"])
-    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
-    run = CapturedStep(opt, loss, batches[0], Tape)
+def test_schedulers_see_a_step_and_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that moves at every step does not make the host begin afresh."""
+    monkeypatch.setattr(capturable, "LOOKS", 0)
+    afresh, calls = CapturedStep._afresh, list[int]()
+    monkeypatch.setattr(CapturedStep, "_afresh", lambda self: (calls.append(1), afresh(self))[1])
+
+    def finished(captured: bool) -> list[Tensor]:
+        model, opt, loss, batches = problem(CASES["IVONPoCo"])
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        run: Any = CapturedStep(opt, loss, batches[0], Tape) if captured else lambda b: opt.step(lambda: loss(b))
+        opt.refresh([lambda: loss(batches[0])])
+        for _ in range(5):
+            run(batches[1])
+            scheduler.step()
+        return weights(model)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(batches[0])
-        scheduler.step()
-    assert opt.param_groups[0]["lr"] == pytest.approx(0.05)
+        torch.testing.assert_close(finished(True), finished(False), rtol=1e-12, atol=1e-12)
+    assert len(calls) == 1
 
 
 def test_others_may_write_load_and_go_on() -> None:

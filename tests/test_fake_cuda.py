@@ -317,7 +317,7 @@ def test_a_step_of_kernels_asks_little_of_the_device(
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-@pytest.mark.parametrize(("case", "most"), [("IVON", 3), ("IVONPoCoMo", 4), ("VSGD", 4), ("ConstantVSGD", 4)])
+@pytest.mark.parametrize(("case", "most"), [("IVON", 3), ("IVONPoCoMo", 4), ("VSGD", 4)])
 def test_a_graph_of_a_small_model_has_few_nodes(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch, case: str, most: int
 ) -> None:

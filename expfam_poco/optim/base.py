@@ -86,6 +86,9 @@ class Shell:
     def _round(self, blocks: Sequence[Block], number: int) -> Round:
         raise NotImplementedError("the optimizer plans its rounds")
 
+    def _read_settings(self) -> None:
+        raise NotImplementedError("the optimizer reads its groups")
+
     def _choices(
         self, now: Round, blocks: Sequence[Block], *, always: bool = False
     ) -> tuple[list[tuple[float, float]], list[bool] | None]:

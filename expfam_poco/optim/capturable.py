@@ -10,6 +10,7 @@ from expfam_poco.arguments import shown
 from expfam_poco.closures import processes
 from expfam_poco.engine.block import LOOK_AGAIN, LOOKS, Block, Record
 from expfam_poco.engine.flat import ROLES, FlatBlock
+from expfam_poco.engine.settings import Settings
 from expfam_poco.engine.width import PATIENCE
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.optim.base import Shell
@@ -48,9 +49,8 @@ def refuse(optimizer: Shell) -> None:
             )
 
 
-def constants_of(block: Block) -> Hashable:
-    """What a record keeps of a block's settings."""
-    s = block.settings
+def constants_of(s: Settings) -> Hashable:
+    """What a graph keeps of a block's settings."""
     prior = None if s.prior is None else _Same(s.prior)
     own = s.anchor_weight, s.clip_radius, s.retraction, s.prior_in_momentum, s.own_site, s.maximize
     return (s.family, s.estimator, s.momentum > 0.0, prior, *own)
@@ -82,7 +82,7 @@ class Last(NamedTuple):
         settled: whether all numbers are the last step's: also those that depend on the momentum's age do not move.
     """
 
-    settings: list[Any]
+    settings: list[Settings]
     own: tuple[Any, ...]
     params: list[tuple[Any, Block]]
     frozen: list[Any]
@@ -108,29 +108,52 @@ class Last(NamedTuple):
         settings = [reading.of(g) for reading, g in zip(optimizer._readings, optimizer.param_groups, strict=True)]
         records = [(p, b.record, [b.record[role] for role in ROLES]) for p, b in params]  # type: ignore[literal-required]
         flat = [block for block, _ in units if isinstance(block, FlatBlock)]
-        steady = all([isinstance(own.alpha, int | float | tuple) for own in settings])
-        return cls(settings, cls._own(optimizer), params, frozen, records, flat, steady)
+        return cls(settings, cls._own(optimizer), params, frozen, records, flat, _are_steady(settings))
 
-    def holds(self, optimizer: Shell) -> bool:
-        """Whether all is so still, and nobody is to look closer: the meter, or for writes that leave no trace."""
+    def still(self, optimizer: Shell) -> Last | None:
+        """The same for the next step, if all is so, and nobody is to look closer: the meter, or for hidden writes.
+
+        What a graph finds in its slots, rates among it, may have changed; the blocks then go by it.
+        """
         number, looks = optimizer._clock["step"] + 1, self.params[0][1]._looks
         closer = looks < LOOKS or not (looks + 1) % LOOK_AGAIN or number == PATIENCE
         if closer or optimizer._meter.samples(number) or optimizer._layout.trying or self._own(optimizer) != self.own:
-            return False
-        pairs = zip(optimizer._readings, optimizer.param_groups, self.settings, strict=True)
-        if any([reading.of(group) is not own or own.adaptive is not None for reading, group, own in pairs]):
-            return False
+            return None
+        settings = [reading.of(g) for reading, g in zip(optimizer._readings, optimizer.param_groups, strict=True)]
+        same = all(map(operator.is_, settings, self.settings))
+        if not same and not all(map(_are_alike, settings, self.settings)):
+            return None
         if any(
             [p.grad is not None or not p.requires_grad or b.weights_changed() or not b.at_point for p, b in self.params]
         ):
-            return False
+            return None
         if any([p.requires_grad for p in self.frozen]):
-            return False
+            return None
         state = optimizer.state
         for p, record, values in self.records:
             present = [record[role] for role in ROLES]  # type: ignore[literal-required]
             if state.get(p) is not record or not all(map(operator.is_, present, values)):
-                return False
+                return None
+        if not all([unit.is_bound() for unit in self.units]):
+            return None
         for _, block in self.params:
             block._looks += 1
-        return all([unit.is_bound() for unit in self.units])
+        if same:
+            return self
+        optimizer._read_settings()
+        for unit in self.units:
+            unit.adopt(unit.members[0].settings)
+        return self._replace(settings=settings, steady=_are_steady(settings), settled=False)
+
+
+def _are_alike(first: Settings, second: Settings) -> bool:
+    """Whether what differs is in slots; a prior of their own strength has to be brought."""
+    if first is second:
+        return True
+    adaptive = first.adaptive is not None or second.adaptive is not None
+    strengths = first.ess * first.weight_decay, second.ess * second.weight_decay
+    return not adaptive and strengths[0] == strengths[1] and constants_of(first) == constants_of(second)
+
+
+def _are_steady(settings: Sequence[Settings]) -> bool:
+    return all([isinstance(own.alpha, int | float | tuple) for own in settings])

@@ -148,19 +148,22 @@ class CapturedStep(Captured):
         graph = self._graph_of(plan)
         self._prepare(graph, plan)
         _write(graph, plan)
-        if not any(plan.sampled):  # after a step that the meter has seen, the next is like the one before that
+        # After a step that the meter has seen the next is like the one before that; it sees all where α is adaptive.
+        if not any(plan.sampled):
             self._last = Last.of(optimizer, blocks, plan.now.units), plan, graph
         return plan, graph
 
     def _as_before(self) -> tuple[Plan, Graph] | None:
         """The next step and its graph, if it is like the last one in all but its number (and α): all is in place."""
         optimizer = self._optimizer
-        if self._last is None or not self._last[0].holds(optimizer):
+        if self._last is None:
             return None
-        last, plan, graph = self._last
+        last, plan, graph = self._last[0].still(optimizer), *self._last[1:]
+        if last is None:
+            return None
         number = optimizer._clock["step"] + 1
         plan.now.number = number
-        if not last.steady:
+        if not last.settled:
             alphas, _ = plan.now.alphas(optimizer._meter, Pace.of(optimizer._clock, number), always=False)
             if [any(pair) for pair in alphas] != [any(pair) for pair in plan.alphas]:
                 return None
@@ -190,7 +193,7 @@ class CapturedStep(Captured):
             noise, sampled, None if wanted is None else (*wanted, *map(any, alphas)),
             *[block for block, _ in now.units],
             *[len(fields.leaves(record[role])) for _, record in now.units for role in ROLES],  # type: ignore[literal-required]
-            *[constants_of(block) for block, _ in now.units],
+            *[constants_of(block.settings) for block, _ in now.units],
             *[p.data_ptr() for member in members for p in member.params],
             optimizer.max_grad_norm,
             None if wanted is None else tuple(member.record["in_mega"] for member in members),
