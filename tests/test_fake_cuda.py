@@ -8,6 +8,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import expfam_poco as poco
 from expfam_poco.engine import block, evaluator, fused
 from expfam_poco.family import transfer
+from expfam_poco.family.recording import BUFFERS
 from expfam_poco.optim import captured_gradients
 from expfam_poco.optim.captured import CapturedStep
 from expfam_poco.optim.captured_gradients import CapturedGradientStep
@@ -258,9 +260,11 @@ def captures(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, make: Make, shapes: An
     kind = CapturedStep if hasattr(opt, "refresh") else CapturedGradientStep
     recorder = Captures(cuda)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.capturing)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: True))
     run = kind(opt, lambda batch: closure() * batch, torch.empty((), device="cuda"), lambda device: recorder)
     cuda.looking = False
-    assert run(torch.empty((), device="cuda")).is_cuda
+    for _ in range(BUFFERS + 2):
+        assert run(torch.empty((), device="cuda")).is_cuda
     return recorder
 
 

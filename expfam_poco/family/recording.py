@@ -66,7 +66,7 @@ class Recording:
         self._slots = torch.from_numpy(self._host) if own else torch.zeros(CAPACITY, dtype=torch.int64, device=device)
         self._used = 0
         self._sent = -1
-        self._on_their_way: list[tuple[Tensor, Any, Any]] = []
+        self._on_their_way: list[tuple[Tensor, Any]] = []
         self._ranges: dict[str, slice] = {}
         self._places: dict[str, list[int]] = {}
 
@@ -109,11 +109,11 @@ class Recording:
         self._sent += 1
         if self._sent < BUFFERS:
             pinned = torch.empty(self._used, dtype=torch.int64, pin_memory=True)
-            self._on_their_way.append((pinned, pinned.numpy(), torch.cuda.Event()))
-        pinned, values, left = self._on_their_way[self._sent % BUFFERS]
+            self._on_their_way.append((pinned, torch.cuda.Event()))
+        pinned, left = self._on_their_way[self._sent % BUFFERS]
         if self._sent >= BUFFERS and not left.query():
             left.synchronize()
-        values[:] = self._host[: self._used]
+        pinned.copy_(torch.from_numpy(self._host[: self._used]))
         self._slots[: self._used].copy_(pinned, non_blocking=True)
         left.record()
 
