@@ -176,6 +176,10 @@ REFUSED: dict[str, tuple[Callable[[torch.nn.Parameter], Any], str]] = {
         lambda p: poco.IVON([("w", p)], lr=0.1, ess=8.0, curvature="hutchinson"), "needs second derivatives"
     ),
     "VSGD": (lambda p: poco.VSGD([p], 0.1), "which VSGD cannot step"),
+    "graphs": (
+        lambda p: poco.IVON([("w", p)], lr=0.1, ess=8.0).captured(lambda x: p.full_tensor().sum(), torch.ones(1)),
+        "captured: its graphs know of no other processes",
+    ),
     "anchor": (
         lambda p: poco.IVONPoCo([("w", p)], lr=0.1, ess=8.0, anchor="products").step(lambda: p.full_tensor().sum()),
         "anchor='products'",

@@ -230,7 +230,7 @@ def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[T
             loss = _checked_loss(closure())
         left = [p.grad for p in params]
         forget_weights(gathered=False)
-        return loss, own_parts(left, params) if any(grad is not None for grad in left) else None
+        return loss, own_parts(left, params) if any([grad is not None for grad in left]) else None
     except BaseException:
         forget_weights()
         raise

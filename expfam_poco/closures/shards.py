@@ -122,6 +122,15 @@ def shard_of(p: Tensor, name: str) -> Shard | None:
     return Shard(mesh, placements, p.shape, start, rows, size / mesh.size())
 
 
+def require_whole(p: Tensor, name: str, who: str) -> None:
+    """Refuse a parameter that is spread, of an optimizer that steps whole ones."""
+    if is_spread(p):
+        raise ValueError(
+            f"params: {name} is spread over processes (fully_shard, DTensor), which {who} cannot step; keep whole "
+            "parameters on every process, by DistributedDataParallel."
+        )
+
+
 def group_of(params: Sequence[Tensor]) -> Any:
     """The processes over which parameters are spread; None where they are not.
 

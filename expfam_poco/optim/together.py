@@ -111,6 +111,14 @@ class Together(Shell):
                 "use bfloat16, as by MixedPrecisionPolicy, without a scaler."
             )
 
+    def _require_one_process(self, what: str) -> None:
+        """Refuse what is for one process where there may be several."""
+        many = not self._is_alone and processes.are_many(self._process_group)
+        if many or any([block.is_part for block in self._blocks]):
+            raise ValueError(
+                f"{what}: its graphs know of no other processes, of which there are some; call step(closure)."
+            )
+
     def _chunks(self, own: int) -> tuple[int, int, int]:
         """Of a mega-batch: the chunks of the processes before this one, of all, and how many mini-batches they are."""
         together = self._evaluator.processes
