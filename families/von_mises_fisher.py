@@ -71,6 +71,10 @@ class VonMisesFisher(ExponentialFamily):
         """0: on the sphere's surface."""
         return theta.new_zeros(theta.shape[:-1])
 
+    def expected_log_base_measure(self, state: Any) -> Tensor:
+        """0."""
+        return state.theta.new_zeros(state.theta.shape[:-1])
+
     def log_partition(self, nat: Any) -> Tensor:
         """log 4π sinh(κ)/κ, in κ² where κ is small, so that it has derivatives at 0."""
         square = nat.theta.double().square().sum(-1)

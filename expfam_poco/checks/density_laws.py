@@ -466,7 +466,13 @@ def point(s: Specimen) -> Findings:
     family = s.family
     every = torch.stack([family.point(state) for state in s.states])
     apart = bool((every != every[:1]).any()) or every[0].numel() == 0
-    yield holds("point is the same for every member: an optimizer would put it in place of the model's weights", apart)
+    fixed = family.fixed_point
+    yield holds(
+        "point is the same for every member: an optimizer would put it in place of the model's weights "
+        "(declare fixed_point = True, and it refuses weights elsewhere)",
+        apart or fixed,
+    )
+    yield holds("fixed_point is declared, but points differ", not (fixed and apart))
     for number, (state, other) in enumerate(s.pairs()):
         here, there = family.point(state), family.point(other)
         yield s.shaped("point", here, s.shape)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributions import constraints
 
 from expfam_poco.checks import curved_laws, density_laws, learning_laws, noiseless_laws, output_laws
 from expfam_poco.checks.density_laws import Law
@@ -267,6 +268,8 @@ def _digits(dtype: torch.dtype) -> float:
 def default_shape(family: ExponentialFamily) -> torch.Size:
     """A small tensor that the family can see."""
     if family.event_dim:
+        if isinstance(family.support, constraints.cat):  # which says how long a weight is
+            return torch.Size((2, sum(family.support.lengths)))
         event = (8 if family.joint and family.curved else 3,) * family.event_dim
         return torch.Size(event if family.joint else (2, *event))
     return torch.Size((3,) if family.joint else (2, 3))

@@ -23,6 +23,7 @@ def initial_posterior(block: Block) -> Any:
         strength = settings.ess * (settings.hess_init + settings.weight_decay)
     weights = block.read()
     state = block.family.centred_at(weights, strength)
+    check_point(block, state, weights)
     if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
         torch.isfinite(weights).all()
     ):
@@ -31,6 +32,25 @@ def initial_posterior(block: Block) -> Any:
             f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
         )
     return state
+
+
+def check_point(block: Block, state: Any, weights: Tensor) -> None:
+    """Refuse to put one and the same point in place of weights that differ.
+
+    Raises:
+        ValueError: says what the point is, and what to do with the weights.
+    """
+    family, point = block.family, block.family.point(state)
+    if family.levels is not None or not point.numel() or torch.equal(point, weights):
+        return
+    first = point.flatten()[0]
+    same = bool((point == first).all()) and not bool((weights == weights.flatten()[0]).all())
+    if family.fixed_point or (family.event_dim == 0 and same):
+        raise ValueError(
+            f"params: the posterior of {block.name!r} ({type(family).__name__}) has its point at {float(first):.3g} "
+            "whatever the weights are, and would erase them; write the model's weights as a constant plus this "
+            "parameter, started at that point, or use another family."
+        )
 
 
 class Beginning:

@@ -136,8 +136,8 @@ def bounded_step(value: Tensor, step: Tensor, bound: constraints.Constraint, *, 
     * positive definite matrices: S ← S + D + ½ D S⁻¹ D = ½ S + ½ (S + D) S⁻¹ (S + D) ≥ ½ S. With S = L Lᵀ and
       L Y = D the last term is ½ Yᵀ Y.
 
-    * directed vectors (of the sphere): the part along λ is a one-sided step of |λ|, the part across is free, so that no
-      step, however long, turns by a right angle.
+    * directed vectors (of the sphere): a step d < 0 along λ leaves it half of its length, by d s/(s + 2|d|) with
+      s = |λ|, and the part across is free, so that no step, however long, turns it by a right angle.
 
     All leave half of the slack at least, and differ from `value + step` by O(d²). Other constraints are stepped
     linearly: `retracted` then shortens what leaves them.
@@ -170,7 +170,7 @@ def turned(value: Tensor, step: Tensor) -> Tensor:
     safe = torch.where(known, length, 1.0)
     along = (value * step).sum(-1, keepdim=True) / safe
     short = along.clamp_max(0.0)  # outward the step is plain: there is no bound
-    excess = torch.where(known, 0.5 * short * short / safe, 0.0)
+    excess = torch.where(known, short * safe / (safe - 2.0 * short) - short, 0.0)
     return value + step + excess * value / safe
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
 
 DRAWS = 2**14  # for E_q[log h] where there is no quadrature
-STREAM = 999  # of their noise
+STREAM = 255  # of their noise
 
 
 def middle_of(support: Any, like: Tensor, name: str) -> Tensor:
