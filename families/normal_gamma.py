@@ -1,4 +1,4 @@
-r"""Normal–gamma pairs (x, τ) in rows:  τ ~ Γ(a, b),  x | τ ~ N(m, 1/(kτ)), the conjugate posterior of a normal's parameters.
+r"""Normal–gamma pairs (x, τ) in rows:  τ ~ Γ(a, b),  x | τ ~ N(m, 1/(kτ)), which is conjugate to normal data.
 
 With the base measure h = (2πτ)^{−1/2} the statistics are T = (log τ, τ, τx, τx²) and
 
@@ -85,16 +85,6 @@ class NormalGamma(ExponentialFamily):
         """Refuse a strength out of range."""
         positive("strength", self.strength)
 
-    def for_shape(self, shape: torch.Size) -> NormalGamma:
-        """Itself.
-
-        Raises:
-            ValueError: unless rows are pairs.
-        """
-        if not shape or shape[-1] != 2:
-            raise ValueError(f"params: NormalGamma is about pairs (x, τ), rows of 2 numbers, not {tuple(shape)}.")
-        return self
-
     def statistics(self, theta: Tensor) -> NormalGammaStatistics:
         """(log τ, τ, τx, τx²)."""
         x, tau = theta.unbind(-1)
@@ -153,7 +143,13 @@ class NormalGamma(ExponentialFamily):
         return torch.stack((m + noise[..., 0] / (k * tau).sqrt(), tau), -1)
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> NormalGammaState:
-        """(m, a/b) = θ with a = k = `precision`."""
+        """(m, a/b) = θ with a = k = `precision`.
+
+        Raises:
+            ValueError: unless rows are pairs.
+        """
+        if theta.shape[-1] != 2:
+            raise ValueError(f"params: NormalGamma is about pairs (x, τ), rows of 2 numbers, not {tuple(theta.shape)}.")
         m, tau = theta.unbind(-1)
         size = torch.ones_like(tau) * (self.strength if precision is None else precision)
         return NormalGammaState(size, size / tau, m.clone(), size.clone())

@@ -8,9 +8,9 @@ A draw pushes a uniform point z/|z| (z normal) along its meridian through m: if 
 
     w = ⟨θ, m⟩ = 1 + log(1 − ½ (1 − c) (1 − e^{−2κ})) / κ
 
-has the distribution of the family (F(w) is exponential in w), and at κ = 0 nothing moves. Natural gradients are those of
-this push, and losses may be any functions of the direction: only their slope along the sphere counts. Steps turn λ, and
-never turn it round (`domains.Directed`).
+has the distribution of the family (F(w) is exponential in w), and at κ = 0 nothing moves. Natural gradients are those
+of this push, and losses may be any functions of the direction: only their slope along the sphere counts. Steps turn λ,
+and never turn it round (`domains.Directed`).
 """
 
 from __future__ import annotations
@@ -49,19 +49,6 @@ class VonMisesFisher(ExponentialFamily):
     event_dim: ClassVar[int] = 1
     support: ClassVar[constraints.Constraint] = Sphere()
     domain: ClassVar[Any] = {"theta": Directed()}
-
-    def for_shape(self, shape: torch.Size) -> VonMisesFisher:
-        """Itself.
-
-        Raises:
-            ValueError: unless rows are vectors in space.
-        """
-        if not shape or shape[-1] != 3:
-            raise ValueError(
-                f"params: VonMisesFisher is about directions in space, rows of 3 numbers, not of shape {tuple(shape)}; "
-                "for the plane use VonMises, on angles."
-            )
-        return self
 
     def statistics(self, theta: Tensor) -> Theta:
         """θ."""
@@ -127,7 +114,16 @@ class VonMisesFisher(ExponentialFamily):
         return (theta / _length(theta)).to(noise.dtype)
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Theta:
-        """κ = `precision` around θ; 10 if None."""
+        """κ = `precision` around θ; 10 if None.
+
+        Raises:
+            ValueError: unless rows are vectors in space.
+        """
+        if theta.shape[-1] != 3:
+            raise ValueError(
+                f"params: VonMisesFisher is about directions in space, rows of 3 numbers, not of shape "
+                f"{tuple(theta.shape)}; for the plane use VonMises, on angles."
+            )
         size = torch.as_tensor(10.0 if precision is None else precision, dtype=theta.dtype, device=theta.device)
         return Theta((size.unsqueeze(-1) if size.ndim else size) * theta)
 

@@ -1,7 +1,7 @@
 r"""Wishart matrices: positive definite θ, d × d, with density ∝ |θ|^{a − (d+1)/2} exp(−tr Bθ), a > (d − 1)/2.
 
-(n = 2a degrees of freedom, scale V = (2B)⁻¹.) With the base measure h = |θ|^{−(d+1)/2}, the invariant one, the statistics
-are T = (−θ_ii, −2θ_ij for i < j, log|θ|) and λ = (B_ii, B_ij, a): λ = 0 pulls nowhere. With Γ_d of several variables
+(n = 2a degrees of freedom, scale V = (2B)⁻¹.) With the base measure h = |θ|^{−(d+1)/2}, the invariant one, the
+statistics are T = (−θ_ii, −2θ_ij for i < j, log|θ|) and λ = (B_ii, B_ij, a): λ = 0 pulls nowhere. With Γ_d of several variables
 
     A(λ) = log Γ_d(a) − a log|B|,      E[θ] = a B⁻¹,      E[log|θ|] = Σ_i ψ(a − i/2) − log|B|,  i = 0 … d − 1
 
@@ -75,16 +75,6 @@ class Wishart(ExponentialFamily):
         """Refuse a strength out of range."""
         positive("strength", self.strength)
 
-    def for_shape(self, shape: torch.Size) -> Wishart:
-        """Itself.
-
-        Raises:
-            ValueError: unless the last two axes are square.
-        """
-        if len(shape) < 2 or shape[-1] != shape[-2]:
-            raise ValueError(f"params: Wishart is about square matrices, the last two axes, not {tuple(shape)}.")
-        return self
-
     def statistics(self, theta: Tensor) -> WishartStatistics:
         """(−θ_ii, −2θ_ij, log|θ|)."""
         return WishartStatistics(-theta.diagonal(dim1=-2, dim2=-1), -2.0 * _above(theta), _log_det(theta))
@@ -144,7 +134,7 @@ class Wishart(ExponentialFamily):
             value = d * a.log() - torch.digamma(each).sum(-1) - gap
             slope = (d / a - torch.polygamma(1, each).sum(-1)) * (a - low)
             z = z - (value / slope).clamp(-1.0, 1.0)
-        rate = (low + z.exp())[..., None, None] * torch.cholesky_inverse(root)
+        rate = (low + z.exp())[..., None, None] * _inverse(centre)
         dtype = mean.logdet.dtype
         return self.to_nat(WishartState(rate.to(dtype), z.exp().to(dtype)))
 
@@ -161,26 +151,34 @@ class Wishart(ExponentialFamily):
         bartlett = noise.tril(-1) / math.sqrt(2.0) + torch.diag_embed(diagonal)
         upper = torch.linalg.cholesky_ex(state.rate).L.mT
         root = torch.linalg.solve_triangular(upper, bartlett, upper=True)
-        return root @ root.mT
+        square = root @ root.mT
+        ridge = 8.0 * noise.shape[-1] * torch.finfo(noise.dtype).eps  # rounding must not make it singular
+        return square + torch.diag_embed(ridge * square.diagonal(dim1=-2, dim2=-1))
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> WishartState:
-        """The mean θ, with a = `precision` + (d − 1)/2; λ = 0 at precision 0."""
+        """The mean θ, with a = `precision` + (d − 1)/2; λ = 0 at precision 0.
+
+        Raises:
+            ValueError: unless the last two axes are square.
+        """
+        if theta.shape[-1] != theta.shape[-2]:
+            raise ValueError(f"params: Wishart is about square matrices, the last two axes, not {tuple(theta.shape)}.")
         low = 0.5 * (theta.shape[-1] - 1.0)
         size = torch.ones_like(theta[..., 0, 0]) * (self.strength if precision is None else precision)
         shape = torch.where(size > 0.0, size + low, 0.0)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(theta).L)
+        inverse = _inverse(theta)
         return WishartState(shape[..., None, None] * inverse, shape - low)
 
     def recentre(self, state: Any, theta: Tensor) -> WishartState:
         """The mean θ, a kept."""
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(theta).L)
+        inverse = _inverse(theta)
         shape = state.excess + 0.5 * (theta.shape[-1] - 1.0)
         return WishartState(shape[..., None, None] * inverse, state.excess)
 
     def point(self, state: Any) -> Tensor:
         """a B⁻¹."""
         shape = state.excess + 0.5 * (state.rate.shape[-1] - 1.0)
-        return shape[..., None, None] * torch.cholesky_inverse(torch.linalg.cholesky_ex(state.rate).L)
+        return shape[..., None, None] * _inverse(state.rate)
 
 
 def _shapes(state: Any) -> Tensor:
@@ -192,6 +190,14 @@ def _shapes(state: Any) -> Tensor:
 
 def _log_det(matrix: Tensor) -> Tensor:
     return 2.0 * torch.linalg.cholesky_ex(matrix).L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """L⁻ᵀ L⁻¹; without an exception where rounding has made the matrix singular, which is then not finite."""
+    root = torch.linalg.cholesky_ex(matrix).L
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    half = torch.linalg.solve_triangular(root, eye.expand_as(matrix), upper=False)
+    return half.mT @ half
 
 
 def _above(matrix: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch.distributions import constraints
 
 from expfam_poco.checks import curved_laws, density_laws, learning_laws, noiseless_laws, output_laws
+from expfam_poco.checks.compiled_law import COMPILED
 from expfam_poco.checks.density_laws import Law
 from expfam_poco.checks.specimens import Finding, Specimen, Unverified
 from expfam_poco.errors import LawError
@@ -163,6 +164,7 @@ def check_family(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
     devices: Sequence[torch.device | str] | None = None,
     shape: Sequence[int] | None = None,
+    compiled: bool = False,
     raise_on_failure: bool = True,
 ) -> Report:
     """Run every law on a family.
@@ -173,6 +175,7 @@ def check_family(
         dtypes: the precisions to test, float32 and float64 or one of them; laws by sampling use the widest.
         devices: where to test; the CPU, and CUDA where there is one, if None.
         shape: of the tensor that the family is to see, if it needs a particular one.
+        compiled: also whether a step can be compiled, as steps of large models are; takes some seconds.
         raise_on_failure: raise at the end if some law failed; False only reports.
 
     Returns:
@@ -193,9 +196,9 @@ def check_family(
         raise ValueError(f"dtypes={tuple(dtypes)}: posteriors are kept in torch.float32 or torch.float64; give these.")
     places = [torch.device(device) for device in devices or _devices()]
     with isolated(seed, places):
-        report = _run(instance, seed, dtypes, places, shape)
+        report = _run(instance, seed, dtypes, places, shape, (*LAWS, COMPILED) if compiled else LAWS)
     if raise_on_failure and not report.passed:
-        raise LawError(sentence(report, LAWS), report)
+        raise LawError(sentence(report, (*LAWS, COMPILED)), report)
     return report
 
 
@@ -226,12 +229,13 @@ def _run(
     dtypes: Sequence[torch.dtype],
     places: Sequence[torch.device],
     shape: Sequence[int] | None,
+    laws: Sequence[Law],
 ) -> Report:
     """Run the laws in order; one that the others rest on ends the run where it fails."""
     size = torch.Size(shape) if shape is not None else default_shape(family)
     specimens = [Specimen(family, size, max(dtypes, key=_digits), places[0], seed)]
     results: list[LawResult] = []
-    for law in LAWS:
+    for law in laws:
         if law.name == "centred_at":
             try:
                 specimens = specimens_of(family, seed=seed, dtypes=dtypes, places=places, shape=shape)
@@ -304,7 +308,7 @@ def raised(law: Any, error: Exception) -> LawResult:
 
 def remedy_of(name: str, laws: Sequence[Any] | None = None) -> str:
     """What to look at where this law fails."""
-    return next((law.hint for law in laws or LAWS if law.name == name), "")
+    return next((law.hint for law in laws or (*LAWS, COMPILED) if law.name == name), "")
 
 
 def sentence(report: Report, laws: Sequence[Any]) -> str:

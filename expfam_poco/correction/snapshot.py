@@ -235,9 +235,9 @@ def optimal_alpha(
     """α* = Cov(in, out) / (Var(out) + Var(ḡ_out)), clipped to [0, 1]; 0 where it gains too little.
 
     About ḡ_out, ⟨d,d⟩ estimates the denominator and ⟨a,d⟩ = Cov + Var(ḡ_out). The gain 2α Cov − α² ⟨d,d⟩ is held
-    against `least_gain` ⟨d,d⟩, which has no drift of the mean in it, as ‖a‖² has. A measured error of ḡ_out is shared by
-    M steps, which it moves together: their sum has the variance M Var(in − α out) + M² α² Var(ḡ_out), so that M times
-    the error stands in the denominator.
+    against `least_gain` ⟨d,d⟩, which has no drift of the mean in it, as ‖a‖² has. A measured error of ḡ_out is shared
+    by M steps, which it moves together: their sum has the variance M Var(in − α out) + M² α² Var(ḡ_out), so that M
+    times the error stands in the denominator.
 
     Args:
         cross: ⟨a,d⟩.

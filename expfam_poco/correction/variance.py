@@ -111,7 +111,7 @@ class VarianceMeter:
         return step % adaptive.probe_every == 0 or not any(name in self._averages for name in names)
 
     def read(self) -> dict[str, float]:
-        """For every field, over all tensors: the ratios corrected/plain and the α that would minimise the first; norms."""
+        """For every field, over all tensors: the ratios corrected/plain and the α of the least first one; norms."""
         self._take_in()
         totals: dict[str, list[float]] = {}
         for name, fields in self._averages.items():

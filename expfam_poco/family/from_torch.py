@@ -87,10 +87,12 @@ def from_torch(distribution: type[Distribution], **fixed: float) -> ExponentialF
 class _Member:
     """A class of distributions with some of its parameters free, in unconstrained coordinates η."""
 
-    def __init__(self, kind: type[Distribution], fixed: Mapping[str, float]) -> None:
+    def __init__(self, kind: Any, fixed: Mapping[str, float]) -> None:
         known = getattr(kind, "arg_constraints", {})
         if not isinstance(known, Mapping) or not known:
-            raise ValueError(f"distribution={kind.__name__}: it does not say what its parameters are (arg_constraints).")
+            raise ValueError(
+                f"distribution={kind.__name__}: it does not say what its parameters are (arg_constraints)."
+            )
         strangers = sorted(set(fixed) - set(known))
         if strangers:
             raise ValueError(f"{kind.__name__} has no parameters {strangers}; it has {sorted(known)}.")
@@ -104,8 +106,8 @@ class _Member:
         whole = [name for name, bound in free.items() if bound.event_dim or bound.is_discrete]
         if whole:
             raise ValueError(
-                f"{kind.__name__}: the parameter {whole[0]!r} is not one real number; fix it by {whole[0]}=…, or write a "
-                "class (docs/add-a-family.md)."
+                f"{kind.__name__}: the parameter {whole[0]!r} is not one real number; fix it by {whole[0]}=…, or write "
+                "a class (docs/add-a-family.md)."
             )
         self.kind, self.fixed, self.free = kind, dict(fixed), free
         self.size = len(free)
@@ -158,8 +160,8 @@ def _check(member: _Member) -> None:
     rank = int((values > RANK * values[0]).sum())
     if rank > member.size:
         raise ValueError(
-            f"{name} with free {sorted(member.free)} is not an exponential family: its log-densities span {rank} or more "
-            f"dimensions, not {member.size}; fix parameters by name, or choose another family."
+            f"{name} with free {sorted(member.free)} is not an exponential family: its log-densities span {rank} or "
+            f"more dimensions, not {member.size}; fix parameters by name, or choose another family."
         )
     if rank < member.size:
         raise ValueError(f"{name}: only {rank} of {sorted(member.free)} can be told apart; fix the others.")

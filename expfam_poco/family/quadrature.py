@@ -4,9 +4,9 @@ For weights that are one number each, in coordinates x in which the support is t
 
     g(x) = log h(θ(x)) + ⟨λ, T(θ(x))⟩ + log |dθ/dx|
 
-is taken to have one mode. Its mode is found by golden sections, the places where g has fallen by `DROP` by bisection, and
-between them lie `PANELS` panels with `NODES` Gauss–Legendre nodes each: what is left out has a mass of e^−40. Of integers
-the `WINDOW` values around the mode are summed instead.
+is taken to have one mode. Its mode is found by golden sections, the places where g has fallen by `DROP` by bisection,
+and between them lie `PANELS` panels with `NODES` Gauss–Legendre nodes each: what is left out has a mass of e^−40. Of
+integers the `WINDOW` values around the mode are summed instead.
 
 From the nodes follow A(λ) with its derivatives (the nodes held fixed, ∇A = Σ p T and ∇²A = Σ p (T − μ)(T − μ)ᵀ), any
 expectation, and draws by inversion, θ = F⁻¹(u), with the derivative of the draw by the implicit function theorem,

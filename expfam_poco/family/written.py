@@ -5,9 +5,9 @@ For weights of one number each, on a line, a half line, an interval or integers.
 * A, where it is not given, and E_q[log h]: by `quadrature`.
 * draws: by the quantile, where that is given; by inversion of the distribution function, where that is given; else by
   inversion of the integral of the density. All have the derivatives of the implicit function theorem.
-* the member centred at θ with a precision: the nearest, in KL(p ‖ q), to a normal distribution p around θ in coordinates in
-  which the support is the line, of variance 1/precision; then moved until its point is θ. Its μ is E_p[T], which always
-  has a λ.
+* the member centred at θ with a precision: the nearest, in KL(p ‖ q), to a normal distribution p around θ in
+  coordinates in which the support is the line, of variance 1/precision; then moved until its point is θ. Its μ is
+  E_p[T], which always has a λ.
 * the point: E_q[θ] if θ is a statistic, else the median.
 """
 
@@ -154,8 +154,8 @@ class Written(ExponentialFamily):
 
 def family_from(
     *,
-    T: Mapping[str, Callable[[Tensor], Tensor]] | Callable[[Tensor], Tensor],  # noqa: N803
-    A: Callable[[Any], Tensor] | None = None,  # noqa: N803
+    T: Mapping[str, Callable[[Tensor], Tensor]] | Callable[[Tensor], Tensor],
+    A: Callable[[Any], Tensor] | None = None,
     log_h: Callable[[Tensor], Tensor] | None = None,
     support: constraints.Constraint = constraints.real,
     domain: Mapping[str, constraints.Constraint] | None = None,
@@ -225,7 +225,7 @@ def family_from(
         "width": (1.0 if _unbounded(support) else 0.1) if width is None else width,
         "default_estimator": "score" if discrete else "reparam",
     }
-    made: ExponentialFamily = type(name, (Written,), body)()
+    made: Written = type(name, (Written,), body)()
     _check(made, support)
     return made
 
@@ -236,7 +236,7 @@ def _unbounded(support: Any) -> bool:
 
 @lru_cache
 def _fields(names: tuple[str, ...]) -> Any:
-    return NamedTuple("Statistics", [(name, Tensor) for name in names])  # type: ignore[misc]
+    return NamedTuple("Statistics", [(name, Tensor) for name in names])
 
 
 def _beginning(
@@ -253,7 +253,9 @@ def _beginning(
 def _check(family: Written, support: Any) -> None:
     """One sentence for each of the things that would fail later."""
     if not isinstance(support, constraints.Constraint):
-        raise ValueError(f"support={support!r}: give a constraint of torch.distributions, such as constraints.positive.")
+        raise ValueError(
+            f"support={support!r}: give a constraint of torch.distributions, such as constraints.positive."
+        )
     if not quadrature.is_known(family):
         raise ValueError(
             f"support={support}: family_from makes families of weights that are one number each, on a line, a half "
@@ -264,6 +266,6 @@ def _check(family: Written, support: Any) -> None:
     value = family.log_partition(nat)
     if value.shape != like.shape or not bool(torch.isfinite(value).all()):
         raise ValueError(
-            f"start: A is {value.tolist()} at λ = {dict(zip(nat._fields, family.first, strict=True))}, where one finite "
-            "number for each weight is needed; give a λ in its domain by start=, or correct A."
+            f"start: A is {value.tolist()} at λ = {dict(zip(nat._fields, family.first, strict=True))}, where one "
+            "finite number for each weight is needed; give a λ in its domain by start=, or correct A."
         )

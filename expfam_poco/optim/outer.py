@@ -59,9 +59,7 @@ class Refreshing(Together):
         finally:
             self._layout.recover()
 
-    def _refresh(
-        self, closures: Sequence[Closure], weights: Sequence[float] | None, draws: int, scaler: Any
-    ) -> Tensor:
+    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, draws: int, scaler: Any) -> Tensor:
         if self.correction.compares and not self.correction.refresh_evaluations:
             raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
         chunks, shares = check_chunks(closures, weights)
