@@ -1,7 +1,8 @@
 r"""Wishart matrices: positive definite θ, d × d, with density ∝ |θ|^{a − (d+1)/2} exp(−tr Bθ), a > (d − 1)/2.
 
 (n = 2a degrees of freedom, scale V = (2B)⁻¹.) With the base measure h = |θ|^{−(d+1)/2}, the invariant one, the
-statistics are T = (−θ_ii, −2θ_ij for i < j, log|θ|) and λ = (B_ii, B_ij, a): λ = 0 pulls nowhere. With Γ_d of several variables
+statistics are T = (−θ_ii, −2θ_ij for i < j, log|θ|) and λ = (B_ii, B_ij, a): λ = 0 pulls nowhere. With the Γ_d of
+several variables
 
     A(λ) = log Γ_d(a) − a log|B|,      E[θ] = a B⁻¹,      E[log|θ|] = Σ_i ψ(a − i/2) − log|B|,  i = 0 … d − 1
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributions import constraints
 
-from expfam_poco.checks import curved_laws, density_laws, learning_laws, noiseless_laws, output_laws
+from expfam_poco.checks import curved_laws, density_laws, fit_law, learning_laws, noiseless_laws, output_laws
 from expfam_poco.checks.compiled_law import COMPILED
 from expfam_poco.checks.density_laws import Law
 from expfam_poco.checks.specimens import Finding, Specimen, Unverified
@@ -35,7 +35,7 @@ LAWS: tuple[Law, ...] = (
     Law("samples", density_laws.samples, "check sample, and whether support and noise_kind belong to it"),
     Law(
         "goodness_of_fit",
-        density_laws.goodness_of_fit,
+        fit_law.goodness_of_fit,
         "check sample against h exp(⟨λ, T⟩ − A); a density of another form is not an exponential family",
     ),
     Law(
@@ -303,6 +303,11 @@ def judge(law: Any, specimens: Sequence[Any]) -> LawResult:
 def raised(law: Any, error: Exception) -> LawResult:
     """The outcome of a law that met an exception."""
     text = " ".join(str(error).split()) or "no message"
+    if text.startswith("vmap:"):
+        text = (
+            "some method branches on values or calls .item(), where torch.func cannot follow; use torch.where, and let "
+            "log_partition be infinite or NaN outside of its domain, not raise"
+        )
     return LawResult(law.name, math.inf, 0.0, False, f"raised {type(error).__name__}: {text}")
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from expfam_poco.family import derived, fields, hyperparameters, regression, supports
-from expfam_poco.family.domains import checkable, declared
+from expfam_poco.family.domains import check_declared, checkable, declared
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import NoiseKey, noise, reflect
 
@@ -108,6 +108,7 @@ class ExponentialFamily(ABC):
         super().__init_subclass__(**kwargs)
         own = cls.__dict__
         hyperparameters.declare(cls)
+        check_declared(own, cls.__name__)
         if isinstance(own.get("domain"), Mapping):
             cls.domain = checkable(own["domain"])
         if "Statistics" in own:

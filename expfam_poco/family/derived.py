@@ -88,8 +88,21 @@ def fisher_solve(family: ExponentialFamily, nat: Any, gradient: Any) -> Any:
     if vector.shape[-1] == 1:
         solved = vector / matrix[..., 0]
     else:
-        solved = torch.linalg.solve(matrix, vector)
+        solved = _solved(family, matrix, vector)
     return _unflatten(family, solved, shapes)
+
+
+def _solved(family: ExponentialFamily, matrix: Tensor, vector: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.linalg.solve(matrix, vector)
+    try:
+        return torch.linalg.solve(matrix, vector)
+    except torch.linalg.LinAlgError as error:
+        raise torch.linalg.LinAlgError(
+            f"{type(family).__name__}: its Fisher matrix is singular. Either its statistics are not minimal, some "
+            "being sums of others and constants: drop those, or write fisher_solve; or the posterior has become too "
+            f"narrow for {matrix.dtype}: lower lr, or use float64 parameters."
+        ) from error
 
 
 @differentiating

@@ -66,6 +66,22 @@ def is_sphere(support: Any) -> bool:
     return isinstance(support, Sphere) or type(support).__name__ == "_Sphere"
 
 
+def check_declared(own: Mapping[str, Any], name: str) -> None:
+    """Refuse a support or domain that is no constraint, where a class declares it.
+
+    Raises:
+        TypeError: names the class and what to give.
+    """
+    bounds = {"support": own["support"]} if "support" in own else {}
+    if isinstance(own.get("domain"), Mapping):
+        bounds |= {f"domain[{key!r}]": value for key, value in own["domain"].items()}
+    for where, value in bounds.items():
+        if not isinstance(value, constraints.Constraint | property):
+            raise TypeError(
+                f"{name}.{where} is {value!r}; give a constraint of torch.distributions, such as constraints.positive."
+            )
+
+
 def declared(cls: type[Any]) -> dict[str, constraints.Constraint]:
     """The domain that follows from the support: on a sphere with T(θ) = θ, λ is directed."""
     if is_sphere(cls.support) and "theta" in cls.State._fields and "theta" not in cls.domain:
