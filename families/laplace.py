@@ -115,6 +115,10 @@ class Laplace(ExponentialFamily):
         """The location."""
         return torch.full_like(state.size, self.location)
 
+    def expectation(self, state: Any) -> Tensor:
+        """m."""
+        return self.point(state)
+
     def variance(self, state: Any) -> Tensor:
         """2/r²."""
         return 2.0 / (state.size * state.size)

@@ -162,3 +162,17 @@ class NormalGamma(ExponentialFamily):
     def point(self, state: Any) -> Tensor:
         """(m, a/b)."""
         return torch.stack((state.m, state.a / state.b), -1)
+
+    def expectation(self, state: Any) -> Tensor:
+        """(m, a/b)."""
+        return self.point(state)
+
+    def variance(self, state: Any) -> Tensor:
+        """(b/(k (a − 1)), a/b²); infinite for the first where a ≤ 1."""
+        a, b, _, k = state
+        of_x = torch.where(a > 1.0, b / (k * (a - 1.0).clamp_min(torch.finfo(a.dtype).tiny)), torch.inf)
+        return torch.stack((of_x, a / (b * b)), -1)
+
+    def mode(self, state: Any) -> Tensor:
+        """(m, (a − ½)/b), τ = 0 for a ≤ ½."""
+        return torch.stack((state.m, (state.a - 0.5).clamp_min(0.0) / state.b), -1)

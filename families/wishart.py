@@ -181,6 +181,21 @@ class Wishart(ExponentialFamily):
         shape = state.excess + 0.5 * (state.rate.shape[-1] - 1.0)
         return shape[..., None, None] * _inverse(state.rate)
 
+    def expectation(self, state: Any) -> Tensor:
+        """a B⁻¹."""
+        return self.point(state)
+
+    def variance(self, state: Any) -> Tensor:
+        """½ a (S_ij² + S_ii S_jj) with S = B⁻¹."""
+        inverse = _inverse(state.rate)
+        diagonal = inverse.diagonal(dim1=-2, dim2=-1)
+        shape = state.excess + 0.5 * (state.rate.shape[-1] - 1.0)
+        return 0.5 * shape[..., None, None] * (inverse.square() + diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2))
+
+    def mode(self, state: Any) -> Tensor:
+        """(a − (d + 1)/2) B⁻¹; 0 where that is none."""
+        return (state.excess - 1.0).clamp_min(0.0)[..., None, None] * _inverse(state.rate)
+
 
 def _shapes(state: Any) -> Tensor:
     """a − i/2 for i = 0 … d − 1, along the last axis."""

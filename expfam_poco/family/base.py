@@ -386,6 +386,17 @@ class ExponentialFamily(ABC):
         """∇_λ log q(θ) = T(θ) − μ."""
         return fields.subtract(self.statistics(theta), self.to_mean(self.to_nat(state)))
 
+    def expectation(self, state: Any) -> Tensor:
+        """E_q[θ]: where θ is a statistic, its μ.
+
+        Raises:
+            NotImplementedError: where it is none, and the family says nothing else.
+        """
+        mean = self.to_mean(self.to_nat(state))
+        if not hasattr(mean, "theta"):
+            raise NotImplementedError(f"{type(self).__name__} has no statistic named theta; average samples.")
+        return torch.as_tensor(mean.theta)
+
     def variance(self, state: Any) -> Tensor:
         """Var_q(θ) of every entry: where θ is a statistic, ∂²A/∂λ² for its natural parameter.
 

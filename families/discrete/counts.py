@@ -11,6 +11,7 @@ Integers have no derivative: natural gradients compare losses (`mc_samples` of t
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,12 +70,26 @@ class Counts(ExponentialFamily):
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Theta:
         """The mean θ, half more where the model holds whole parts; at least ½. The mean says how wide it is."""
-        return self.to_natural(Theta((theta + 0.5 if self.whole else theta).clamp_min(LEAST)))
+        return self._of_mean((theta + 0.5 if self.whole else theta).clamp_min(LEAST))
 
     def recentre(self, state: Any, theta: Tensor) -> Theta:
         """The mean θ, half more where the model holds whole parts."""
         tiny = torch.finfo(theta.dtype).tiny
-        return self.to_natural(Theta((theta + 0.5 if self.whole else theta).clamp_min(tiny)))
+        return self._of_mean((theta + 0.5 if self.whole else theta).clamp_min(tiny))
+
+    @abstractmethod
+    def _of_mean(self, mean: Tensor) -> Theta:
+        """λ, of a positive mean."""
+
+    def to_natural(self, mean: Any) -> Theta:
+        """λ, of E[θ].
+
+        Raises:
+            ValueError: for a mean that is not positive.
+        """
+        if not bool((mean.theta > 0.0).all()):
+            raise ValueError("mean: the expectation of a count must be positive.")
+        return self._of_mean(mean.theta)
 
 
 @dataclass(frozen=True)
@@ -115,15 +130,8 @@ class Poisson(Counts):
         """e^λ."""
         return Theta(nat.theta.exp())
 
-    def to_natural(self, mean: Any) -> Theta:
-        """log μ.
-
-        Raises:
-            ValueError: for a mean that is not positive.
-        """
-        if not torch.compiler.is_compiling() and not bool((mean.theta > 0.0).all()):
-            raise ValueError("mean: the expectation of a count must be positive.")
-        return Theta(mean.theta.log())
+    def _of_mean(self, mean: Tensor) -> Theta:
+        return Theta(mean.log())
 
     def fisher_solve(self, nat: Any, vector: Any) -> Theta:
         """v/μ."""
@@ -177,15 +185,8 @@ class NegativeBinomial(Counts):
         """r/(e^−λ − 1)."""
         return Theta(self.count / torch.expm1(-nat.theta))
 
-    def to_natural(self, mean: Any) -> Theta:
-        """−log(1 + r/μ).
-
-        Raises:
-            ValueError: for a mean that is not positive.
-        """
-        if not torch.compiler.is_compiling() and not bool((mean.theta > 0.0).all()):
-            raise ValueError("mean: the expectation of a count must be positive.")
-        return Theta(-torch.log1p(self.count / mean.theta))
+    def _of_mean(self, mean: Tensor) -> Theta:
+        return Theta(-torch.log1p(self.count / mean))
 
     def fisher_solve(self, nat: Any, vector: Any) -> Theta:
         """v/(μ (1 + μ/r))."""

@@ -129,6 +129,10 @@ class Weibull(ExponentialFamily):
         """E[θ]."""
         return self._unit_mean * (-state.power) ** (-1.0 / self.shape)
 
+    def expectation(self, state: Any) -> Tensor:
+        """Γ(1 + 1/k) r^{−1/k}."""
+        return self.point(state)
+
     def variance(self, state: Any) -> Tensor:
         """(Γ(1 + 2/k) − Γ(1 + 1/k)²) r^{−2/k}."""
         unit = math.gamma(1.0 + 2.0 / self.shape) - self._unit_mean**2
