@@ -26,7 +26,8 @@ def trained(
     """A large and a small tensor after steps with momentum, a refresh every third, and an averaged q_out."""
     torch.manual_seed(0)
     event = event_of(family)
-    params = [torch.nn.Parameter(weights_in(family, 0.5 * torch.randn(rows, *event))) for rows in sizes]
+    rows = [max(20, size // math.prod(event)) for size in sizes]
+    params = [torch.nn.Parameter(weights_in(family, 0.5 * torch.randn(count, *event))) for count in rows]
     targets = [weights_in(family, 0.5 * torch.randn(p.shape)) for p in params]
     optimizer = poco.PosteriorCorrected(
         params, family, lr=0.02, ess=50.0, weight_decay=0.1, momentum=0.9, alpha=0.7, rho=0.3, seed=0, backend=backend

@@ -18,7 +18,7 @@ Three ways, the first that applies:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,7 +150,8 @@ def _check(member: _Member) -> None:
     generator = torch.Generator().manual_seed(0)
     eta = torch.randn(MEMBERS, member.size, generator=generator, dtype=torch.float64)
     rows = torch.stack([member.log_prob(each, x) for each in eta])
-    if not bool(torch.isfinite(rows).all()):
+    inside = all(bool(member.at(each).support.check(x).all()) for each in eta)
+    if not inside or not bool(torch.isfinite(rows).all()):
         raise ValueError(
             f"{name} is not an exponential family: members have different supports; fix the parameter that bounds them."
         )
@@ -181,14 +182,13 @@ def _stated(member: _Member) -> dict[str, Any]:
     def statistic(number: int) -> Callable[[Tensor], Tensor]:
         def value(x: Tensor) -> Tensor:
             wide = x.double()
-            ones = torch.ones_like(wide)
 
-            def total(eta: Tensor) -> Tensor:
-                parts = [part * ones for part in eta]
+            def total(parts: tuple[Tensor, ...]) -> Tensor:
                 at = member.kind(**_named(member, parts), validate_args=False)
-                return (at.log_prob(wide) + at._log_normalizer(*at._natural_params)).expand_as(wide)
+                return (at.log_prob(wide) + at._log_normalizer(*at._natural_params)).sum()
 
-            slopes = torch.func.jacfwd(total)(eta0.to(wide.device))
+            each = tuple(torch.full_like(wide, float(value)) for value in eta0)  # a parameter for every entry
+            slopes = torch.stack(torch.func.grad(total)(each), -1)
             return (slopes @ solver[number].to(wide.device)).to(x.dtype)
 
         return value
@@ -211,7 +211,7 @@ def _stated(member: _Member) -> dict[str, Any]:
     }
 
 
-def _named(member: _Member, parts: list[Tensor]) -> dict[str, Any]:
+def _named(member: _Member, parts: Sequence[Tensor]) -> dict[str, Any]:
     return {name: transform_to(bound)(part) for (name, bound), part in zip(member.free.items(), parts, strict=True)}
 
 

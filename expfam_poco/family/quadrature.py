@@ -35,6 +35,7 @@ PANELS, NODES, DROP = 24, 8, 40.0
 WINDOW = 1024  # integers around the mode
 SECTIONS, HALVINGS, ITERATIONS = 30, 20, 9
 GRADING = 1.5  # panels are narrow at the mode: the tails of densities are often long, and straight in x
+OVERFLOW = 1e100  # a logarithm beyond which h exp⟨λ, T⟩ only ends where numbers do
 CHUNK = 2**12  # weights at a time: each has a few hundred numbers
 _ROOTS = np.polynomial.legendre.leggauss(NODES)
 _PLACES, _WEIGHTS = ((0.5 * (_ROOTS[0] + 1.0)).tolist(), (0.5 * _ROOTS[1]).tolist())
@@ -68,7 +69,7 @@ def is_known(family: ExponentialFamily) -> bool:
         return False
     if is_integer(family.support):
         return True
-    if family.support.is_discrete:
+    if family.support.is_discrete or family.support.event_dim:
         return False
     try:
         biject_to(family.support)
@@ -120,7 +121,8 @@ def log_partition(family: ExponentialFamily, nat: Any) -> Tensor:
     inside = terms.detach()
     ends = torch.maximum(_ended(family, inside[0], at.theta[0], "lower_bound"),
                          _ended(family, inside[-1], at.theta[-1], "upper_bound"))  # fmt: skip
-    lost = ends > inside.amax(0) - 0.5 * DROP
+    peak = inside.amax(0)
+    lost = (ends > peak - 0.5 * DROP) | (peak > OVERFLOW)
     return torch.where(lost, torch.inf, value).to(nat[0].dtype)
 
 
@@ -276,6 +278,8 @@ def _line_quantile(family: ExponentialFamily, nat: Any, u: Tensor) -> Tensor:
     number = (ends[:-1].unsqueeze(1) < u).sum(0)
     begin, width = found.begin.gather(0, number), found.width.gather(0, number)
     before = ends.gather(0, number) - each.gather(0, number)
+    after = (each.flip(0).cumsum(0).flip(0) - each).gather(0, number)
+    upper = u > 0.5  # where 1 − F has the digits
     place, weight = (
         torch.tensor(v, dtype=u.dtype, device=u.device).reshape(-1, *(1,) * u.ndim) for v in (_PLACES, _WEIGHTS)
     )
@@ -285,20 +289,22 @@ def _line_quantile(family: ExponentialFamily, nat: Any, u: Tensor) -> Tensor:
         return nodes, (high - low) * weight * torch.exp(log_density(nodes) - total)
 
     def short(x: Tensor) -> tuple[Tensor, Tensor]:
-        return before + within(begin, x)[1].sum(0) - u, torch.exp(log_density(x) - total)
+        low, high = torch.where(upper, x, begin), torch.where(upper, begin + width, x)
+        part = within(low, high)[1].sum(0)
+        return torch.where(upper, (1.0 - u) - (after + part), before + part - u), torch.exp(log_density(x) - total)
 
     share = ((u - before) / each.gather(0, number)).clamp(0.0, 1.0)
     x = increasing_root(short, begin + share * width, begin, begin + width, iterations=ITERATIONS)
     slopes = []
     lower, low_mass = within(begin, x)
-    upper, high_mass = within(x, begin + width)
+    higher, high_mass = within(x, begin + width)
     density = torch.exp(log_density(x) - total)
-    low_values, high_values = (family.statistics(coordinates(family.support)(at)) for at in (lower, upper))
+    low_values, high_values = (family.statistics(coordinates(family.support)(at)) for at in (lower, higher))
     for value, inner, below, above in zip(statistics, away, low_values, high_values, strict=True):
         mean = (mass * torch.where(mass > 0.0, value, 0.0)).sum((0, 1))
         part = (mass * inner).sum(1)
         left, right = part.cumsum(0) - part, part.flip(0).cumsum(0).flip(0) - part
         from_left = left.gather(0, number) + (low_mass * (below - mean)).sum(0)
         from_right = right.gather(0, number) + (high_mass * (above - mean)).sum(0)
-        slopes.append(-torch.where(u < 0.5, from_left, -from_right) / density)
+        slopes.append(-torch.where(upper, -from_right, from_left) / density)
     return torch.stack((x, *slopes))

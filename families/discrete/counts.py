@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from expfam_poco.arguments import positive
+from expfam_poco.arguments import flag, positive
 from expfam_poco.family.base import ExponentialFamily, Theta
 from expfam_poco.family.inversion import opaque
 
@@ -53,11 +53,15 @@ class Counts(ExponentialFamily):
         whole: the model holds the whole part of E[θ], a count; False: E[θ] itself.
     """
 
-    whole: bool = True
+    whole: bool = field(default=True, kw_only=True)
 
     support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
     noise_kind: ClassVar[str] = "uniform"
     default_estimator: ClassVar[str] = "score"
+
+    def __post_init__(self) -> None:
+        """Refuse what is neither True nor False."""
+        flag("whole", self.whole)
 
     def statistics(self, theta: Tensor) -> Theta:
         """θ."""
@@ -171,6 +175,7 @@ class NegativeBinomial(Counts):
 
     def __post_init__(self) -> None:
         """Refuse a count out of range."""
+        super().__post_init__()
         positive("count", self.count)
 
     def log_base_measure(self, theta: Tensor) -> Tensor:
