@@ -5,7 +5,7 @@ For weights that are one number each, in coordinates x in which the support is t
     g(x) = log h(θ(x)) + ⟨λ, T(θ(x))⟩ + log |dθ/dx|
 
 is taken to have one mode. Its mode is found by golden sections, the places where g has fallen by `DROP` by bisection,
-and between them lie `PANELS` panels with `NODES` Gauss–Legendre nodes each: what is left out has a mass of e^−40. Of
+and between them lie `PANELS` panels with `NODES` Gauss–Legendre nodes each: what is left out has a mass of e^−56. Of
 integers the `WINDOW` values around the mode are summed instead.
 
 From the nodes follow A(λ) with its derivatives (the nodes held fixed, ∇A = Σ p T and ∇²A = Σ p (T − μ)(T − μ)ᵀ), any
@@ -31,7 +31,7 @@ from expfam_poco.family.inversion import increasing_root
 if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
 
-PANELS, NODES, DROP = 24, 8, 40.0
+PANELS, NODES, DROP = 24, 8, 56.0  # draws go out to 2⁻³³ = e^−23
 WINDOW = 1024  # integers around the mode
 SECTIONS, HALVINGS, ITERATIONS = 30, 20, 9
 GRADING = 1.5  # panels are narrow at the mode: the tails of densities are often long, and straight in x
