@@ -166,6 +166,7 @@ def expectation(s: Specimen, reference: Reference) -> tuple[Any, Any]:
     means, errors = [], []
     for value, dims in zip(statistics, s.family.statistic_dims, strict=True):
         share = weight.reshape(*weight.shape, *(1,) * dims)
+        value = torch.where(share > 0.0, value, 0.0)  # far out, where nothing lies, T may overflow
         mean = (share * value).sum(0)
         if reference.exact:
             spread = (value.amax(0) - value.amin(0)) * unseen(reference)

@@ -87,9 +87,13 @@ def coordinates(support: constraints.Constraint) -> Any:
 
 
 def log_unnormalised(family: ExponentialFamily, nat: Any, theta: Tensor) -> Tensor:
-    """log h(θ) + ⟨λ, T(θ)⟩, −∞ where it is not a number."""
-    value = family.log_base_measure(theta) + family.inner(nat, family.statistics(theta))
-    return torch.nan_to_num(value, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    """log h(θ) + ⟨λ, T(θ)⟩, −∞ where T or h is no number, with a derivative of 0 there."""
+    statistics, base = family.statistics(theta), family.log_base_measure(theta)
+    known = torch.isfinite(base)
+    for value in statistics:
+        known = known & torch.isfinite(value)
+    finite = type(statistics)(*(torch.where(known, value, 0.0) for value in statistics))
+    return torch.where(known, torch.where(known, base, 0.0) + family.inner(nat, finite), -torch.inf)
 
 
 def points(family: ExponentialFamily, nat: Any) -> Points:
@@ -122,7 +126,10 @@ def log_partition(family: ExponentialFamily, nat: Any) -> Tensor:
     ends = torch.maximum(_ended(family, inside[0], at.theta[0], "lower_bound"),
                          _ended(family, inside[-1], at.theta[-1], "upper_bound"))  # fmt: skip
     peak = inside.amax(0)
-    lost = (ends > peak - 0.5 * DROP) | (peak > OVERFLOW)
+    still = type(wide)(*(value.detach() for value in wide))
+    like = torch.broadcast_tensors(*still)[0]
+    elsewhere = log_unnormalised(family, still, coordinates(family.support)(_coarse(like))).amax(0)  # a hump unseen
+    lost = (ends > peak - 0.5 * DROP) | (peak > OVERFLOW) | (elsewhere > peak + DROP)
     return torch.where(lost, torch.inf, value).to(nat[0].dtype)
 
 
@@ -158,11 +165,14 @@ def chunked(function: Any, values: list[Tensor]) -> Tensor:
 # ---- where the mass lies ------------------------------------------------------------------------------------
 
 
+def _coarse(like: Tensor) -> Tensor:
+    steps = torch.linspace(-14.0, 14.0, 113, dtype=like.dtype, device=like.device)
+    return steps.reshape(-1, *(1,) * like.ndim).expand(-1, *like.shape).sinh()
+
+
 def _mode(log_density: Any, like: Tensor) -> Tensor:
     """The largest of one hump, between sinh(−14) and sinh(14)."""
-    steps = torch.linspace(-14.0, 14.0, 113, dtype=like.dtype, device=like.device)
-    grid = steps.reshape(-1, *(1,) * like.ndim).expand(-1, *like.shape)
-    best = log_density(grid.sinh()).argmax(0)
+    best = log_density(_coarse(like)).argmax(0)
     low, high = (0.25 * (best - 1) - 14.0).sinh().to(like), (0.25 * (best + 1) - 14.0).sinh().to(like)
     for _ in range(SECTIONS):
         left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
