@@ -131,9 +131,9 @@ def spans(s: Specimen) -> Findings:
     response = _response(s, inputs, whole, s.eps)  # a kernel's vectors and their remainders round differently
     estimator = available(s.family)[s.family.default_estimator]
     for name, value in whole.items():
-        if name == "expected_log_base_measure" or name == "entropy":
-            if type(s.family).expected_log_base_measure is ExponentialFamily.expected_log_base_measure:
-                continue  # by draws, which are others for fewer weights
+        own = type(s.family).expected_log_base_measure is not ExponentialFamily.expected_log_base_measure
+        if name in ("expected_log_base_measure", "entropy") and not own:
+            continue  # by draws, which are others for fewer weights
         if name == "natural_gradient" and (estimator.needs != "gradient" or estimator.independent_draws):
             continue  # losses alone are of all weights together
         expected = rows(name, value)

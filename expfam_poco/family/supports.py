@@ -62,6 +62,8 @@ def like_theta(family: ExponentialFamily, statistics: Any) -> Tensor:
         return torch.as_tensor(first.new_zeros(batch))
     if event == 1 and sizes:
         return torch.as_tensor(first.new_zeros(*batch, sum(sizes)))
+    if event == 1 and dims == 2:
+        return torch.as_tensor(first[..., 0])  # of products θθᵀ
     if event == 2 and dims == 1 and isinstance(family.support, type(constraints.positive_definite)):
         return torch.as_tensor(first.new_zeros(*batch, first.shape[-1], first.shape[-1]))  # of diagonals
     return torch.as_tensor(first)
