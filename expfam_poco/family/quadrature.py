@@ -128,7 +128,11 @@ def log_partition(family: ExponentialFamily, nat: Any) -> Tensor:
     peak = inside.amax(0)
     still = type(wide)(*(value.detach() for value in wide))
     like = torch.broadcast_tensors(*still)[0]
-    elsewhere = log_unnormalised(family, still, coordinates(family.support)(_coarse(like))).amax(0)  # a hump unseen
+    grid = _coarse(like)
+    if is_integer(family.support):
+        elsewhere = log_unnormalised(family, still, coordinates(family.support)(grid)).amax(0)
+    else:
+        elsewhere = _log_density(family, still)(grid).amax(0)  # a hump that the nodes do not see
     lost = (ends > peak - 0.5 * DROP) | (peak > OVERFLOW) | (elsewhere > peak + DROP)
     return torch.where(lost, torch.inf, value).to(nat[0].dtype)
 
