@@ -163,7 +163,8 @@ class ExponentialFamily(ABC):
 
     def expected_log_base_measure(self, state: Any) -> Tensor:
         """E_q[log h(θ)]: 0 where h = 1, else by quadrature (weights of one number) or from some ten thousand draws."""
-        return supports.expected_log_base_measure(self, state)
+        constant = type(self).log_base_measure is ExponentialFamily.log_base_measure
+        return supports.expected_log_base_measure(self, state, constant=constant)
 
     # ---- coordinates --------------------------------------------------------------------------------------
 
