@@ -271,7 +271,7 @@ def alpha_at(alpha: Any, step: int, pace: Pace = AT_FIRST) -> tuple[float, float
             "the step's number to a number between 0 and 1, or to a pair of them."
         ) from error
     pair = value if isinstance(value, tuple) else (value, value)
-    if len(pair) != 2 or not all(is_real(number) and 0.0 <= number <= 1.0 for number in pair):
+    if len(pair) != 2 or not all([is_real(number) and 0.0 <= number <= 1.0 for number in pair]):
         raise ValueError(
             f"alpha={shown(value)}: give a number between 0 and 1, a pair of them (gradient, curvature), a schedule, "
             "'adaptive' or 'mega_batch'."

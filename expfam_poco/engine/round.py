@@ -27,7 +27,7 @@ from expfam_poco.engine.rows import Selection, selected
 from expfam_poco.engine.step import METER_WEIGHTS, Step, age_of
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.trial import Trial
-from expfam_poco.family import fields
+from expfam_poco.family import fields, recording
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.rule import blr
@@ -109,14 +109,17 @@ class Round:
         Raises:
             ValueError: if the batch depends on none of the blocks.
         """
-        self._rehearsal.of(self.units, self.plan, plain=wanted is None)
+        record = recording.active
+        if record is None:
+            self._rehearsal.of(self.units, self.plan, plain=wanted is None)
         first: list[Trial] = []
         second: list[Trial] | None = None
         rows = [selected(parts, *unit) for unit in self.units]
         if evaluator.processes is not None and any(chosen is not None for chosen in rows):
             raise ValueError("rows: processes would name different ones; step local parameters in one process.")
-        triples = zip(self.units, alphas, rows, strict=True)
-        numbers = [self._numbers(*unit, alpha, chosen) for unit, alpha, chosen in triples]
+        numbers = self.numbers(alphas, rows)
+        if record is not None:
+            numbers = [own.placed(record, f"unit {i}") for i, own in enumerate(numbers)]
         total: Tensor | None = None
         own = evaluator.processes if evaluator.processes is not None and evaluator.processes.own_noise else None
         products, several = None, len(parts) > 1 or own is not None
@@ -191,6 +194,11 @@ class Round:
             seconds = second.apart(records, references)
         rows = zip(moving, records, firsts, seconds, strict=True)
         return [Step(own, one, other) for moved, own, one, other in rows if moved]
+
+    def numbers(self, alphas: Sequence[Pair], rows: Sequence[Selection | None] | None = None) -> list[Numbers]:
+        """The units' numbers at this step, with their αs (and, of local parameters, the rows that are used)."""
+        triples = zip(self.units, alphas, rows or [None] * len(alphas), strict=True)
+        return [self._numbers(*unit, alpha, chosen) for unit, alpha, chosen in triples]
 
     @staticmethod
     def _numbers(block: Block, record: Record, alpha: Pair, rows: Selection | None = None) -> Numbers:

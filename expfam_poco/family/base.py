@@ -353,7 +353,7 @@ class ExponentialFamily(ABC):
 
     def per_block(self, first: float | Tensor, second: float | Tensor) -> Any:
         """A `Site` of numbers: `first` for the fields of `momentum_block`, `second` for the others."""
-        return self.Site(*(first if name in self.momentum_block else second for name in self.Site._fields))
+        return self.Site(*[first if name in self.momentum_block else second for name in self.Site._fields])
 
     # ---- what every family gets for free -----------------------------------------------------------------
 
