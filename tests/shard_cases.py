@@ -90,7 +90,8 @@ def train(
     for i in range(steps):
         i %= STEPS
         if i in cases.REFRESHES and "correction='none'" not in str(getattr(optimizer, "correction", "")):
-            optimizer.refresh([lambda j=j: mse_loss(net(x[j, own]), y[j, own]) for j in cases.REFRESHES[i]])
+            chunks = [lambda j=j: mse_loss(net(x[j, own]), y[j, own]) for j in cases.REFRESHES[i]]
+            optimizer.refresh(chunks, **({} if isinstance(optimizer, poco.AlphaSVRG) else {"draws": 2}))
         losses.append(float(optimizer.step(lambda i=i: mse_loss(net(x[i, own]), y[i, own]))))
     return losses
 

@@ -29,10 +29,34 @@ def summed(processes: Processes | None, value: Tensor) -> Tensor:
     return value if processes is None else processes.sums([value.reshape(1)], 1.0)[0].reshape(())
 
 
+def meter_names(blocks: Sequence[Block]) -> dict[str, str]:
+    """What sums over all parts are kept by: groups of a fixed α, blocks of an adaptive one.
+
+    How blocks are laid side by side differs from process to process.
+    """
+    first = {block.group_number: block.name for block in reversed(blocks)}
+    return {b.name: b.name if isinstance(b.settings.alpha, AdaptiveAlpha) else first[b.group_number] for b in blocks}
+
+
+def errors_together(
+    errors: dict[str, dict[str, float]], blocks: Sequence[Block], processes: Processes | None
+) -> dict[str, dict[str, float]]:
+    """The variances of a mega-batch's mean, by block and field, summed over parts."""
+    if processes is None or not errors:
+        return errors
+    names, shares, total = meter_names(blocks), {b.name: b.share for b in blocks}, dict[str, dict[str, float]]()
+    for name, own in errors.items():
+        known = total.setdefault(names[name], dict.fromkeys(own, 0.0))
+        for field, value in own.items():
+            known[field] += shares[name] * value
+    keys = [(name, field) for name in sorted(total) for field in total[name]]
+    for (name, field), value in zip(keys, processes.totals([total[n][f] for n, f in keys]), strict=True):
+        total[name][field] = value
+    return total
+
+
 class PartsMeter:
     """Collects what blocks show a variance meter, and shows it the sums over all parts.
-
-    Blocks of a fixed α are summed up by groups, for how they are laid side by side differs from process to process.
 
     Args:
         meter: of the optimizer.
@@ -42,10 +66,7 @@ class PartsMeter:
 
     def __init__(self, meter: VarianceMeter, blocks: Sequence[Block], processes: Processes) -> None:
         self._meter, self._processes = meter, processes
-        first = {block.group_number: block.name for block in reversed(blocks)}
-        self._names = {
-            b.name: b.name if isinstance(b.settings.alpha, AdaptiveAlpha) else first[b.group_number] for b in blocks
-        }
+        self._names = meter_names(blocks)
         self._terms: dict[str, tuple[Any, Tensor, tuple[float, ...], float | None]] = {}
         self._squares: dict[str, Tensor] = {}
         self._step = 0

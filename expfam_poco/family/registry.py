@@ -117,6 +117,9 @@ def resolve_family(choice: str | type[ExponentialFamily] | ExponentialFamily) ->
     cls = get_family(choice) if isinstance(choice, str) else choice
     if not (isinstance(cls, type) and issubclass(cls, ExponentialFamily)):
         raise TypeError(f"family={shown(choice)} is neither a registered name nor an ExponentialFamily.")
+    lacking = sorted(getattr(cls, "__abstractmethods__", ()))
+    if lacking:
+        raise TypeError(f"family: {cls.__name__} lacks {', '.join(lacking)}; write it (docs/add-a-family.md).")
     return cls()
 
 
