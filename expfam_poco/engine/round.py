@@ -195,9 +195,10 @@ class Round:
     def _numbers(block: Block, record: Record, alpha: Pair, rows: Selection | None = None) -> Numbers:
         settings, family = block.settings, block.family
         age: Any = age_of(block, record)
-        if rows is not None and settings.momentum > 0.0:
+        if rows is not None and settings.averages:
             age = rows.ages.to(block.dtype)
         unbias = blr.unbias_of(settings.momentum, age, settings.debias)
+        squares = settings.square_momentum or 0.0
         return Numbers(
             settings.rates(family),
             family.per_block(*alpha),
@@ -205,6 +206,8 @@ class Round:
             settings.momentum,
             unbias,
             settings.share(age),
+            squares,
+            blr.unbias_of(squares, age, True),
             1.0,
         )
 

@@ -157,6 +157,7 @@ class Trial:
                 settings.anchor_weight,
                 noise,
                 settings.prior_in_momentum,
+                settings.square_momentum is not None,
                 self.watched,
                 torch.finfo(torch.float16).max if self.block.params[0].dtype is torch.float16 else math.inf,
             )

@@ -28,6 +28,7 @@ from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.registry import name_of
 from expfam_poco.optim.base import Shell
 from expfam_poco.optim.checkpoint import PRECISE, Recorded, check_clock, check_groups, filled, fitted, is_count, reading
+from expfam_poco.rule.blr import average_names
 
 CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped", "mega", "every")
 _NEWER = {"mega": 0, "every": 0}  # counters that formats below 5 do not have
@@ -70,12 +71,16 @@ def encode_state(block: Block, state: Mapping[str, Any], correction: Correction)
     are: what there is not yet holds its place with infinities, or with −1 in whole numbers.
     """
     family, posterior, memory, momentum = block.family, state["posterior"], state["memory"], state["momentum"]
-    averaged = dict(zip(family.momentum_block, momentum, strict=True)) if momentum else {}
+    count = len(family.momentum_block)
+    squares = len(momentum) > count or block.settings.square_momentum is not None
+    names = average_names(family, squares)
+    averaged = dict(zip(names, momentum, strict=True)) if len(momentum) == len(names) else {}
     if memory is None or not averaged:
         site = family.kl_gradient(posterior, posterior)
         like = memory_like(correction, family, posterior, site) if memory is None else memory
         memory = fields.map_leaves(_absent, like) if memory is None else memory
-        averaged = averaged or {name: _absent(getattr(site, name)) for name in family.momentum_block}
+        zeros = [getattr(site, name) for name in family.momentum_block]
+        averaged = averaged or {name: _absent(zeros[i % count]) for i, name in enumerate(names)}
     drawn = dict.fromkeys(NOISE, -1) if state["drawn"] is None else dataclasses.asdict(state["drawn"])
     ages = torch.full(block.batch[:1], -1) if state["ages"] is None else state["ages"].clone()
     return {
@@ -118,7 +123,9 @@ def decode_state(block: Block, plain: Any, correction: Correction) -> Record | N
     expected = family.centred_at(block.read())
     site = family.kl_gradient(expected, expected)
     try:
-        average = {name: getattr(site, name) for name in family.momentum_block}
+        given, count = plain["momentum"], len(family.momentum_block)
+        names = average_names(family, isinstance(given, dict) and len(given) > count)
+        average = {name: getattr(site, family.momentum_block[i % count]) for i, name in enumerate(names)}
         like = memory_like(correction, family, expected, site)
         if plain["posterior"] is not None and _is_absent(plain["posterior"], expected):
             return None
@@ -243,9 +250,9 @@ def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str,
 
 
 def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state_dict of format 2 to 6 in the present format."""
+    """A state_dict of format 2 to 7 in the present format."""
     header = state_dict.get("poco")
-    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4, 5, 6):
+    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4, 5, 6, 7):
         return state_dict
     try:
         state_dict = _from_2(state_dict, header) if header["format"] == 2 else state_dict
@@ -253,8 +260,11 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         for group in state_dict["param_groups"]:  # below 4 their lr_scale was what is lr_convention now
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
             scale = group["lr_convention" if "lr_convention" in group else "lr_scale"]
-            groups.append({"own_site": False, **kept, "lr_convention": scale})
-        state = {key: _with_ages(record) if is_count(key) else record for key, record in state_dict["state"].items()}
+            groups.append({"own_site": False, "square_momentum": None, "kl_weight": 1.0, **kept, "lr_convention": scale})
+        state = {
+            key: _with_ages(record) if is_count(key) and header["format"] < 7 else record
+            for key, record in state_dict["state"].items()
+        }
         header = {
             "records": sorted(filter(is_count, state_dict["state"])),
             **state_dict["poco"],
@@ -319,7 +329,7 @@ class Resuming(Recorded, Shell):
     """What a `PosteriorCorrected` saves, and continues from; mixed into it."""
 
     header: ClassVar[str] = "poco"
-    newest: ClassVar[int] = 7
+    newest: ClassVar[int] = 8
     described: ClassVar[tuple[str, ...]] = ("family", "curvature")
     needed: Sequence[str] = HYPERPARAMETERS
 
