@@ -22,11 +22,11 @@ _IVON = {
 }  # fmt: skip
 _SIGNS = {
     "family": "bernoulli", "curvature": "straight_through", "momentum": 0.9, "prior_in_momentum": True,
-    "square_momentum": 0.999,
+    "square_momentum": 0.999, "lr_scale": 100.0, "kl_weight": 0.004,
 }  # fmt: skip
-# Of weights in {−1, +1} where every one has a rate of its own. λ is of size 3, not 1/√n as real weights are, so that
-# `lr` counts in hundreds and has Adam's range; where one rate is for all, lr is the rule's.
-OWN_RATES: Mapping[str, Any] = {"lr_scale": 100.0, "kl_weight": 1 / 250, "strength": 3.0}
+# λ is of size 3, not 1/√n as real weights are: counted in hundreds, `lr` has Adam's range. Where one rate is for all,
+# lr is the rule's.
+STRENGTH = 3.0
 ONE_RATE: Mapping[str, Any] = {"lr_scale": 1.0, "kl_weight": 1.0, "strength": 1.0}
 # What Meng et al. 2020 have, with the rate and temperature of their code to be given; `BayesBiNN.as_published`.
 PUBLISHED: Mapping[str, Any] = {"square_momentum": None, "curvature": "relaxed", "strength": 10.0}

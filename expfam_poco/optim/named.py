@@ -14,7 +14,7 @@ from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.registry import get_family
-from expfam_poco.optim.choices import CHOICES, IVON_OPT, ONE_RATE, OWN_RATES, PUBLISHED, Named
+from expfam_poco.optim.choices import CHOICES, IVON_OPT, ONE_RATE, PUBLISHED, STRENGTH, Named
 
 
 class VSGDPoCo(Named):
@@ -317,7 +317,7 @@ class BayesBiNNPoCo(Named):
         curvature: str | Estimator | None = None, alpha: Alpha | None = None, **choices: Any,
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1")
-        usual = ONE_RATE if square_momentum is None else OWN_RATES
+        usual = ONE_RATE if square_momentum is None else {"strength": STRENGTH, **self.chosen}
         choices = {"lr_scale": usual["lr_scale"], **choices, "square_momentum": square_momentum}
         choices["kl_weight"] = usual["kl_weight"] if kl_weight is None else kl_weight
         strength = usual["strength"] if strength is None else strength

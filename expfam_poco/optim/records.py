@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from expfam_poco.arguments import instance
 from expfam_poco.correction import CORRECTIONS
 from expfam_poco.correction.alpha import alpha_from, describe_alpha
+from expfam_poco import arguments
 from expfam_poco.correction.base import Averaging, Correction
 from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
@@ -260,7 +261,9 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         for group in state_dict["param_groups"]:  # below 4 their lr_scale was what is lr_convention now
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
             scale = group["lr_convention" if "lr_convention" in group else "lr_scale"]
-            groups.append({"own_site": False, "square_momentum": None, "kl_weight": 1.0, **kept, "lr_convention": scale})
+            groups.append(
+                {"own_site": False, "square_momentum": None, "kl_weight": 1.0, **kept, "lr_convention": scale}
+            )
         state = {
             key: _with_ages(record) if is_count(key) and header["format"] < 7 else record
             for key, record in state_dict["state"].items()
@@ -426,13 +429,22 @@ class Resuming(Recorded, Shell):
         self._products.hessian = header["anchor_hessian"]
 
     @torch.no_grad()
-    def next_task(self) -> None:
+    def next_task(self, *, kl_weight: float = 1.0) -> None:
         """Make the present posterior the prior: training goes on with another task's data (as in BayesBiNN §5).
 
         λ₀ ← λ for every family and parameter, frozen ones too; q stays where it is. Momentum and q_out, which belong to
         the old task, are forgotten.
-        `weight_decay` has no further part; ess·∇̃KL now pulls towards the old task's posterior.
+        `weight_decay` has no further part; ∇̃KL now pulls towards the old task's posterior.
+
+        Args:
+            kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀) from now on, in groups in which every weight has a rate
+                of its own (`square_momentum`); steps do not become larger by it. A first prior that knows nothing may
+                be weak for the sake of accuracy; this one has seen data, and counts as Bayes' rule says at 1.
+
+        Raises:
+            ValueError: for a weight that is not positive and finite.
         """
+        arguments.positive("kl_weight", kl_weight)
         self._trainable()
         for number, group in enumerate(self.param_groups):
             blocks = [block for block in self._blocks if block.group_number == number]
@@ -444,6 +456,8 @@ class Resuming(Recorded, Shell):
                     known[block.name] = fields.map_fields(torch.clone, own["posterior"])
                     own.update(memory=None, stamp=0, in_mega=False, momentum=(), step=0, ages=None)
             group["prior"] = known
+            if group["square_momentum"] is not None:
+                group["kl_weight"] = float(kl_weight)
         self._products.reset()
 
     def _wide(self) -> dict[str, Any]:

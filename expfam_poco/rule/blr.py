@@ -202,13 +202,19 @@ def update(
         pairs = zip(family.momentum_block, known, strict=True)
         seconds = tuple([squares * v + (1.0 - squares) * getattr(measured, name) ** 2 for name, v in pairs])
         scales = dict(zip(family.momentum_block, seconds, strict=True))
-        direction = own_rates(direction, scales, rates, ess=ess, unsquare=unsquare)
+        direction = own_rates(family, direction, scales, rates, ess=ess, unsquare=unsquare)
     posterior = family.retract(blr_state.posterior, direction, rates, variant=retraction, clip_radius=clip_radius)
     return BLRState(posterior, (*memory, *seconds))
 
 
 def own_rates(
-    direction: Any, squares: Mapping[str, Tensor], rates: Any, *, ess: float | Tensor, unsquare: float | Tensor = 1.0
+    family: ExponentialFamily,
+    direction: Any,
+    squares: Mapping[str, Tensor],
+    rates: Any,
+    *,
+    ess: float | Tensor,
+    unsquare: float | Tensor = 1.0,
 ) -> Any:
     r"""The direction D of a step, divided so that weight i has the rate ηᵢ in place of the field's r.
 
@@ -225,22 +231,25 @@ def own_rates(
         λ ← λ − r ḡ/√v̂     (N √v̂ ≫ r),
 
     so that a factor on the loss changes nothing but the weight of the prior; nor does N. There the natural gradient
-    of every weight is measured by its own size, as the units of layers of different depth demand.
+    of every weight is measured by its own size, as the units of layers of different depth demand. A weight of several
+    numbers has one rate, by the mean of their squares.
 
     Args:
+        family: the exponential family.
         direction: D, as a Site.
         squares: vᵢ for the fields that have such rates.
         rates: r of every field.
         ess: N.
         unsquare: 1 − β₂ᵗ.
     """
-    fields_of = zip(direction._fields, direction, rates, strict=True)
-    return type(direction)(
-        *[
-            value / (ess * (squares[name] / unsquare).sqrt() + rate).clamp_min(TINY) if name in squares else value
-            for name, value, rate in fields_of
-        ]
-    )
+    found = []
+    for name, value, rate, dims in zip(direction._fields, direction, rates, family.statistic_dims, strict=True):
+        if name in squares:
+            axes = tuple(range(-dims, 0))
+            square = squares[name].mean(axes, keepdim=True) if axes else squares[name]
+            value = value / (ess * (square / unsquare).sqrt() + rate).clamp_min(TINY)
+        found.append(value)
+    return type(direction)(*found)
 
 
 def unbias_of(momentum: float, step: Any, debias: bool) -> Any:
