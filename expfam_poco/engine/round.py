@@ -300,5 +300,5 @@ def _sampling(
 ) -> Trial:
     """A trial of which nothing but the draw is wanted."""
     site = block.family.per_block(0.0, 0.0)
-    numbers = Numbers(site, site, 1.0, 0.0, 1.0, 1.0, 1.0)
+    numbers = Numbers(site, site, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
     return Trial(block, estimator, plan.correction, state, None, numbers, key, key, plan.mode, 1, backend)
