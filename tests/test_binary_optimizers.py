@@ -48,8 +48,8 @@ def test_the_published_update(stale: bool, prior: bool) -> None:
     lam0 = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(2, 6) if prior else torch.zeros(2, 6).double()
     family = Bernoulli().stale_variant()() if stale else Bernoulli()
     opt = poco.BayesBiNN(
-        [problem.weight], square_momentum=None, lr=LR, ess=N, beta1=BETA, mc_samples=DRAWS, strength=STRENGTH, stale_mean=stale,
-        curvature=Relaxed(TAU, epsilon=epsilon), seed=3,
+        [problem.weight], square_momentum=None, lr=LR, ess=N, beta1=BETA, mc_samples=DRAWS,
+        strength=STRENGTH, stale_mean=stale, curvature=Relaxed(TAU, epsilon=epsilon), seed=3,
         prior=family.from_nat(Bernoulli.State(lam0)) if prior else None,
     )  # fmt: skip
     lam = STRENGTH * problem.weight.data.sign()
@@ -96,8 +96,8 @@ def test_the_corrected_update_by_hand() -> None:
     problem, alpha, rho = Regression(), 0.7, 0.3
     lam0 = torch.full((2, 6), 0.25, dtype=torch.float64)
     opt = poco.BayesBiNNPoCo(
-        [problem.weight], square_momentum=None, lr=LR, ess=N, temperature=TAU, beta1=BETA, mc_samples=2, strength=STRENGTH, seed=3,
-        alpha=alpha, rho=rho, prior=Bernoulli.State(lam0),
+        [problem.weight], square_momentum=None, lr=LR, ess=N, temperature=TAU, beta1=BETA, mc_samples=2,
+        strength=STRENGTH, seed=3, alpha=alpha, rho=rho, prior=Bernoulli.State(lam0),
     )  # fmt: skip
     chunks, weights = [slice(0, 20), slice(20, 30)], [2.0, 1.0]
 

@@ -133,7 +133,8 @@ def test_two_linear_bernoulli_tasks_add_their_evidence() -> None:
     """A loss linear in ±1 weights is conjugate: λ = λ₀ − Σ N c."""
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
     opt = poco.BayesBiNN(
-        [("weight", weight)], square_momentum=None, lr=1.0, ess=5.0, beta1=0.0, curvature="straight_through", strength=1.0,
+        [("weight", weight)], square_momentum=None, lr=1.0, ess=5.0, beta1=0.0,
+        curvature="straight_through", strength=1.0,
         prior=poco.get_family("bernoulli").State(torch.full((3,), 0.2, dtype=torch.float64)),
     )  # fmt: skip
     total = torch.full((3,), 0.2, dtype=torch.float64)

@@ -280,7 +280,9 @@ LARGE_CASES: dict[str, Case] = {
     "IVONPoCoMo": Case(named(poco.IVONPoCoMo, **MOMENTUM, **EAGER), F32, REAL),
     "SVRG-weight-decay": Case(named(poco.SVRG, lr=0.1, weight_decay=0.1, alpha=0.9, **IN_PLACE), F32, REAL),
     "BayesBiNNPoCo": Case(
-        named(poco.BayesBiNNPoCo, square_momentum=None, lr=0.01, ess=24.0, curvature="relaxed", alpha=1.0, **IN_PLACE), F32, REAL
+        named(poco.BayesBiNNPoCo, square_momentum=None, lr=0.01, ess=24.0, curvature="relaxed", alpha=1.0, **IN_PLACE),
+        F32,
+        REAL,
     ),
     "VSGD": Case(named(poco.VSGD, lr=0.05, **EAGER), F32, REAL, on_gradients),
     "ConstantVSGD": Case(named(poco.ConstantVSGD, lr=0.05, **EAGER), F32, REAL, on_gradients),

@@ -182,7 +182,7 @@ class Inspection(Shell):
         samples: int = 32,
         seed: int = 0,
     ) -> Objective:
-        """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)), with T KL where `kl_weight` is T, and its standard error over `samples` draws.
+        """The evidence lower bound −(N E_q[ℓ] + T KL(q ‖ p₀)), T = `kl_weight`, with its standard error over draws.
 
         Args:
             closures: chunks that together are the data, each giving its mean loss.

@@ -283,7 +283,7 @@ class BayesBiNNPoCo(Named):
         kl_weight: T of N E_q[ℓ] + T KL(q ‖ p₀); None: 1/250, colder than Bayes' posterior, for the accuracy of the
             signs (1 with `square_momentum=None`). After `next_task` it is 1, since the prior then has seen data.
         mc_samples: draws per evaluation.
-        strength: |λ| at the beginning; None: 3 (1 with `square_momentum=None`). The published code has 10, which float32
+        strength: |λ| at first; None: 3 (1 with `square_momentum=None`). The published code has 10, which float32
             does not bear at small τ.
         initial: "sign" of the model's weights, or "value" (λ = strength · weight: from a trained float network).
         stale_mean: of the relaxed estimator, which it chooses: divide by 1 − μ² of the λ before the last step, as the

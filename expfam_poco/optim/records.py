@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco import arguments
 from expfam_poco.arguments import instance
 from expfam_poco.correction import CORRECTIONS
 from expfam_poco.correction.alpha import alpha_from, describe_alpha
-from expfam_poco import arguments
 from expfam_poco.correction.base import Averaging, Correction
 from expfam_poco.correction.snapshot import Snapshot
 from expfam_poco.correction.variance import is_meter_state
@@ -437,7 +437,7 @@ class Resuming(Recorded, Shell):
         `weight_decay` has no further part; ∇̃KL now pulls towards the old task's posterior.
 
         Args:
-            kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀) from now on, in groups in which every weight has a rate
+            kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀) from now on, in groups where every weight has a rate
                 of its own (`square_momentum`); steps do not become larger by it. A first prior that knows nothing may
                 be weak for the sake of accuracy; this one has seen data, and counts as Bayes' rule says at 1.
 
