@@ -9,7 +9,8 @@ Every method has the same budget of mini-batch gradients, in which the second on
 mega-batches (10 mini-batches every 10 steps, after a burn-in) count, and a cosine schedule. ess is the number N of
 training examples (tokens) unless a setting says otherwise; binary networks have one rate for all weights, lr · ess (for
 their present defaults see `binary_defaults.py`). Every setting has the rate that is best for it. Gaussian posteriors
-predict with 16 draws, binary networks with their mode and BatchNorm's statistics for it. `--short` takes seconds. Every run is kept in `--runs`, and not repeated.
+predict with 16 draws, binary networks with their mode and BatchNorm's statistics for it. `--short` takes seconds. Every
+run is kept in `--runs`, and not repeated.
 """
 
 from __future__ import annotations

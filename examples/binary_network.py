@@ -132,8 +132,8 @@ class Training:
             named = poco.binarize_groups(model, gaussian=GAUSSIAN) if groups is None else groups(model)
             self.optimizer = poco.BayesBiNNPoCo(
                 named, lr=settings.lr / ess, ess=ess, square_momentum=None, strength=settings.strength,
-                beta1=settings.beta1, curvature=settings.estimator, temperature=settings.temperature, alpha=settings.alpha,
-                seed=seed,
+                beta1=settings.beta1, curvature=settings.estimator, temperature=settings.temperature,
+                alpha=settings.alpha, seed=seed,
             )  # fmt: skip
         else:
             rest = [p for p in model.parameters() if all(p is not other for other in self.latent)]
