@@ -35,7 +35,6 @@ GAUSSIAN = {
     "lr": 0.1, "hess_init": 1.0, "beta1": 0.9, "beta2": 0.9999, "weight_decay": 1e-4, "curvature": "reparam",
     "lr_convention": "initial_hessian", "prior_in_momentum": False,
     "square_momentum": None, "kl_weight": 1.0,
-    "clip_radius": 0.1,  # without a normalisation the first gradients are a thousand times those later on
 }  # fmt: skip
 
 
@@ -66,7 +65,7 @@ def binarize_groups(
         keep_last: the last of those layers stays real.
         binary: hyperparameters of the binary group, over those of the optimizer.
         gaussian: hyperparameters of the real group, in IVON's names, over lr=0.1, hess_init=1, beta1=0.9,
-            beta2=0.9999, weight_decay=1e-4, clip_radius=0.1.
+            beta2=0.9999, weight_decay=1e-4.
 
     Returns:
         one or two groups for `BayesBiNN` or `BayesBiNNPoCo`.
