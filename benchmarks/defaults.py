@@ -144,7 +144,7 @@ def made(task: Task, model: nn.Module, method: str, lr: float, seed: int, given:
     ess = own.pop("examples", 1.0) * task.examples
     params: Any = list(model.named_parameters())
     if task.binary:
-        params = poco.binarize_groups(model, gaussian={"clip_radius": math.inf, **own.pop("gaussian", {})})
+        params = poco.binarize_groups(model, gaussian=own.pop("gaussian", None))
         lr = lr / ess
         own["square_momentum"] = None  # one rate for all weights; `binary_defaults.py` has the defaults since then
     return getattr(poco, method.replace("-", ""))(params, lr, ess, seed=seed, **own)

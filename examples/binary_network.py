@@ -45,7 +45,7 @@ METHODS = {
     "bayesbinn-poco": "BayesBiNN-PoCo",
 }
 EVERY, SIZE = 10, 10  # steps between mega-batches, mini-batches in one
-GAUSSIAN = {"lr": 0.1, "hess_init": 0.1, "beta2": 0.999, "clip_radius": math.inf}  # of BatchNorm's scales and shifts
+GAUSSIAN = {"lr": 0.1, "hess_init": 0.1, "beta2": 0.999}  # of BatchNorm's scales and shifts
 DRAWS = 32
 
 

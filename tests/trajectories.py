@@ -144,7 +144,7 @@ def with_prior(problem: Problem) -> torch.optim.Optimizer:
 
 def partly_binary(problem: Problem) -> torch.optim.Optimizer:
     """Binary weights beside a Gaussian group, as `binarize_groups` makes them."""
-    groups = poco.binarize_groups(problem.model, gaussian={"lr": 0.1, "beta2": 0.99, "clip_radius": math.inf})
+    groups = poco.binarize_groups(problem.model, gaussian={"lr": 0.1, "beta2": 0.99})
     return poco.BayesBiNNPoCo(
         groups, square_momentum=None, lr=0.01, ess=24.0, strength=2.0, curvature="straight_through", alpha=0.6, seed=1
     )
