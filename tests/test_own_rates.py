@@ -1,10 +1,12 @@
 """A rate of its own for every weight (`square_momentum`) and a KL of its own weight: what a step then is."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from optimizer_cases import Task, equal, network, run, weights
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import expfam_poco as poco
@@ -172,3 +174,53 @@ def test_refusals_name_the_argument() -> None:
         poco.BayesBiNN(network().parameters(), ess=24.0, kl_weight=0)
     with pytest.raises(ValueError, match=r"^ess=nan: it must be a positive number, usually the number of examples"):
         poco.BayesBiNN(network().parameters())
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    return torch.tensor(data.data, dtype=torch.float32) / 8.0 - 1.0, torch.tensor(data.target)
+
+
+def trained_on(model: nn.Module, opt: Any, x: Tensor, y: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        rows = torch.randint(len(y), (50,))
+        opt.step(lambda rows=rows: nn.functional.cross_entropy(model(x[rows]), y[rows]))
+
+
+def test_a_network_without_any_normalisation_trains_with_the_defaults() -> None:
+    """Its first losses are some hundreds, and kill its units where one rate is for all weights."""
+    x, y = digits()
+    found = {}
+    for name, choices in (("own", {}), ("one", {"square_momentum": None, "lr": 3e-3})):
+        torch.manual_seed(0)
+        sizes = (64, 128, 128, 10)
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        model = nn.Sequential(*layers[:-1])
+        with pytest.warns(UserWarning, match="have no normalisation after them"):
+            groups = poco.binarize_groups(model)
+        opt = poco.BayesBiNN(groups, ess=1200.0, seed=0, **choices)  # type: ignore[arg-type]
+        trained_on(model, opt, x[:1200], y[:1200], 200)
+        found[name] = float((model(x[1200:]).argmax(-1) == y[1200:]).float().mean())
+    assert found["own"] > 0.75 and found["one"] < 0.2  # chance is 0.1
+
+
+def test_a_next_task_with_the_defaults_forgets_less() -> None:
+    """Digits 0 to 4, then 5 to 9, by the same five outputs."""
+    x, y = digits()
+    found = {}
+    for use in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 5, bias=False)
+        )
+        model.append(nn.BatchNorm1d(5))
+        opt = poco.BayesBiNN(poco.binarize_groups(model), lr=1e-2, ess=600.0, seed=0)
+        for first in (True, False):
+            part = (y < 5) if first else (y >= 5)
+            if not first and use:
+                opt.next_task()
+            trained_on(model, opt, x[part], y[part] % 5, 100)
+        old = y < 5
+        poco.recalibrate_batchnorm(model, [x[old]])
+        found[use] = float((model.eval()(x[old]).argmax(-1) == y[old]).float().mean())
+    assert found[True] > found[False] + 0.2
