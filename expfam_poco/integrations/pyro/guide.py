@@ -14,6 +14,7 @@ from torch import Tensor
 from expfam_poco.arguments import listed, number, whole
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.integrations.pyro.sites import Kept, Part
+from expfam_poco.integrations.pyro.slopes import Slopes
 
 DRAWS = 4096  # from which quantiles are taken where no formula is known
 
@@ -28,6 +29,7 @@ class NaturalGuide:
         parts: of the posterior.
         states: gives the posterior's present states, by the parts' names.
         sizes: of the model's plates, when it is called with the guide's arguments; {} where it cannot be.
+        slopes: of local latents on the others.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -51,8 +53,9 @@ class NaturalGuide:
         parts: Sequence[Part],
         states: Callable[[], Mapping[str, Any]],
         sizes: Callable[[tuple[Any, ...], Mapping[str, Any]], Mapping[str, int]],
+        slopes: Slopes,
     ) -> None:
-        self._parts, self._states, self._sizes = list(parts), states, sizes
+        self._parts, self._states, self._sizes, self._slopes = list(parts), states, sizes, slopes
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site, inside plates that have as many rows as the model's with these arguments."""
@@ -60,11 +63,16 @@ class NaturalGuide:
         plates: dict[str, Any] = {}
         local = any(site.latent.plate is not None for part in self._parts for site in part.sites)
         sizes = self._sizes(args, kwargs) if local else {}
+        batch, weights = torch.Size(), dict[str, Tensor]()
         for part, q in zip(self._parts, self._distributions(), strict=True):
             drawn = pyro.sample(f"_q_{part.name}", q, infer={"is_auxiliary": True})
             batch = drawn.shape[: drawn.ndim - len(q.event_shape)]
-            for site, weight in zip(part.sites, part.split(drawn.reshape(batch + part.shape)), strict=True):
-                found[site.name] = _sample_site(site, weight, batch, plates, sizes)
+            rows = part.split(drawn.reshape(batch + part.shape))
+            weights.update({site.name: row for site, row in zip(part.sites, rows, strict=True)})
+        moved = self._slopes.moved(weights)
+        for part in self._parts:
+            for site in part.sites:
+                found[site.name] = _sample_site(site, moved[site.name], batch, plates, sizes)
         return found
 
     def sample(self, draws: int, *, seed: int | None = None) -> dict[str, Tensor]:
@@ -76,17 +84,16 @@ class NaturalGuide:
         """
         whole("draws", draws, 1)
         seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
-        states, found = self._states(), dict[str, Tensor]()
+        states, weights = self._states(), dict[str, Tensor]()
         with torch.no_grad():
             for position, part in enumerate(self._parts):
                 state = states[part.name]
                 key = NoiseKey(seed, parameter=position)
                 noise = part.family.noise(part.shape, draws, key, dtype=state[0].dtype, device=state[0].device)
                 rows = part.split(part.family.sample(state, noise))
-                found.update(
-                    {site.name: site.value(site.laid(row)) for site, row in zip(part.sites, rows, strict=True)}
-                )
-        return found
+                weights.update({site.name: row for site, row in zip(part.sites, rows, strict=True)})
+            moved = self._slopes.moved(weights)
+            return {s.name: s.value(s.laid(moved[s.name])) for part in self._parts for s in part.sites}
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The posterior median of every entry of every latent site."""
@@ -109,7 +116,7 @@ class NaturalGuide:
         drawn: dict[str, Tensor] = {}
         with torch.no_grad():
             for part in self._parts:
-                rows = _marginal_quantiles(part, states[part.name], levels)
+                rows = self._marginal_quantiles(part, states, levels)
                 for position, site in enumerate(part.sites):
                     if rows is not None and (site.transform is None or site.transform.domain.event_dim == 0):
                         found[site.name] = site.value(site.laid(part.split(rows)[position]))
@@ -120,10 +127,26 @@ class NaturalGuide:
         return found
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
-        """q in the families' spaces: a Pyro distribution, or a dictionary of them where the posterior has parts."""
+        """q in the families' spaces: a Pyro distribution, or a dictionary of them where the posterior has parts.
+
+        That of local latents which follow the others (see `slopes`) is their marginal one.
+        """
         states = self._states()
-        found = {part.name: part.family.distribution(states[part.name]) for part in self._parts}
+        found = {part.name: self._marginal(part, states) for part in self._parts}
         return next(iter(found.values())) if len(found) == 1 else found
+
+    def _marginal(self, part: Part, states: Mapping[str, Any]) -> Any:
+        known = self._slopes.marginal(part.name, states)
+        if known is None:
+            return part.family.distribution(states[part.name])
+        return dist.Normal(*known).to_event(len(part.shape))
+
+    def _marginal_quantiles(self, part: Part, states: Mapping[str, Any], levels: Sequence[float]) -> Tensor | None:
+        known = self._slopes.marginal(part.name, states)
+        if known is None:
+            return _marginal_quantiles(part, states[part.name], levels)
+        mean, deviation = known
+        return mean + deviation * torch.special.ndtri(mean.new_tensor(levels)).reshape(-1, *(1,) * mean.ndim)
 
     def _distributions(self) -> list[Any]:
         states = self._states()

@@ -11,6 +11,7 @@ from expfam_poco.closures.rows import Rows
 from expfam_poco.integrations.pyro.params import Params
 from expfam_poco.integrations.pyro.reading import Model, Reader
 from expfam_poco.integrations.pyro.sites import Kept, Part
+from expfam_poco.integrations.pyro.slopes import Slopes
 
 
 class Losses:
@@ -24,12 +25,26 @@ class Losses:
         kept: its latent sites.
         parts: of the posterior, of which `negative_elbo` takes the density.
         params: the model's `pyro.param`s, whose gradients are taken at each evaluation.
+        slopes: of local latents on the others.
     """
 
-    __slots__ = ("__weakref__", "_in_model", "_kept", "_parts", "_seen", "params", "reader", "rows", "streamed")
+    __slots__ = (
+        "__weakref__",
+        "_in_model",
+        "_kept",
+        "_parts",
+        "_seen",
+        "params",
+        "reader",
+        "rows",
+        "slopes",
+        "streamed",
+    )
 
-    def __init__(self, reader: Reader, kept: Sequence[Kept], parts: Sequence[Part], params: Params) -> None:
-        self.reader, self.params = reader, params
+    def __init__(
+        self, reader: Reader, kept: Sequence[Kept], parts: Sequence[Part], params: Params, slopes: Slopes
+    ) -> None:
+        self.reader, self.params, self.slopes = reader, params, slopes
         self.streamed = False
         self.rows: Mapping[str, Tensor] = {}
         self._in_model = False
@@ -60,18 +75,32 @@ class Losses:
         """ℓ of a batch at the weights that the parameters hold."""
         self._in_model = True
         weights = [site.weight for site in self._kept]
-        used = {site.name: site.used(site.weight, self.rows) for site in self._kept}
-        values = {site.name: site.value(used[site.name]) for site in self._kept}
-        total = self.reader.log_joint(model, values, args, kwargs, prior=not self.streamed)
-        log_joint = total.detach()
-        self.params.measure(-total, self.reader.params)
-        if not self.streamed:
-            for site in self._kept:
-                factor = site.log_density_factor(used[site.name], values[site.name])
-                total = total if factor is None else total + site.count(self.rows) * factor
-        self._seen.append((log_joint, -total.detach(), [weight.detach().clone() for weight in weights]))
+        used = {site.name: site.of_rows(site.weight, self.rows) for site in self._kept}
+        log_joint, factors = self._densities(used, model, args, kwargs)
+        self.params.measure(-log_joint, self.reader.params)
+        total = log_joint + factors
+        self._seen.append((log_joint.detach(), -total.detach(), [weight.detach().clone() for weight in weights]))
         self._in_model = False
         return -total
+
+    def at_leaves(self, used: Mapping[str, Tensor], model: Model, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        """ℓ of a batch at other weights, of local sites its rows', which is no part of a step."""
+        log_joint, factors = self._densities(used, model, args, kwargs)
+        return -(log_joint + factors)
+
+    def _densities(
+        self, used: Mapping[str, Tensor], model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | float]:
+        """log p, and log |det ∂t/∂u| − log h of all sites, at weights of which local sites have the batch's rows."""
+        moved = self.slopes.moved(used, self.rows)
+        laid = {site.name: site.laid(moved[site.name]) for site in self._kept}
+        values = {site.name: site.value(laid[site.name]) for site in self._kept}
+        log_joint = self.reader.log_joint(model, values, args, kwargs, prior=not self.streamed)
+        factors: Tensor | float = 0.0
+        for site in self._kept if not self.streamed else ():
+            factor = site.log_density_factor(laid[site.name], values[site.name])
+            factors = factors if factor is None else factors + site.count(self.rows) * factor
+        return log_joint, factors
 
     @property
     def is_models_fault(self) -> bool:

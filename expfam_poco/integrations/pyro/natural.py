@@ -24,11 +24,12 @@ from expfam_poco.integrations.pyro.params import Params
 from expfam_poco.integrations.pyro.rates import Rates
 from expfam_poco.integrations.pyro.reading import Model, Reader, first_trace, latents_of, sizes_of
 from expfam_poco.integrations.pyro.sites import Kept, Part, families_of, groups_of, keep, parts_of
+from expfam_poco.integrations.pyro.slopes import Slopes
 from expfam_poco.integrations.pyro.steps import Steps
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 WHOLE, SUBSAMPLED = 5.0, 2.0  # c of `Rates`, with all data in a step and with a part of them
-LOCAL = 50.0  # with local latents, which and the others find each other by turns
+LOCAL = 20.0  # with local latents, whose rows are seen seldom
 LARGEST_HESSIAN = 1000  # weights of which the Hessian's diagonal is computed entry by entry
 
 
@@ -131,7 +132,7 @@ class NaturalVI:
             reader = Reader(trace, latents)
 
             def closure_of(kept: list[Kept]) -> Callable[[], Tensor]:
-                return Losses(reader, kept, [], self._params).of(self.model, args, kwargs)
+                return Losses(reader, kept, [], self._params, Slopes([], [])).of(self.model, args, kwargs)
 
             if isinstance(self.family, str) and self.family == AUTO:
                 kept = keep(latents, automatic(latents, closure_of))
@@ -139,12 +140,13 @@ class NaturalVI:
                 kept = keep(latents, families_of(latents, self.family))
         parts = parts_of(kept)
         optimizer = self._optimizer_of(kept, parts)
-        losses = Losses(reader, kept, parts, self._params)
+        slopes = Slopes(kept, parts)
+        losses = Losses(reader, kept, parts, self._params, slopes)
         memory = SUBSAMPLED if reader.subsampled else WHOLE
         if any(site.latent.plate is not None for site in kept):
             memory = LOCAL
         rates = Rates(self._lr, memory)
-        guide = NaturalGuide(parts, optimizer.posterior_states, functools.partial(sizes_of, self.model))
+        guide = NaturalGuide(parts, optimizer.posterior_states, functools.partial(sizes_of, self.model), slopes)
         self._ready = _Made(kept, optimizer, losses, Steps(optimizer, parts, losses, rates), guide)
         if self._pending is not None:
             self._take(self._pending)
@@ -195,7 +197,12 @@ class NaturalVI:
         """
         self.setup(*args, **kwargs)
         made = self._made()
-        return made.steps.step(made.losses.of(self.model, args, kwargs))
+        losses = made.losses
+        estimate = made.steps.step(losses.of(self.model, args, kwargs))
+        if losses.slopes.values and made.steps.rates.factor == 1.0:  # not while steps are taken back
+            evaluate = functools.partial(losses.at_leaves, model=self.model, args=args, kwargs=kwargs)
+            losses.slopes.follow(evaluate, made.optimizer.posterior_states(), losses.rows)
+        return estimate
 
     def refresh(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate a mega-batch, much data or all of it, with which steps are corrected from now on.
@@ -207,6 +214,7 @@ class NaturalVI:
         made = self._made()
         if all(group["alpha"] == 0.0 for group in made.optimizer.param_groups):
             raise ValueError("alpha=0.0: no step would be corrected; give NaturalVI(…, alpha=1.0).")
+        made.losses.slopes.frozen = True  # the snapshot's gradients are of the spaces that they make
         return float(made.optimizer.refresh([made.losses.of(self.model, args, kwargs)]))
 
     def next_data(self) -> None:
@@ -217,6 +225,7 @@ class NaturalVI:
         """
         made = self._made()
         made.optimizer.next_task()
+        made.losses.slopes.frozen = True  # the prior is independent in the spaces that they make
         made.losses.reader.forget_sizes()
         made.losses.streamed = True
         made.steps.restart()
@@ -230,6 +239,7 @@ class NaturalVI:
             "optimizer": made.optimizer.state_dict(),
             "weights": {site.name: site.weight.detach().clone() for site in made.kept},
             "steps": made.steps.state_dict(),
+            "slopes": made.losses.slopes.state_dict(),
             "params": made.losses.params.state_dict(),
             "streamed": made.losses.streamed,
             "sizes": dict(made.losses.reader.sizes),
@@ -257,6 +267,7 @@ class NaturalVI:
                 site.weight.copy_(state["weights"][site.name])
         made.optimizer.load_state_dict(state["optimizer"])
         made.steps.load_state_dict(state["steps"])
+        made.losses.slopes.load_state_dict(state["slopes"])
         made.losses.params.load_state_dict(state["params"])
         made.losses.streamed, made.losses.reader.sizes = bool(state["streamed"]), dict(state["sizes"])
         self._pending = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -78,18 +79,15 @@ class Rates:
             return False
         return not loss <= self.level + SPREADS * max(self.spread, (0.5 * weights) ** 0.5)
 
-    def fall(self, *, least: int = SHORTEST // 2, errors: float = ERRORS) -> float:
-        """By how much −ELBO has fallen, the difference of medians; 0 without evidence that it has.
+    def fall(self) -> float:
+        """By how much −ELBO has fallen, the difference of medians; 0 without evidence that it has."""
+        m = min(max(5, int(2.0 * (1.0 + self.averaged / self.memory))), LONGEST // 2, len(self.recent) // 2)
+        return self._fall(m, ERRORS) if m >= SHORTEST // 2 else 0.0
 
-        Args:
-            least: the smallest m.
-            errors: of U, in place of 2.
-        """
-        m = min(max(5, least, int(2.0 * (1.0 + self.averaged / self.memory))), LONGEST // 2, len(self.recent) // 2)
-        if m < least:
-            return 0.0
+    def _fall(self, m: int, errors: float) -> float:
         before, after = self.recent[-2 * m : -m], self.recent[-m:]
-        higher = sum((x > y) + 0.5 * (x == y) for x in before for y in after)
+        ordered = sorted(before)
+        higher = sum(m - 0.5 * (bisect_left(ordered, y) + bisect_right(ordered, y)) for y in after)
         if higher <= 0.5 * m**2 + errors * m * ((2 * m + 1) / 12) ** 0.5:
             return 0.0
         return max(0.0, median(before) - median(after))
@@ -98,7 +96,8 @@ class Rates:
         """Why the posterior is none yet, as far as many steps tell; None where nothing speaks against it."""
         if self.steps >= MANY and self.bad > OFTEN:
             return "steps keep being taken back"
-        fall = self.fall(least=MANY // 2, errors=SURE)
+        third = min(len(self.recent) // 3, LONGEST // 2)  # more tell of smaller falls; the first third is a beginning
+        fall = self._fall(third, SURE) if third >= MANY // 2 else 0.0
         return f"−ELBO still falls, by {fall:.3g} of late" if fall > NATS else None
 
     def stepped(self, loss: float, *, again: bool = False) -> None:

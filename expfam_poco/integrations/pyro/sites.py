@@ -60,9 +60,9 @@ class Kept:
         draws = weight.ndim - self.weight.ndim
         return weight if self.latent.plate is None else weight.movedim(draws, draws + self.latent.axis)
 
-    def used(self, weight: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """What a batch with these rows uses of the weight, laid as the site is."""
-        return weight if self.latent.plate is None else self.laid(weight[rows[self.latent.plate]])
+    def of_rows(self, weight: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """What a batch with these rows uses of the weight."""
+        return weight if self.latent.plate is None else weight[rows[self.latent.plate]]
 
     def count(self, rows: Mapping[str, Tensor]) -> float:
         """How many rows of the whole each of the batch's stands for."""

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,17 @@ from expfam_poco.errors import NonFiniteError
 from expfam_poco.integrations.pyro.losses import Losses
 from expfam_poco.integrations.pyro.rates import Rates
 from expfam_poco.integrations.pyro.sites import Part
+from expfam_poco.integrations.pyro.slopes import Slope
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 Closure = Callable[[], Tensor]
+
+
+class Posterior(NamedTuple):
+    """All of it: the states of its parts, and the slopes of local latents, each by name."""
+
+    states: dict[str, Any]
+    slopes: dict[str, Slope]
 
 
 class Steps:
@@ -35,16 +43,17 @@ class Steps:
         self.rates = rates
         self._optimizer, self._parts, self._losses = optimizer, list(parts), losses
         self._weights = sum(part.shape.numel() for part in parts)
-        self._last: dict[str, Any] | None = None
+        self._last: Posterior | None = None
         self._told = False
 
     def step(self, closure: Closure) -> float:
         """Step, and return the estimate of −ELBO before it; from the posterior of a step ago where the last was bad."""
+        slopes = self._losses.slopes.values
         with self._noise("antithetic" if self._is_first else self._optimizer.noise):
             before, estimate, again = self._moved_on(closure)
             self._losses.params.step(self._draws)
         self.rates.stepped(estimate, again=again)
-        self._last = before
+        self._last = Posterior(before, slopes)
         return estimate
 
     @property
@@ -57,7 +66,7 @@ class Steps:
         moved, again = self._moved(closure), False
         if moved is None:
             assert self._last is not None
-            present, last = self._optimizer.posterior_states(), self._last
+            present, last = Posterior(self._optimizer.posterior_states(), self._losses.slopes.values), self._last
             self._put(last)
             self.rates.taken_back()
             again, level, self._last, self.rates.level = True, self.rates.level, None, None
@@ -164,8 +173,9 @@ class Steps:
         groups = self._optimizer.param_groups
         return {name: state for group in groups for name, state in (group["prior"] or {}).items()}
 
-    def _put(self, states: Mapping[str, Any]) -> None:
+    def _put(self, posterior: Posterior) -> None:
         """Set the posterior back; the counters, and so the noise, go on."""
+        states, self._losses.slopes.values = posterior
         saved, first = self._optimizer.state_dict(), 0
         with torch.no_grad():
             for part in self._parts:
@@ -180,7 +190,10 @@ class Steps:
 
     def state_dict(self) -> dict[str, Any]:
         """The rates, and the posterior that a bad step would be taken back to."""
-        last = self._last and {name: state._asdict() for name, state in self._last.items()}
+        last = None
+        if self._last is not None:
+            states = {name: state._asdict() for name, state in self._last.states.items()}
+            last = {"states": states, "slopes": {name: slope._asdict() for name, slope in self._last.slopes.items()}}
         return {"rates": self.rates.state_dict(), "last": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -188,4 +201,8 @@ class Steps:
         self.rates.load_state_dict(state["rates"])
         families = {part.name: part.family for part in self._parts}
         last = state["last"]
-        self._last = last and {name: families[name].State(**values) for name, values in last.items()}
+        if last is None:
+            self._last = None
+            return
+        states = {name: families[name].State(**values) for name, values in last["states"].items()}
+        self._last = Posterior(states, {name: Slope(**values) for name, values in last["slopes"].items()})
