@@ -220,9 +220,7 @@ def test_export_is_exact_where_the_model_holds_means() -> None:
 
 def test_export_after_a_one_pass_step_is_still_the_mode() -> None:
     model = nn.Linear(6, 5)
-    opt = poco.BayesBiNN(
-        poco.binarize_groups(model), square_momentum=None, lr=0.01, ess=16.0, one_pass=True, backend="eager"
-    )
+    opt = poco.BayesBiNN(poco.binarize_groups(model), lr=0.01, ess=16.0, one_pass=True, backend="eager")
     for _ in range(3):
         opt.step(lambda: model(torch.ones(6)).square().sum())
     exported = poco.export_binary(model, opt)

@@ -241,6 +241,14 @@ def own_rates(
         rates: r of every field.
         ess: N.
         unsquare: 1 − β₂ᵗ.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> family = poco.resolve_family("bernoulli")
+        >>> gradient = torch.tensor([1e-3, 10.0])
+        >>> direction = family.Site(1e6 * gradient)
+        >>> 0.1 * poco.blr.own_rates(family, direction, {"theta": gradient**2}, (0.1,), ess=1e6).theta
+        tensor([0.1000, 0.1000])
     """
     found = []
     for name, value, rate, dims in zip(direction._fields, direction, rates, family.statistic_dims, strict=True):
