@@ -149,7 +149,8 @@ NETWORK: dict[str, Callable[..., Any]] = {
 }
 POSITIVE = {"float", "int"}
 MADE: list[tuple[str, str, set[str]]] = [
-    ("BayesBiNN", "strength", {*POSITIVE, "None"}), ("BayesBiNN", "square_momentum", {"None"}), ("BayesBiNN", "temperature", {*POSITIVE, "None"}),
+    ("BayesBiNN", "strength", {*POSITIVE, "None"}), ("BayesBiNN", "square_momentum", {"None"}),
+    ("BayesBiNN", "temperature", {*POSITIVE, "None"}),
     ("BayesBiNN", "initial", set()),
     ("BayesBiNN", "stale_mean", {"True"}), ("BayesBiNN", "curvature", {"None"}), ("VSGDPoCo", "precision", POSITIVE),
     ("IVON", "hess_approx", set()), ("IVON", "rescale_lr", {"True"}), ("IVON", "beta2", {"float"}),
