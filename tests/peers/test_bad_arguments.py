@@ -149,7 +149,7 @@ NETWORK: dict[str, Callable[..., Any]] = {
 }
 POSITIVE = {"float", "int"}
 MADE: list[tuple[str, str, set[str]]] = [
-    ("BayesBiNN", "strength", {*POSITIVE, "None"}), ("BayesBiNN", "square_momentum", {"None"}),
+    ("BayesBiNN", "strength", {*POSITIVE, "None"}), ("BayesBiNN", "square_momentum", {"float", "None"}),
     ("BayesBiNN", "temperature", {*POSITIVE, "None"}),
     ("BayesBiNN", "initial", set()),
     ("BayesBiNN", "stale_mean", {"True"}), ("BayesBiNN", "curvature", {"None"}), ("VSGDPoCo", "precision", POSITIVE),
