@@ -227,7 +227,7 @@ def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[T
         with torch.enable_grad():
             loss = _checked_loss(closure())
         left = [p.grad for p in params]
-        return loss, left if any(grad is not None for grad in left) else None
+        return loss, left if any([grad is not None for grad in left]) else None
     finally:
         forget_weights()
         for p in params:

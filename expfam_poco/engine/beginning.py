@@ -23,6 +23,7 @@ def initial_posterior(block: Block) -> Any:
         strength = settings.ess * (settings.hess_init + settings.weight_decay)
     weights = block.read()
     state = block.family.centred_at(weights, strength)
+    check_point(block, state, weights)
     if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
         torch.isfinite(weights).all()
     ):
@@ -31,6 +32,28 @@ def initial_posterior(block: Block) -> Any:
             f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
         )
     return state
+
+
+def check_point(block: Block, state: Any, weights: Tensor) -> None:
+    """Refuse to put one and the same point in place of weights that differ.
+
+    Raises:
+        ValueError: says what the point is, and what to do with the weights.
+    """
+    family, point = block.family, block.family.point(state)
+    if family.levels is not None or not point.numel() or torch.equal(point, weights):
+        return
+    first = point.flatten()[0]
+    deaf = False
+    if family.event_dim == 0 and not family.support.is_discrete and bool((point == first).all()):
+        elsewhere = family.point(family.centred_at(family.reference_like(weights)))
+        deaf = torch.equal(elsewhere, point) and not torch.allclose(point, weights, rtol=0.02, atol=0.02)
+    if family.fixed_point or deaf:
+        raise ValueError(
+            f"params: the posterior of {block.name!r} ({type(family).__name__}) has its point at {float(first):.3g} "
+            "whatever the weights are, and would erase them; write the model's weights as a constant plus this "
+            "parameter, started at that point, or use another family."
+        )
 
 
 class Beginning:

@@ -311,6 +311,11 @@ class Block:
         if torch.equal(rounded, present):
             return state
         changed = rounded != present
+        if self.family.fixed_point:
+            raise ValueError(
+                f"params: somebody has written to {self.name!r}, but every {type(self.family).__name__} has its point "
+                "where it was; put the weights back."
+            )
         new = self.family.recentre(state, torch.where(changed, present, self.family.point(state)))
         if self.family.joint:
             return new

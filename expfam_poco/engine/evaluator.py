@@ -17,6 +17,7 @@ from expfam_poco.closures.processes import Processes
 from expfam_poco.engine.measure import evaluate_together, measure_batched, measure_draw, measure_variations, params_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
+from expfam_poco.family import recording
 from expfam_poco.family.transfer import told
 
 FIRST, AGAIN = 3, 61  # evaluations that are looked at more closely: so many, and every so many
@@ -81,7 +82,7 @@ class Evaluator:
         self._averaged = self.processes if averaged else None
         if isinstance(closure, Batched):
             return self._evaluate_batched(closure, params, first, second), None
-        shift = None
+        shift, record = None, recording.active
         if second is not None and self.products.kind != "curvature":
             with self._buffers.kept(params, self.products.closures()):
                 shift = self.products.shift(first, second)
@@ -89,7 +90,7 @@ class Evaluator:
         evaluations = self._buffers.evaluations(params, closure)
         self._moved.append(evaluations.before)
         for draw in range(first[0].count):
-            random = None if second is None else Replay(params)
+            random = None if second is None else Replay(params) if record is None else record.paired(params)
             if draw == 0:
                 losses.append(self._measure(closure, first, draw)[0])
                 evaluations.before.mark_gradients()
@@ -140,7 +141,7 @@ class Evaluator:
         """One draw of all trials, added to the totals of those that keep one."""
         varying = [trial for trial in trials if trial.estimator.needs == "variations"]
         random = capture_random(params_of(trials)) if varying else None
-        check = not self._watched or not all(trial.watched for trial in trials)
+        check = not self._watched or not all([trial.watched for trial in trials])
         measured = measure_draw(closure, trials, draw, product_with, check=check, processes=self._averaged)
         self._require_untouched(trials, draw)
         if random is not None:
@@ -158,10 +159,12 @@ class Evaluator:
             RuntimeError: names a parameter.
         """
         self._evaluations += 1
+        recorded = recording.active is not None  # there are no values to look at
         # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
-        looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0
+        looks = not recorded and (self._evaluations <= FIRST or self._evaluations % AGAIN == 0)
         looked_at = [t for t in trials if looks or any([member.weights_changed() for member in t.block.members])]
-        for trial, is_there in zip(looked_at, told([trial.is_there(draw) for trial in looked_at]), strict=True):
+        answers = told([False if recorded else trial.is_there(draw) for trial in looked_at])
+        for trial, is_there in zip(looked_at, answers, strict=True):
             if not is_there:
                 raise RuntimeError(
                     f"closure: it wrote into the weights of {trial.block.name!r} while they were a draw, where a write "

@@ -27,7 +27,8 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import Address, traced
-from expfam_poco.family.transfer import is_ahead, on_device
+from expfam_poco.family.recording import Recording
+from expfam_poco.family.transfer import gathered, is_ahead
 from expfam_poco.rule import blr
 
 
@@ -116,13 +117,19 @@ class Numbers(NamedTuple):
     factor: Any
 
     def packed(self, device: torch.device) -> Tensor:
-        """As one float64 tensor."""
-        known = isinstance(self.factor, float)
-        values = [*self.rates, *self.alpha, *self[2:-1], self.factor if known else 1.0]
-        packed = on_device(values, torch.float64, device)
-        if not known:  # it comes of a norm that the host has not waited for
-            packed[-1:].copy_(self.factor)
-        return packed
+        """As one float64 tensor; a factor may come of a norm that the host has not waited for."""
+        return gathered([*self.known(), self.factor], device)
+
+    def known(self) -> list[Any]:
+        """All but the factor, one after the other."""
+        return [*self.rates, *self.alpha, *self[2:-1]]
+
+    def placed(self, record: Recording, name: str) -> Numbers:
+        """The same in slots of a recording, whose `write` finds `known()` by the name."""
+        values, kind = record.numbers(name, self.known()), type(self.rates)
+        count = len(self.rates)
+        rest: tuple[Any, ...] = (*values[2 * count :], self.factor)
+        return Numbers(kind(*values[:count]), kind(*values[count : 2 * count]), *rest)
 
 
 def unpacked(constants: Constants, numbers: Numbers | Tensor) -> Numbers:
@@ -317,7 +324,7 @@ def unshared(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
     """
     # By `is`, for a compiler takes an id() for a constant.
     pairs = zip(old, new, strict=True)
-    return [value.clone() if value is not place and any(value is o for o in old) else value for place, value in pairs]
+    return [value.clone() if value is not place and any([value is o for o in old]) else value for place, value in pairs]
 
 
 def _per_weight(values: Tensor, dims: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +28,29 @@ from expfam_poco.engine.tiles import TILE, spread, tiles
 from expfam_poco.engine.trial import Trial, empty_site
 from expfam_poco.engine.watch import Unsound
 from expfam_poco.errors import NonFiniteError
-from expfam_poco.family import fields
+from expfam_poco.family import fields, recording
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.transfer import read_now
 from expfam_poco.rule import blr
 
 METER_WEIGHTS = 2**12  # of each large block; the meter's ratios need no more
+
+
+class Sample(NamedTuple):
+    """What the variance meter sees of a step, as tensors: terms of every field and a square, of some of the weights."""
+
+    block: Block
+    terms: Any
+    square: Tensor | None
+    scale: float
+
+    def show(self, meter: VarianceMeter, number: int, alpha: Any) -> None:
+        """Show it to the meter, as of step `number` with this α of every field."""
+        adaptive = self.block.settings.adaptive
+        if self.terms is not None:
+            meter.add(self.block.name, self.terms, alpha, None if adaptive is None else adaptive.keep)
+        if self.square is not None:
+            meter.add_square(number, self.block.name, self.square, self.scale)
 
 
 class Step:
@@ -133,25 +150,35 @@ class Step:
 
     def commit(self) -> None:
         """Make the new posterior the block's; in place, the model then holds its point or the next draw."""
-        block, record = self.block, self.record
+        record = self.record
         try:
-            if self.first.in_place:
-                self._advance_in_place()
-                block.at_point, block.drawn = self.following is None, self.following
-            else:
-                self._replace(self.moved)
-                block.at_point, block.drawn = False, None
-                self.begun = True
+            self.apply()
         finally:
             if self.begun:
                 record["step"] = self.age if record["momentum"] else 0
                 rows = self.first.rows
                 record["ages"] = rows.ages_after() if rows is not None and record["momentum"] else None
 
+    def count(self) -> None:
+        """Let the record be a step older, where a replay has made it."""
+        record = self.block.record
+        record["step"] = age_of(self.block, record) if record["momentum"] else 0
+
+    def apply(self) -> None:
+        """`commit`, less what the record says of its age: of a step that is recorded, all that the device does."""
+        block = self.block
+        if self.first.in_place:
+            self._advance_in_place()
+            block.at_point, block.drawn = self.following is None, self.following
+        else:
+            self._replace(self.moved)
+            block.at_point, block.drawn = False, None
+            self.begun = True
+
     def _replace(self, moved: kernels.Moved) -> None:
-        """Keep a whole block's new values, a flat one's in the storage that its members see."""
+        """Keep a whole block's new values; a flat one's, and those that are recorded, where the old ones are."""
         record = self.record
-        if not isinstance(self.block, FlatBlock):
+        if not isinstance(self.block, FlatBlock) and recording.active is None:
             record["posterior"], record["momentum"], record["memory"] = moved
             return
         known = record["posterior"], record["momentum"], record["memory"]
@@ -193,28 +220,28 @@ class Step:
 
     def meter(self, meter: VarianceMeter, number: int) -> None:
         """Show the meter the weights, of large blocks some; an adaptive α looks at every pair."""
-        adaptive = self.block.settings.adaptive
-        if meter.samples(number, adaptive is not None):
-            self._meter(meter, number, None if adaptive is None else adaptive.keep)
+        if meter.samples(number, self.block.settings.adaptive is not None):
+            self.sample(squared=meter.samples(number)).show(meter, number, self.numbers.alpha)
 
     @plainly
-    def _meter(self, meter: VarianceMeter, number: int, keep: float | None) -> None:
+    def sample(self, *, squared: bool) -> Sample:
+        """What the variance meter sees of this step; with `squared` also ‖corrected gradient‖²."""
         family, only = self.block.family, None
         if self.first.in_place:
             only = next(tiles(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
         ((like, weights, *pair, found),) = self._sites(only)
         real, correction, memory = self._real(only), self.constants.correction, weights.memory
         mean = None if pair[1] is None else correction.mean(memory)
+        terms = square = None
         if mean is not None:
             outer = snapshot.Outer(correction.reference(memory), mean)
             there, outer = snapshot.carried(family, pair[1], outer, weights.state)
             own, there, mean = (kernels.without_gaps(site, real) for site in (pair[0], there, outer.site))
             terms = snapshot.variance_terms(own, there, outer._replace(site=mean))
-            meter.add(self.block.name, terms, self.numbers.alpha, keep)
-        if meter.samples(number):
+        if squared:
             site = kernels.without_gaps(found.site, real)
             square = blr.square_of([getattr(site, name) for name in family.momentum_block])
-            meter.add_square(number, self.block.name, square, self.block.shape.numel() / like.numel())
+        return Sample(self.block, terms, square, self.block.shape.numel() / like.numel())
 
     def _real(self, tile: Any) -> Tensor | None:
         """Which entries of a flat block's tile are weights."""

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -336,6 +336,13 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise CheckpointError(f"state_dict['alpha_svrg']: damaged ({error!r}); use another file.") from None
         return plain
+
+    def captured(self, closure: Any, example_batch: Any) -> NoReturn:
+        """Refused: the base's step cannot be looked into."""
+        raise TypeError(
+            f"captured: AlphaSVRG hands its gradients to {type(self.base).__name__}, whose step no graph holds; call "
+            "step(closure), or take SVRG(…).captured(…)."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's."""

@@ -33,7 +33,7 @@ from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.rehearsal import Rehearsal
-from expfam_poco.engine.round import Round, holds_draw
+from expfam_poco.engine.round import Pair, Round, holds_draw
 from expfam_poco.engine.rows import are_local
 from expfam_poco.engine.step import Step, clip_factor, hold_together
 from expfam_poco.engine.watch import Watch
@@ -43,13 +43,14 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator, require_draws
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.captured import Capturing
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.outer import Refreshing
 from expfam_poco.optim.records import CLOCK, Resuming
 from expfam_poco.optim.travelled import only_makes_state
 
 
-class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer):
+class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.optim.Optimizer):
     r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
 
         ĝ = ∇̃L_B(λ_in) − α [∇̃L_B(λ_out) − ḡ_out],      λ ← λ − η (∇̃KL(q_λ ‖ p₀) + N ĝ)     (PC Eq. 13, 18)
@@ -370,16 +371,20 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
                     self._width.compare(float(loss), at_weights)
                 self._advance(steps, number)
         except NonFiniteError as error:
-            if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
-                raise
-            self._skips.skipped(error)
-            self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
+            self._fell(error, number)
         else:
             self._skips.stepped()
             check_reach(number, blocks)
         finally:
             self._layout.recover()
         return loss
+
+    def _fell(self, error: NonFiniteError, number: int) -> None:
+        """Count a step that was none, or raise its error."""
+        if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
+            raise error
+        self._skips.skipped(error)
+        self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
 
     def _measured(
         self,
@@ -391,14 +396,19 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
         now = self._round(blocks, number, apart=are_local(parts, blocks))
-        alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, number), always=always)
+        alphas, wanted = self._choices(now, blocks, always=always)
+        return now.evaluate(parts, self._evaluator, alphas, wanted, self._clock["refresh"], always)
+
+    def _choices(
+        self, now: Round, blocks: Sequence[Block], *, always: bool = False
+    ) -> tuple[list[Pair], list[bool] | None]:
+        """Every unit's α, and whether its pair is measured even where that is 0; None: nothing is evaluated twice."""
+        alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, now.number), always=always)
         self._alphas = now.alphas_by_name(alphas)
         asked = any(map(any, alphas)) or any(wanted)
-        self._stale.check(asked and self.correction.compares, number - self._clock["refreshed"])
+        self._stale.check(asked and self.correction.compares, now.number - self._clock["refreshed"])
         comparing = asked and self.correction.compares and self._memory_is_of(blocks)
-        return now.evaluate(
-            parts, self._evaluator, alphas, wanted if comparing else None, self._clock["refresh"], always
-        )
+        return alphas, wanted if comparing else None
 
     def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
         """Whether the memories are of one refresh of just these blocks; else (frozen, added) steps are plain."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.arguments import whole
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.alpha import refreshed
@@ -27,13 +28,21 @@ class Refreshing(Together):
 
     @torch.no_grad()
     def refresh(
-        self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
+        self,
+        closures: Sequence[Closure],
+        weights: Sequence[float] | None = None,
+        *,
+        draws: int = 1,
+        scaler: Any = None,
     ) -> Tensor:
         """Make q_out from a mega-batch: λ_out ← λ_in, ḡ_out ← ρ ḡ_out + (1−ρ) mean over chunks (Eq. 17, 26).
 
         Args:
             closures: one for each chunk of the mega-batch; each returns the mean loss of its chunk.
             weights: the chunks' numbers of examples; None counts chunks equally.
+            draws: how many times all of it is evaluated, each with noise of its own. The noise in ḡ_out stays in every
+                step until the next refresh: of a posterior that is wide for its loss one draw is too few. From two on
+                it is measured, for "total_variance_ratio.…" of `diagnostics()` and for `alpha="adaptive"`.
             scaler: a `torch.amp.GradScaler` for fp16, told of overflows; call `scaler.update()` after the next step.
 
         Returns:
@@ -41,15 +50,16 @@ class Refreshing(Together):
 
         On any other error, also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
+        whole("draws", draws, 1)
         self._settle(raising=True)
         try:
-            return self._refresh(closures, weights, scaler)
+            return self._refresh(closures, weights, draws, scaler)
         except ScaledOverflow:
             return NonFiniteError.loss
         finally:
             self._layout.recover()
 
-    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
+    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, draws: int, scaler: Any) -> Tensor:
         if self.correction.compares and not self.correction.refresh_evaluations:
             raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
         chunks, shares = check_chunks(closures, weights)
@@ -63,12 +73,14 @@ class Refreshing(Together):
         now = self._round(blocks, self._clock["step"] + 1)
         self._products.begin()
         with self._weights_restored(blocks):
-            loss, trials = now.evaluate_chunks(list(zip(parts, shares, strict=True)), self._evaluator, refresh, first)
+            chunked = list(zip(parts, shares, strict=True))
+            loss, trials, errors = now.evaluate_mega(chunked, self._evaluator, refresh, first, draws, count)
         if not any(any(trial.used) for trial in trials):
             raise unused_error()
         memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
         with Uninterrupted():
-            self._clock.update(refreshed(self._clock, count), mega=mega)
+            self._clock.update(refreshed(self._clock, count * draws), mega=mega)
+            self._meter.outer = errors
             now.keep(memories, trials, self._clock["memory"])
             self._products.commit()
         return loss

@@ -266,8 +266,8 @@ def unbias_of(momentum: float, step: Any, debias: bool) -> Any:
 
 
 def square_of(values: Sequence[Tensor]) -> Tensor:
-    """‖values together‖² in float64 on the CPU."""
-    norms = torch.stack([torch.linalg.vector_norm(value).to(torch.float64).cpu() for value in values])
+    """‖values together‖² in float64."""
+    norms = torch.stack([torch.linalg.vector_norm(value).to(torch.float64) for value in values])
     return (norms * norms).sum()
 
 

@@ -356,6 +356,10 @@ def save_binary(
 def load_binary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Put what `save_binary` wrote into a model of the same shapes; returns the model.
 
+    Args:
+        path: of the file.
+        model: any that has the saved one's names and shapes.
+
     Raises:
         CheckpointError: if the file is damaged, not one of `save_binary`'s, or of another model; nothing is changed.
 

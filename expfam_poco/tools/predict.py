@@ -99,7 +99,16 @@ def predict_samples(
     seed: int = 0,
     batched: bool | None = None,
 ) -> Tensor:
-    """The outputs at each draw, of which `predict` gives the mean; arguments and errors are those of `predict`.
+    """The outputs at each draw, of which `predict` gives the mean, with its errors.
+
+    Args:
+        model: as all further arguments, see `predict`.
+        optimizer: of the model.
+        inputs: a batch, or a loader of batches.
+        samples: draws of the weights.
+        transform: of each output.
+        seed: of the draws.
+        batched: by vmap.
 
     Returns:
         draws × one output (one "draw", the point, with samples=0).
