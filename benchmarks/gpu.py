@@ -293,7 +293,7 @@ def cycle(arguments: argparse.Namespace) -> None:
             lambda p: poco.PosteriorCorrected(p, "diagonal_gaussian", curvature="gradsq", **COMMON)
         ),
         "max_grad_norm": lambda: gpt.ivon(max_grad_norm=1.0),
-        "bernoulli": lambda: gpt.ours(lambda p: poco.BayesBiNN(p, **COMMON)),
+        "bernoulli": lambda: gpt.ours(lambda p: poco.BayesBiNN(p, square_momentum=None, **COMMON)),
         "VSGD": lambda: gpt.on_gradients(lambda p: poco.VSGD(p, lr=1e-4)),
     }
     started(makers, runs)

@@ -39,7 +39,7 @@ CASES: dict[str, Make] = {
     "norm-clipping": named(poco.IVONPoCo, max_grad_norm=1.0, **IVON),
     "gradsq": named(poco.IVONPoCo, curvature="gradsq", **IVON),
     "SVRG": named(poco.SVRG, lr=0.1, backend="eager", seed=0),
-    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.001, ess=24.0, backend="eager", seed=0),
+    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, backend="eager", seed=0),
     "VSGD": lambda params: poco.VSGD(params, lr=0.1, backend="eager"),
     "VSGD-skip": lambda params: poco.VSGD(params, lr=0.1, backend="eager", nonfinite="skip", init="official"),
     "VSGD-small": lambda params: poco.VSGD(params, lr=0.1, weight_decay=0.1),

@@ -21,7 +21,7 @@ class Flips:
     Example:
         >>> import torch, expfam_poco as poco
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
-        >>> opt = poco.BayesBiNN([weight], lr=1.0, ess=8.0, seed=0)
+        >>> opt = poco.BayesBiNN([weight], square_momentum=None, lr=1.0, ess=8.0, seed=0)
         >>> opt.diagnostics()["mean_abs_lambda"]
         1.0
         >>> loss = opt.step(lambda: weight.sum())

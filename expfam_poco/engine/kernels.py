@@ -46,6 +46,7 @@ class Constants:
         anchor_weight: of the anchor term.
         noise: "random", "reflected" (the antithetic partner) or "zero".
         prior_in_momentum: whether momentum averages the prior's pull, too.
+        squares: whether averages of squares give every weight a rate of its own.
         watched: whether losses and gradients that are not finite are noticed here, as unsound weights.
         largest: number of the weights' dtype, where that is less than the posterior's.
     """
@@ -59,6 +60,7 @@ class Constants:
     anchor_weight: float
     noise: str = "random"
     prior_in_momentum: bool = False
+    squares: bool = False
     watched: bool = False
     largest: float = math.inf
 
@@ -98,7 +100,8 @@ class Evidence(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What may change at every step: step sizes and α as Sites of numbers, N, β₁, 1 − β₁ᵗ, w_t, the clipping's factor.
+    """What may change at every step: step sizes and α as Sites of numbers, N, β₁, 1 − β₁ᵗ, w_t, β₂ and 1 − β₂ᵗ of
+    squares, the clipping's factor.
 
     Python numbers, or in a compiled kernel tensors without dimensions, so that none is taken for a constant.
     """
@@ -109,6 +112,8 @@ class Numbers(NamedTuple):
     momentum: Any
     unbias: Any
     share: Any
+    squares: Any
+    unsquare: Any
     factor: Any
 
     def packed(self, device: torch.device) -> Tensor:
@@ -185,7 +190,8 @@ def site_pair(
     constants: Constants, weights: Weights, first: Any, second: Any, numbers: Numbers | Tensor, like: Tensor
 ) -> tuple[Any, Any]:
     """The natural gradients at λ̃ and at λ_ref (None: not measured) from `Evidence` of one draw; averaged ones pass."""
-    *_, share, _ = values = unpacked(constants, numbers)
+    values = unpacked(constants, numbers)
+    share = values.share
     if isinstance(second, Evidence):
         if second.noise is None:
             second = second._replace(noise=first.noise)
@@ -244,6 +250,8 @@ def advance(
         clip_radius=constants.clip_radius,
         retraction=constants.retraction,
         prior_in_momentum=constants.prior_in_momentum,
+        squares=values.squares if constants.squares else None,
+        unsquare=values.unsquare,
     )
     memory = weights.memory
     if memory is not None and constants.correction.follows_steps:

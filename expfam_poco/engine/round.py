@@ -204,9 +204,10 @@ class Round:
     def _numbers(block: Block, record: Record, alpha: Pair, rows: Selection | None = None) -> Numbers:
         settings, family = block.settings, block.family
         age: Any = age_of(block, record)
-        if rows is not None and settings.momentum > 0.0:
+        if rows is not None and settings.averages:
             age = rows.ages.to(block.dtype)
         unbias = blr.unbias_of(settings.momentum, age, settings.debias)
+        squares = settings.square_momentum or 0.0
         return Numbers(
             settings.rates(family),
             family.per_block(*alpha),
@@ -214,6 +215,8 @@ class Round:
             settings.momentum,
             unbias,
             settings.share(age),
+            squares,
+            blr.unbias_of(squares, age, True),
             1.0,
         )
 
@@ -343,5 +346,5 @@ def _sampling(
 ) -> Trial:
     """A trial of which nothing but the draw is wanted."""
     site = block.family.per_block(0.0, 0.0)
-    numbers = Numbers(site, site, 1.0, 0.0, 1.0, 1.0, 1.0)
+    numbers = Numbers(site, site, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
     return Trial(block, estimator, plan.correction, state, None, numbers, key, key, plan.mode, 1, backend)

@@ -387,14 +387,14 @@ def show_meter(
 
 
 def age_of(block: Block, record: Record) -> int:
-    """The number of steps in the momentum's average after the next step; 1 where there is none."""
-    return record["step"] + 1 if block.settings.momentum > 0.0 else 1
+    """The number of steps in the averages after the next step; 1 where there are none."""
+    return record["step"] + 1 if block.settings.averages else 1
 
 
 def begin(block: Block, record: Record, correction: Correction, *, in_place: bool) -> bool:
     """Give a block what its next step needs: a momentum, a memory, contiguous storage; whether anything was missing."""
-    has_momentum = bool(record["momentum"]) == (block.settings.momentum > 0.0)
-    if has_momentum and record["memory"] is not None and not in_place:
+    has_averages = len(record["momentum"]) == block.settings.averages * len(block.family.momentum_block)
+    if has_averages and record["memory"] is not None and not in_place:
         return False
     return _begin(block, record, correction, in_place)
 
@@ -405,13 +405,15 @@ def _begin(block: Block, record: Record, correction: Correction, in_place: bool)
     posterior, family = record["posterior"], block.family
     if in_place and not all(value.is_contiguous() for value in posterior):
         posterior = record["posterior"] = fields.map_fields(Tensor.contiguous, posterior)
-    if block.settings.momentum == 0.0:
-        if record["momentum"]:
-            record["momentum"] = ()
-    elif not record["momentum"]:
+    count, wanted = len(family.momentum_block), block.settings.averages
+    if len(record["momentum"]) > count * wanted:
+        record["momentum"] = record["momentum"][: count * wanted]
+    elif len(record["momentum"]) < count * wanted:  # averages of one age: all begin anew
         laid = in_place or isinstance(block, FlatBlock)
         zero = empty_site(block, posterior) if laid else family.kl_gradient(posterior, posterior)
-        record["momentum"] = tuple(torch.zeros_like(getattr(zero, name)) for name in family.momentum_block)
+        names = [*family.momentum_block] * wanted
+        record["momentum"] = tuple(torch.zeros_like(getattr(zero, name)) for name in names)
+        record["step"] = 0
     if record["memory"] is None:
         begun = correction.begin(family, posterior)  # may be λ itself, which steps in place overwrite
         record["memory"] = fields.map_leaves(torch.clone, begun)

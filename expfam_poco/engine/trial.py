@@ -142,8 +142,7 @@ class Trial:
 
     def constants(self, draw: int = 0) -> Constants:
         """The constants of this block's kernels at one draw."""
-        reflected = self.mode == "antithetic" and draw % 2 == 1
-        noise = "zero" if self.mode == "zero" else "reflected" if reflected else "random"
+        noise = "zero" if self.mode == "zero" else "reflected" if self.mode == "antithetic" and draw % 2 else "random"
         known = self.block.constants.get(noise)
         fits = known is not None and known.estimator is self.estimator and known.correction is self.correction
         if known is None or not fits or known.watched is not self.watched:
@@ -158,6 +157,7 @@ class Trial:
                 settings.anchor_weight,
                 noise,
                 settings.prior_in_momentum,
+                settings.square_momentum is not None,
                 self.watched,
                 torch.finfo(torch.float16).max if self.block.params[0].dtype is torch.float16 else math.inf,
             )

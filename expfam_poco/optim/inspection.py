@@ -67,11 +67,12 @@ def objective(
     if len(signs) != 1:
         raise ValueError("maximize: the groups differ, so there is no one objective; give all one maximize.")
     (sign,) = signs
-    sizes = {block.settings.ess for block in blocks}
+    sizes = {block.settings.ess * block.settings.kl_weight for block in blocks}
     if len(sizes) != 1:
         raise ValueError(f"ess: the groups differ ({sorted(sizes)}), so there is no one objective; give all one ess.")
     (ess,) = sizes
-    (kl,) = summed([sum(block.share * _kl(block, states[block.name]) for block in blocks)])
+    terms = [block.settings.kl_weight * block.share * _kl(block, states[block.name]) for block in blocks]
+    (kl,) = summed([sum(terms)])
     noises = [draw_noise(b, "shared", samples, NoiseKey(seed, ELBO)) for b in blocks]
     params = [p for block in blocks for p in block.params]
 
@@ -188,7 +189,7 @@ class Inspection(Shell):
         samples: int = 32,
         seed: int = 0,
     ) -> Objective:
-        """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)) and its standard error over `samples` draws.
+        """The evidence lower bound −(N E_q[ℓ] + T KL(q ‖ p₀)), T = `kl_weight`, with its standard error over draws.
 
         Args:
             closures: chunks that together are the data, each giving its mean loss.

@@ -80,6 +80,11 @@ class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.opti
         anchor_weight: weight of the anchor term; None takes the estimator's.
         retraction: "second_order" (always in the domain) or "plain" (the exact rule; refuses to leave it).
         momentum: β₁ on the family's momentum block.
+        square_momentum: β₂ of an average of squared natural gradients, which gives every weight a rate of its own, as
+            Adam's; no scale of the loss then matters (`rule.blr.own_rates`). None: one rate. Not for families whose
+            precision scales their steps.
+        kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀): a posterior at temperature T, colder than Bayes' below 1.
+            The same as ess/T.
         debias: divide the momentum by 1−β₁ᵗ.
         precision_lr: rate of the other blocks (the precision); None: lr.
         clip_radius: ξ, limit of each entry of the step before lr.
@@ -140,6 +145,8 @@ class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.opti
         hess_init: float | None = None,
         reanchor_average: bool = True,
         prior_in_momentum: bool = False,
+        square_momentum: float | None = None,
+        kl_weight: float = 1.0,
         own_site: bool = False,
         mc_samples: int = 1,
         max_grad_norm: float | None = None,
@@ -193,6 +200,8 @@ class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.opti
             "anchor_weight": anchor_weight,
             "retraction": retraction,
             "momentum": momentum,
+            "square_momentum": square_momentum,
+            "kl_weight": kl_weight,
             "debias": debias,
             "clip_radius": clip_radius,
             "hess_init": hess_init,

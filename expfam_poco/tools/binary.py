@@ -34,6 +34,7 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (
 GAUSSIAN = {
     "lr": 0.1, "hess_init": 1.0, "beta1": 0.9, "beta2": 0.9999, "weight_decay": 1e-4, "curvature": "reparam",
     "lr_convention": "initial_hessian", "prior_in_momentum": False,
+    "square_momentum": None, "kl_weight": 1.0,
 }  # fmt: skip
 
 
