@@ -7,9 +7,10 @@
 
 Every method has the same budget of mini-batch gradients, in which the second one of a corrected step and those of
 mega-batches (10 mini-batches every 10 steps, after a burn-in) count, and a cosine schedule. ess is the number N of
-training examples (tokens) unless a setting says otherwise; rates of binary networks are lr · ess. Every setting has the
-rate that is best for it. Gaussian posteriors predict with 16 draws, binary networks with their mode and BatchNorm's
-statistics for it. `--short` takes seconds. Every run is kept in `--runs`, and not repeated.
+training examples (tokens) unless a setting says otherwise; binary networks have one rate for all weights, lr · ess (for
+their present defaults see `binary_defaults.py`). Every setting has the rate that is best for it. Gaussian posteriors
+predict with 16 draws, binary networks with their mode and BatchNorm's statistics for it. `--short` takes seconds. Every
+run is kept in `--runs`, and not repeated.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ def made(task: Task, model: nn.Module, method: str, lr: float, seed: int, given:
     if task.binary:
         params = poco.binarize_groups(model, gaussian=own.pop("gaussian", None))
         lr = lr / ess
+        own["square_momentum"] = None  # one rate for all weights; `binary_defaults.py` has the defaults since then
     return getattr(poco, method.replace("-", ""))(params, lr, ess, seed=seed, **own)
 
 

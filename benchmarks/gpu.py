@@ -1,12 +1,13 @@
 """What the optimizers do and cost on a CUDA device, in one run of under four minutes.
 
     python benchmarks/gpu.py                     # every part
-    python benchmarks/gpu.py same cycle          # some of them: cycle, variants, launches, small, same, network, tests
+    python benchmarks/gpu.py same cycle          # some of them
 
 * cycle    all but forward and backward: 124 M weights in GPT-2's tensors, beside fused AdamW
 * variants the same for IVON by kernels of other shapes, and by torch.compile
 * launches the events and waits of a step of 10 and of 1,000 tensors
 * small    a whole step of an MLP of 6 tensors
+* captured the same as one graph, beside a captured AdamW; and that its numbers are those of ordinary steps
 * same     every leafwise family and every optimizer gives the CPU's numbers (float64; float32 up to rounding)
 * network  a whole step of GPT-2 (124 M, bfloat16), beside AdamW
 * tests    the tests marked `cuda`
@@ -26,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,8 @@ from gpt import GPT, preset
 DEVICE = "cuda"
 VOCABULARY = 50_257  # GPT-2's
 Run = Callable[[], Any]
+synchronise = torch.cuda.synchronize
 COMPILED = ("diagonal_gaussian", "bernoulli", "log_normal")  # families whose large tensors are tried, too
-
-
-def synchronise() -> None:
-    """Wait for the device."""
-    torch.cuda.synchronize()
 
 
 @contextmanager
@@ -295,7 +293,7 @@ def cycle(arguments: argparse.Namespace) -> None:
             lambda p: poco.PosteriorCorrected(p, "diagonal_gaussian", curvature="gradsq", **COMMON)
         ),
         "max_grad_norm": lambda: gpt.ivon(max_grad_norm=1.0),
-        "bernoulli": lambda: gpt.ours(lambda p: poco.BayesBiNN(p, **COMMON)),
+        "bernoulli": lambda: gpt.ours(lambda p: poco.BayesBiNN(p, square_momentum=None, **COMMON)),
         "VSGD": lambda: gpt.on_gradients(lambda p: poco.VSGD(p, lr=1e-4)),
     }
     started(makers, runs)
@@ -361,6 +359,19 @@ def launches(arguments: argparse.Namespace) -> None:
 # ---- whole steps -------------------------------------------------------------------------------------------
 
 
+def backward(opt: torch.optim.Optimizer, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A step of one of torch's optimizers."""
+
+    def step(*batch: Tensor) -> Tensor:
+        opt.zero_grad()
+        value = loss(*batch)
+        value.backward()
+        opt.step()
+        return value
+
+    return step
+
+
 def network(arguments: argparse.Namespace) -> None:
     """GPT-2's size in bfloat16, 8 × 1024 tokens."""
     found: dict[str, float] = {}
@@ -378,56 +389,77 @@ def network(arguments: argparse.Namespace) -> None:
                     return model.loss(tokens)
 
             if name == "AdamW":
-                adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-                def run(closure: Run = closure, opt: Any = adam) -> None:
-                    opt.zero_grad()
-                    closure().backward()
-                    opt.step()
+                run: Run = backward(torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), closure)
             else:
                 own = getattr(poco, name)(model.parameters(), lr=1e-4, ess=1e7, hess_init=1e-3, seed=0)
                 if name == "IVONPoCoMo":
                     own.refresh([closure])
-
-                def run(closure: Run = closure, opt: Any = own) -> None:
-                    opt.step(closure)
-
+                run = partial(own.step, closure)
             found.update(medians({name: run}, arguments.rounds, WARM))
             runs[name] = run
             print(f"  {name:22} peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
     table(found, runs, "AdamW", {"IVON": 1.06, "IVONPoCoMo": 2.1})
 
 
+def mlp(name: str, *, captured: bool = False, **choices: Any) -> tuple[nn.Module, Run]:
+    """An MLP of 6 tensors, and an optimizer's step on a batch of 64."""
+    torch.manual_seed(0)
+    layers = nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+    model = nn.Sequential(*layers).to(DEVICE)
+    batch = torch.randn(64, 64, device=DEVICE), torch.randn(64, 10, device=DEVICE)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return functional.mse_loss(model(x), y)
+
+    if name == "AdamW":
+        step = backward(torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=captured, **choices), loss)
+        return model, graph_of(step, batch) if captured else partial(step, *batch)
+    own = getattr(poco, name)(model.parameters(), lr=1e-3, ess=1e4, seed=0)
+    if name == "IVONPoCoMo":
+        own.refresh([lambda: loss(*batch)])
+    run = own.captured(loss, batch) if captured else lambda _: own.step(lambda: loss(*batch))
+    return model, lambda: run(batch)
+
+
+def graph_of(step: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Run:
+    """A step as torch's documentation captures it; the batch is copied and the loss handed out, as ours are."""
+    places, side = [value.clone() for value in batch], torch.cuda.Stream()
+    synchronise()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(*places)
+    synchronise()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step(*places)
+
+    def run() -> Tensor:
+        for place, own in zip(places, batch, strict=True):
+            place.copy_(own)
+        graph.replay()
+        return value.detach().clone()
+
+    return run
+
+
 def small(arguments: argparse.Namespace) -> None:
     """An MLP of 6 tensors, batch 64."""
-    runs: dict[str, Run] = {}
-    for name in ("AdamW", "IVON", "IVONPoCoMo"):
-        with reported(name):
-            torch.manual_seed(0)
-            layers = nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
-            model = nn.Sequential(*layers).to(DEVICE)
-            x, y = torch.randn(64, 64, device=DEVICE), torch.randn(64, 10, device=DEVICE)
-
-            def closure(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
-                return functional.mse_loss(model(x), y)
-
-            if name == "AdamW":
-                adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-                def run(closure: Run = closure, opt: Any = adam) -> None:
-                    opt.zero_grad()
-                    closure().backward()
-                    opt.step()
-            else:
-                own = getattr(poco, name)(model.parameters(), lr=1e-3, ess=1e4, seed=0)
-                if name == "IVONPoCoMo":
-                    own.refresh([closure])
-
-                def run(closure: Run = closure, opt: Any = own) -> None:
-                    opt.step(closure)
-
-            runs[name] = run
+    runs = {"AdamW": mlp("AdamW", fused=True)[1], "IVON": mlp("IVON")[1], "IVONPoCoMo": mlp("IVONPoCoMo")[1]}
     table(medians(runs, 10 * arguments.rounds, WARM), runs, "AdamW", {"IVON": 3.0})
+
+
+def captured(arguments: argparse.Namespace) -> None:
+    """The same as graphs."""
+    runs = {"AdamW": mlp("AdamW", captured=True)[1], "AdamW fused": mlp("AdamW", captured=True, fused=True)[1]}
+    for name in ("IVON", "IVONPoCoMo"):
+        with reported(name):
+            (one, ordinary), (two, replayed) = mlp(name), mlp(name, captured=True)
+            for _ in range(40):
+                ordinary(), replayed()
+            difference = max(float((a - b).abs().max()) for a, b in zip(one.parameters(), two.parameters()))  # noqa: B905
+            print(f"  {name:22} {difference:8.1e} from ordinary steps{'   DIFFERS' if difference > 1e-4 else ''}")
+            runs[name], runs[f"{name} ordinary"] = replayed, ordinary
+    table(medians(runs, 10 * arguments.rounds, WARM), runs, "AdamW", {"IVON": 1.2, "IVONPoCoMo": 2.3})
 
 
 def tests(arguments: argparse.Namespace) -> None:
@@ -438,8 +470,8 @@ def tests(arguments: argparse.Namespace) -> None:
 
 
 PARTS = {
-    "cycle": cycle, "launches": launches, "small": small, "variants": variants, "same": same, "network": network,
-    "tests": tests,
+    "cycle": cycle, "launches": launches, "small": small, "captured": captured, "variants": variants, "same": same,
+    "network": network, "tests": tests,
 }  # fmt: skip
 
 

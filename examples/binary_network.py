@@ -8,8 +8,9 @@ All methods train the same network with the same mini-batches and a cosine sched
 passes; its corrected steps and mega-batches cost more than one gradient evaluation each, and the other methods take as
 many more steps as these evaluations buy (`--equal epochs`: as many passes). Accuracy is that of the mode (of exactly ±1
 weights), with BatchNorm's statistics recomputed for it. `--validation` keeps the test images out: the settings below
-were chosen so. The folder `--output` gets `results.json`, the packed network (`network.safetensors`), and pictures:
-accuracy curves, confusion matrix, the network's doubt, and the decision boundary of two moons with its uncertainty.
+were chosen so, for one rate of all weights; `benchmarks/binary_defaults.py` has the defaults, with a rate for each. The
+folder `--output` gets `results.json`, the packed network (`network.safetensors`), and pictures: accuracy curves,
+confusion matrix, the network's doubt, and the decision boundary of two moons with its uncertainty.
 """
 
 from __future__ import annotations
@@ -130,8 +131,9 @@ class Training:
             ess = settings.examples * len(images.y)
             named = poco.binarize_groups(model, gaussian=GAUSSIAN) if groups is None else groups(model)
             self.optimizer = poco.BayesBiNNPoCo(
-                named, lr=settings.lr / ess, ess=ess, strength=settings.strength, beta1=settings.beta1,
-                curvature=settings.estimator, temperature=settings.temperature, alpha=settings.alpha, seed=seed,
+                named, lr=settings.lr / ess, ess=ess, square_momentum=None, strength=settings.strength,
+                beta1=settings.beta1, curvature=settings.estimator, temperature=settings.temperature,
+                alpha=settings.alpha, seed=seed,
             )  # fmt: skip
         else:
             rest = [p for p in model.parameters() if all(p is not other for other in self.latent)]

@@ -16,7 +16,9 @@ from expfam_poco.correction.alpha import AdaptiveAlpha, BurnIn, CosineAlpha, Lin
 from expfam_poco.errors import CheckpointError, LawError, NonFiniteError
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
+from expfam_poco.family.from_torch import from_torch
 from expfam_poco.family.registry import families_available, get_family, register, resolve_family
+from expfam_poco.family.written import family_from
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.inspection import Objective
 from expfam_poco.optim.named import IVON, SVRG, VON, BayesBiNN, BayesBiNNPoCo, IVONPoCo, IVONPoCoMo, VONPoCo, VSGDPoCo
@@ -58,6 +60,8 @@ __all__ = [
     "families_available",
     "get_family",
     "resolve_family",
+    "family_from",
+    "from_torch",
     "check_family",
     "check_correction",
     # estimators

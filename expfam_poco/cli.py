@@ -245,6 +245,9 @@ def check(
     ],
     seed: Annotated[int, typer.Option(help="Of the test points and the noise.")] = 0,
     shape: Annotated[str, typer.Option(help="Of the tensor that the family is to see, such as 2x3x3.")] = "",
+    compiled: Annotated[
+        bool, typer.Option(help="Also whether its steps can be compiled, which takes some seconds.")
+    ] = True,
 ) -> None:
     """Run every law of the conformance suite on a family; exit code 1 if one fails."""
     out, err = Console(), Console(stderr=True)
@@ -252,7 +255,7 @@ def check(
         found = _find_family(family)
         from expfam_poco.checks.suite import check_family, remedy_of
 
-        report = check_family(found, seed=seed, shape=_shape(shape), raise_on_failure=False)
+        report = check_family(found, seed=seed, shape=_shape(shape), compiled=compiled, raise_on_failure=False)
         table = _table("law", "result", "error", "tolerance")
         for law in report.laws:
             result = {"ok": "[green]holds", "FAILS": "[red]FAILS"}.get(law.status, f"[yellow]{law.status}")

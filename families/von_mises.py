@@ -31,6 +31,7 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws
 from expfam_poco.family.inversion import increasing_root, opaque
+from expfam_poco.family.transfer import on_device
 
 LOG_2PI = math.log(2.0 * math.pi)
 SMALL, LARGE = 1.0, 150.0  # below: a power series in κ²; above: an asymptotic one in 1/κ
@@ -260,7 +261,7 @@ def _height(kappa: Tensor, x: Tensor) -> Tensor:
 
 def _points(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss–Legendre nodes and weights from x to the end, along a new last axis."""
-    t, w = (torch.tensor(values, dtype=x.dtype, device=x.device) for values in (PLACES, WEIGHTS))
+    t, w = (on_device(values, x.dtype, x.device) for values in (PLACES, WEIGHTS))
     length = (end - x).unsqueeze(-1)
     return x.unsqueeze(-1) + length * t, length * w
 

@@ -56,7 +56,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "gradsq": lambda m: poco.IVON(m.named_parameters(), lr=0.1, ess=64.0, curvature="gradsq", seed=7),
     "SVRG": lambda m: poco.SVRG(m.named_parameters(), lr=0.1),
     "VONPoCo": lambda m: poco.VONPoCo(m.named_parameters(), lr=0.1, ess=64.0, seed=7),
-    "BayesBiNN": lambda m: poco.BayesBiNNPoCo(m.named_parameters(), lr=0.1, ess=64.0, alpha=0.7, seed=7),
+    "BayesBiNN": lambda m: poco.BayesBiNNPoCo(
+        m.named_parameters(), square_momentum=None, lr=0.1, ess=64.0, alpha=0.7, seed=7
+    ),
     "score": lambda m: poco.PosteriorCorrected(
         m.named_parameters(), "diagonal_gaussian", 0.1, 64.0, curvature="score", mc_samples=4, hess_init=1.0, seed=7
     ),

@@ -37,7 +37,7 @@ CASES: dict[str, Make] = {
     "VSGDPoCo": named(poco.VSGDPoCo, lr=0.1, precision=100.0, weight_decay=0.01, noise="fixed"),
     "VSGDPoCo-momentum": named(poco.VSGDPoCo, lr=0.1, precision=100.0, momentum=0.9),
     "Bernoulli": shell("bernoulli", lr=0.001, ess=24.0, momentum=0.5),
-    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.001, ess=24.0, temperature=0.5, strength=2.0),
+    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, temperature=0.5, strength=2.0),
     "straight-through": shell("bernoulli", lr=0.001, ess=24.0, curvature="straight_through"),
     "Exponential": shell(Exponential(), lr=0.01, ess=5.0, momentum=0.5),
     "LogNormal": shell(LogNormal(), lr=0.01, ess=5.0),

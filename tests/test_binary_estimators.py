@@ -211,7 +211,14 @@ def test_a_network_that_is_sure_of_its_weights_trains_on_in_float32(choice: str,
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 1, bias=False))
     x, y = torch.randn(16, 3), torch.randn(16, 1)
     opt = poco.BayesBiNNPoCo(
-        model.named_parameters(), lr=1e-3, ess=16.0, strength=strength, curvature=choice, seed=0, alpha=1.0
+        model.named_parameters(),
+        square_momentum=None,
+        lr=1e-3,
+        ess=16.0,
+        strength=strength,
+        curvature=choice,
+        seed=0,
+        alpha=1.0,
     )
     for step in range(20):
         if step % 5 == 0:
@@ -270,21 +277,25 @@ def test_flip_refuses_large_tensors_politely() -> None:
     model = nn.Linear(65, 64, bias=False)
     before = weights(model)
     with pytest.raises(ValueError, match="a tensor of 4160 weights would take as many further losses a step; choose"):
-        poco.BayesBiNN(model.named_parameters(), lr=1e-3, ess=10.0, curvature="flip")
+        poco.BayesBiNN(model.named_parameters(), square_momentum=None, lr=1e-3, ess=10.0, curvature="flip")
     assert equal(weights(model), before)
-    poco.BayesBiNN(nn.Linear(64, 64, bias=False).parameters(), lr=1e-3, ess=10.0, curvature="flip")
+    poco.BayesBiNN(
+        nn.Linear(64, 64, bias=False).parameters(), square_momentum=None, lr=1e-3, ess=10.0, curvature="flip"
+    )
     small = nn.Linear(3, 2, bias=False)
-    insisting = poco.BayesBiNN(small.parameters(), lr=1e-3, ess=10.0, curvature=SingleFlip(most=6))
+    insisting = poco.BayesBiNN(
+        small.parameters(), square_momentum=None, lr=1e-3, ess=10.0, curvature=SingleFlip(most=6)
+    )
     insisting.step(lambda: small(torch.ones(3)).sum())
     with pytest.raises(ValueError, match="a tensor of 6 weights"):
-        poco.BayesBiNN(small.parameters(), lr=1e-3, ess=10.0, curvature=SingleFlip(most=5))
+        poco.BayesBiNN(small.parameters(), square_momentum=None, lr=1e-3, ess=10.0, curvature=SingleFlip(most=5))
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent", "fixed", "zero"])
 def test_arm_needs_antithetic_noise(noise: str) -> None:
     weight = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="noise="):
-        poco.BayesBiNN([weight], lr=1e-3, ess=10.0, curvature="arm", noise=noise)
+        poco.BayesBiNN([weight], square_momentum=None, lr=1e-3, ess=10.0, curvature="arm", noise=noise)
     assert torch.equal(weight.data, torch.ones(3))
 
 

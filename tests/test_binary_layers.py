@@ -81,7 +81,7 @@ def test_a_network_by_straight_through_and_adam_is_packed_with_its_scales() -> N
 
 def test_binary_layers_under_the_rule_have_no_scale() -> None:
     model = nn.Sequential(poco.BinaryLinear(30, 20, scaled=True), nn.BatchNorm1d(20), poco.BinaryLinear(20, 20))
-    opt = poco.BayesBiNN(poco.binarize_groups(model), lr=0.01, ess=100.0, seed=0)
+    opt = poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=0.01, ess=100.0, seed=0)
     x = torch.randn(16, 30)
     opt.step(lambda: model(x).square().mean())
     poco.recalibrate_batchnorm(model, [x])

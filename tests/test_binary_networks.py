@@ -47,7 +47,7 @@ def trained(
 ) -> tuple[Net, Any]:
     torch.manual_seed(seed)
     model = Net(width).to(dtype)
-    opt = poco.BayesBiNNPoCo(poco.binarize_groups(model, **choices), lr=0.01, ess=16.0, seed=0)
+    opt = poco.BayesBiNNPoCo(poco.binarize_groups(model, **choices), square_momentum=None, lr=0.01, ess=16.0, seed=0)
     x, y = batch(dtype)
     for _ in range(steps):
         opt.step(lambda: nn.functional.cross_entropy(model(x).float(), y))
@@ -90,7 +90,7 @@ def test_groups_of_a_mixed_model(choices: dict[str, Any], signs: list[str]) -> N
     assert binary == signs
     assert sorted(binary + real) == sorted(name for name, _ in model.named_parameters())
     assert groups[1]["lr"] == 0.2 and groups[0]["ess"] == 7.0
-    opt = poco.BayesBiNN(groups, lr=0.01, ess=16.0, strength=3.0, stale_mean=True)
+    opt = poco.BayesBiNN(groups, square_momentum=None, lr=0.01, ess=16.0, strength=3.0, stale_mean=True)
     family = opt.param_groups[0]["family"]
     assert family.strength == 3.0 and family.initial == "sign" and isinstance(family, Bernoulli.stale_variant())
     assert isinstance(opt.param_groups[1]["family"], DiagonalGaussian)
@@ -119,7 +119,7 @@ def test_the_gaussian_group_steps_as_ivon_does() -> None:
             model[0].weight.requires_grad_(False)
         else:
             groups[1]["curvature"] = "exact"
-            opt = poco.BayesBiNN(groups, lr=1e-9, ess=8.0, noise="zero", strength=30.0)
+            opt = poco.BayesBiNN(groups, square_momentum=None, lr=1e-9, ess=8.0, noise="zero", strength=30.0)
         opt.step(lambda m=model, v=x: m(v).square().mean())
         found.append(model[0].bias.detach().clone())
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
@@ -133,7 +133,7 @@ def test_tied_weights_are_binary_in_both_places() -> None:
     embedded = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     embedded[1].weight = embedded[0].weight
     assert names_of(poco.binarize_groups(embedded)) == [["0.weight"]]
-    opt = poco.BayesBiNN(poco.binarize_groups(embedded), lr=0.1, ess=1.0)
+    opt = poco.BayesBiNN(poco.binarize_groups(embedded), square_momentum=None, lr=0.1, ess=1.0)
     opt.step(lambda: embedded(torch.arange(5)).square().mean())
     assert embedded[0].weight is embedded[1].weight
     assert bool((poco.export_binary(embedded, opt)[1].weight.abs() == 1.0).all())
@@ -146,7 +146,7 @@ def test_frozen_parameters_are_left_out() -> None:
     groups = poco.binarize_groups(model)
     assert names_of(groups)[0] == ["conv.weight", "out.weight"]
     assert not any("hidden" in name for name in names_of(groups)[1])
-    opt = poco.BayesBiNN(groups, lr=0.1, ess=1.0)
+    opt = poco.BayesBiNN(groups, square_momentum=None, lr=0.1, ess=1.0)
     x, y = batch()
     opt.step(lambda: nn.functional.cross_entropy(model(x), y))
     assert torch.equal(model.hidden.weight, before)
@@ -208,7 +208,7 @@ def test_export_is_exact_where_the_model_holds_means() -> None:
     torch.manual_seed(0)
     model = Net()
     groups = poco.binarize_groups(model, binary={"family": poco.get_family("bernoulli")(point_estimate="mean")})
-    opt = poco.BayesBiNNPoCo(groups, lr=0.01, ess=16.0)
+    opt = poco.BayesBiNNPoCo(groups, square_momentum=None, lr=0.01, ess=16.0)
     x, y = batch()
     for _ in range(3):
         opt.step(lambda: nn.functional.cross_entropy(model(x), y))
@@ -258,7 +258,7 @@ def test_a_packed_model_is_exact(tmp_path: Path, dtype: torch.dtype, seed: int |
 
 def test_a_weight_takes_one_bit(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(1000, 300, bias=False), nn.Linear(300, 7, bias=False))
-    opt = poco.BayesBiNN(poco.binarize_groups(model), lr=0.1, ess=1.0)
+    opt = poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=0.1, ess=1.0)
     packed = poco.save_binary(tmp_path / "m", model, opt)
     bits = 1000 * 300 + 300 * 7
     assert bits / 8 <= packed.bytes <= bits / 8 + 1024
@@ -270,7 +270,7 @@ def test_odd_shapes_survive(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 5))
     model[2].weight = model[1].weight
     model[0].weight = nn.Parameter(torch.randn(3, 5).T)
-    opt = poco.BayesBiNN(poco.binarize_groups(model), lr=0.1, ess=1.0)
+    opt = poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=0.1, ess=1.0)
     opt.step(lambda: model(torch.ones(3)).square().sum())
     packed = poco.save_binary(tmp_path / "m", model, opt)
     assert packed.binary_weights == 15 + 25 + 25, "under both names"
@@ -368,7 +368,7 @@ def test_another_models_file_is_refused(tmp_path: Path) -> None:
     poco.save_binary(path, *trained(width=9))
     refused(path, r"'hidden.weight' is \(9, 64\) there and \(8, 64\) in the model|'hidden.bias'|'out.weight'")
     small = nn.Linear(3, 2)
-    poco.save_binary(path, small, poco.BayesBiNN(poco.binarize_groups(small), lr=0.1, ess=1.0))
+    poco.save_binary(path, small, poco.BayesBiNN(poco.binarize_groups(small), square_momentum=None, lr=0.1, ess=1.0))
     refused(path, "missing")
 
 
@@ -393,7 +393,7 @@ def test_files_and_names_survive_wrappers(kind: str, tmp_path: Path) -> None:
     model = WRAPPED[kind](stack())
     groups = poco.binarize_groups(model, keep=["2"])
     assert [p.shape for _, p in groups[0]["params"]] == [(16, 8)]
-    opt = poco.BayesBiNN(groups, lr=1e-3, ess=64.0)
+    opt = poco.BayesBiNN(groups, square_momentum=None, lr=1e-3, ess=64.0)
     poco.save_binary(tmp_path / "m", model, opt)
     plain, again = poco.load_binary(tmp_path / "m", stack()), poco.load_binary(tmp_path / "m", WRAPPED[kind](stack()))
     expected = list(poco.export_binary(model, opt).state_dict().values())
@@ -467,7 +467,7 @@ def test_files_with_a_right_checksum_are_believed_nothing(
 @pytest.mark.filterwarnings("error")
 def test_export_reminds_once_of_statistics_from_training() -> None:
     model = stack()
-    opt = poco.BayesBiNN(poco.binarize_groups(model), lr=1e-3, ess=64.0)
+    opt = poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=1e-3, ess=64.0)
     poco.export_binary(model, opt)  # nothing has been trained
     x = torch.randn(12, 8)
     opt.step(lambda: model(x).square().mean())
@@ -493,7 +493,7 @@ def test_vectors_that_become_levels_beside_matrices_are_told(family: str, named:
 @pytest.mark.filterwarnings("error")
 def test_what_is_meant_to_be_binary_is_not_told() -> None:
     model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-    poco.BayesBiNN(poco.binarize_groups(model), lr=0.1, ess=1.0)
-    poco.BayesBiNN([nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))], lr=0.1, ess=1.0)
-    poco.BayesBiNN([p for p in model.parameters() if p.ndim > 1], lr=0.1, ess=1.0)
+    poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=0.1, ess=1.0)
+    poco.BayesBiNN([nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))], square_momentum=None, lr=0.1, ess=1.0)
+    poco.BayesBiNN([p for p in model.parameters() if p.ndim > 1], square_momentum=None, lr=0.1, ess=1.0)
     poco.IVON(model.parameters(), lr=0.1, ess=1.0)

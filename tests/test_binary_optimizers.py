@@ -48,8 +48,8 @@ def test_the_published_update(stale: bool, prior: bool) -> None:
     lam0 = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(2, 6) if prior else torch.zeros(2, 6).double()
     family = Bernoulli().stale_variant()() if stale else Bernoulli()
     opt = poco.BayesBiNN(
-        [problem.weight], lr=LR, ess=N, beta1=BETA, mc_samples=DRAWS, strength=STRENGTH, stale_mean=stale,
-        curvature=Relaxed(TAU, epsilon=epsilon), seed=3,
+        [problem.weight], square_momentum=None, lr=LR, ess=N, beta1=BETA, mc_samples=DRAWS,
+        strength=STRENGTH, stale_mean=stale, curvature=Relaxed(TAU, epsilon=epsilon), seed=3,
         prior=family.from_nat(Bernoulli.State(lam0)) if prior else None,
     )  # fmt: skip
     lam = STRENGTH * problem.weight.data.sign()
@@ -76,7 +76,14 @@ def test_stale_and_present_means_differ() -> None:
     for stale in (True, False):
         problem = Regression()
         opt = poco.BayesBiNN(
-            [problem.weight], lr=LR, ess=N, strength=STRENGTH, stale_mean=stale, curvature="relaxed", seed=3
+            [problem.weight],
+            square_momentum=None,
+            lr=LR,
+            ess=N,
+            strength=STRENGTH,
+            stale_mean=stale,
+            curvature="relaxed",
+            seed=3,
         )
         for _ in range(20):
             opt.step(problem.closure())
@@ -89,8 +96,8 @@ def test_the_corrected_update_by_hand() -> None:
     problem, alpha, rho = Regression(), 0.7, 0.3
     lam0 = torch.full((2, 6), 0.25, dtype=torch.float64)
     opt = poco.BayesBiNNPoCo(
-        [problem.weight], lr=LR, ess=N, temperature=TAU, beta1=BETA, mc_samples=2, strength=STRENGTH, seed=3,
-        alpha=alpha, rho=rho, prior=Bernoulli.State(lam0),
+        [problem.weight], square_momentum=None, lr=LR, ess=N, temperature=TAU, beta1=BETA, mc_samples=2,
+        strength=STRENGTH, seed=3, alpha=alpha, rho=rho, prior=Bernoulli.State(lam0),
     )  # fmt: skip
     chunks, weights = [slice(0, 20), slice(20, 30)], [2.0, 1.0]
 
@@ -128,7 +135,9 @@ def test_the_corrected_update_by_hand() -> None:
 
 def test_without_momentum_it_is_the_rule_on_natural_parameters() -> None:
     problem, lr = Regression(), 0.01
-    opt = poco.BayesBiNN([problem.weight], lr=lr, ess=N, beta1=0.0, strength=STRENGTH, curvature="relaxed", seed=3)
+    opt = poco.BayesBiNN(
+        [problem.weight], square_momentum=None, lr=lr, ess=N, beta1=0.0, strength=STRENGTH, curvature="relaxed", seed=3
+    )
     lam = STRENGTH * problem.weight.data.sign()
     drawn = noises(opt, INNER, 1)[0]
     opt.step(problem.closure())
@@ -147,7 +156,15 @@ def test_straight_through_corrected_is_svrg_right_after_a_refresh(choice: str) -
     for rows in (slice(0, 4), slice(10, 14), slice(25, 40), slice(None)):
         problem = Regression()
         opt = poco.BayesBiNNPoCo(
-            [problem.weight], lr=LR, ess=N, strength=0.5, curvature=choice, noise="zero", seed=3, alpha=1.0
+            [problem.weight],
+            square_momentum=None,
+            lr=LR,
+            ess=N,
+            strength=0.5,
+            curvature=choice,
+            noise="zero",
+            seed=3,
+            alpha=1.0,
         )
         for _ in range(4):
             opt.step(problem.closure())
@@ -165,7 +182,9 @@ def test_any_estimator_gives_the_mega_batch_right_after_a_refresh(noise: str) ->
         found = []
         for rows in (slice(0, 4), slice(10, 14), slice(None)):
             problem = Regression()
-            opt = poco.BayesBiNNPoCo([problem.weight], lr=LR, ess=N, curvature=choice, noise=noise, seed=3)
+            opt = poco.BayesBiNNPoCo(
+                [problem.weight], square_momentum=None, lr=LR, ess=N, curvature=choice, noise=noise, seed=3
+            )
             opt.refresh([problem.closure()])
             opt.step(problem.closure(rows))
             found.append(lam_of(opt))
@@ -174,10 +193,12 @@ def test_any_estimator_gives_the_mega_batch_right_after_a_refresh(noise: str) ->
 
 
 CASES = {
-    "relaxed": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, temperature=0.5, strength=2.0),
-    "clipped": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, curvature="clipped_straight_through"),
-    "epsilon": named(poco.BayesBiNN, lr=1e-4, ess=24.0, strength=2.0, curvature=Relaxed(0.5, epsilon=1e-10)),
-    "stale": named(poco.BayesBiNN, lr=1e-4, ess=24.0, strength=2.0, stale_mean=True),
+    "relaxed": named(poco.BayesBiNNPoCo, square_momentum=None, lr=1e-3, ess=24.0, temperature=0.5, strength=2.0),
+    "clipped": named(poco.BayesBiNNPoCo, square_momentum=None, lr=1e-3, ess=24.0, curvature="clipped_straight_through"),
+    "epsilon": named(
+        poco.BayesBiNN, square_momentum=None, lr=1e-4, ess=24.0, strength=2.0, curvature=Relaxed(0.5, epsilon=1e-10)
+    ),
+    "stale": named(poco.BayesBiNN, square_momentum=None, lr=1e-4, ess=24.0, strength=2.0, stale_mean=True),
 }
 
 
@@ -202,9 +223,11 @@ def test_the_prior_in_the_momentum_serves_gaussians_as_well() -> None:
 def test_an_initial_posterior_from_a_trained_network_keeps_its_confidence() -> None:
     model = model_of(("matrix",))
     values = model["matrix"].detach().clone()
-    sign = poco.BayesBiNN(model_of(("matrix",)).named_parameters(), lr=0.1, ess=1.0, strength=3.0)
+    sign = poco.BayesBiNN(model_of(("matrix",)).named_parameters(), square_momentum=None, lr=0.1, ess=1.0, strength=3.0)
     assert torch.equal(lam_of(sign), torch.full_like(values, 3.0))
-    value = poco.BayesBiNN(model.named_parameters(), lr=0.1, ess=1.0, strength=3.0, initial="value")
+    value = poco.BayesBiNN(
+        model.named_parameters(), square_momentum=None, lr=0.1, ess=1.0, strength=3.0, initial="value"
+    )
     assert torch.equal(lam_of(value), 3.0 * values)
 
 
@@ -212,7 +235,7 @@ def test_a_bayesbinn_is_the_corrected_one_with_alpha_0() -> None:
     found = []
     for kind, choices in ((poco.BayesBiNN, {}), (poco.BayesBiNNPoCo, {"alpha": 0.0})):
         problem = Regression()
-        opt = kind([problem.weight], lr=LR, ess=N, seed=3, **choices)
+        opt = kind([problem.weight], square_momentum=None, lr=LR, ess=N, seed=3, **choices)
         for step in range(6):
             if step == 3:
                 opt.refresh([problem.closure()])

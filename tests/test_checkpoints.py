@@ -269,7 +269,7 @@ def test_another_version_is_refused() -> None:
     model, opt, _ = trained("IVON", 2)
     later = copy.deepcopy(opt.state_dict())
     later["poco"]["format"] += 1
-    refused(opt, model, later, "state_dict['poco']", "format 8", "7 is needed")
+    refused(opt, model, later, "state_dict['poco']", "format 9", "8 is needed")
     del later["poco"], later["state"][0]["header"]
     refused(opt, model, later, "state_dict['poco']", "not a checkpoint")
 
@@ -305,12 +305,15 @@ def own_entries(state_dict: Any) -> list[tuple[Any, ...]]:
     return [p for p in paths(state_dict) if p not in optional and p[:2] != ("poco", "meter") and "header" not in p]
 
 
-def test_format_4_is_read_which_did_not_count_the_pace_of_refreshes() -> None:
+@pytest.mark.parametrize("version", [4, 7])
+def test_formats_are_read_which_did_not_count_the_pace_of_refreshes_or_weigh_the_kl(version: int) -> None:
     model, opt, task = trained("IVONPoCoMo", 6)
     older = copy.deepcopy(opt.state_dict())
-    older["poco"]["format"] = 4
-    for name in ("mega", "every"):
+    older["poco"]["format"] = version
+    for name in ("mega", "every") if version == 4 else ():
         del older["poco"]["clock"][name]
+    for group in older["param_groups"]:
+        del group["square_momentum"], group["kl_weight"]
     expected = continued(model, opt, task, 6, 3)
     model, opt, task = trained("IVONPoCoMo", 6)
     opt.load_state_dict(older)

@@ -24,6 +24,9 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "Categorical": {"strengths": (1e-6, 1e2), "edge": 3.0},  # θ are logits here, and μ's rounding is multiplied by them
     # The retraction squares steps relative to the precision, whose entries are coupled: float32 ends there.
     "kronecker_gaussian": {"strengths": (1e-3, 1e6)},
+    "normal_gamma": {"strengths": (30.0, 1e6), "examples": 6},  # λ has no digits of b beside k m² where m moves far
+    "wishart": {"shape": (2, 2, 2), "strengths": (0.3, 1e3), "edge": 2.0, "examples": 6},  # in float32, as all matrices
+    **{name: {"examples": 6} for name in ("laplace", "negative_binomial", "poisson", "von_mises_fisher", "weibull")},
 }
 
 

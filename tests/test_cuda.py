@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from backend_cases import FLAT, Wells, model_of
-from optimizer_cases import ON_GRADIENTS, SHELL, equal, run, weights
+from optimizer_cases import ON_GRADIENTS, SHELL, equal, network, run, weights
 from torch import Tensor, nn
 
 import expfam_poco as poco
 from expfam_poco.engine import block, evaluator
+from expfam_poco.optim import capturable
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -97,3 +98,86 @@ def test_a_small_model_is_all_or_nothing(name: str) -> None:
         step(1.0)
     step(1.0)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["SVRG", "IVON", "IVONPoCoMo", "BayesBiNNPoCo", "diagonal-gradsq"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_captured_steps_are_the_ordinary_ones(name: str, dropout: float) -> None:
+    """With rates that change, a refresh and an ordinary step in between, and dropout that a pair sees twice."""
+
+    def trained(replaying: bool) -> tuple[list[Tensor], nn.Module]:
+        torch.manual_seed(3)
+        model = network(dropout=dropout).to(DEVICE)
+        opt: Any = SHELL[name](model.named_parameters())
+        batches = [(torch.randn(6, 3).double().to(DEVICE), torch.randn(6, 1).double().to(DEVICE)) for _ in range(4)]
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            return (model(x) - y).square().mean()
+
+        graph: Any = opt.captured(loss, batches[0]) if replaying else None
+        found = []
+        for step in range(40):
+            batch = batches[step % 4]
+            if step in (3, 25):
+                opt.refresh([lambda b=b: loss(*b) for b in batches])
+            if step % 10 == 9:
+                opt.param_groups[0]["lr"] *= 0.8
+            found.append(graph(batch) if replaying and step != 30 else opt.step(lambda b=batch: loss(*b)))
+        return found, model
+
+    (mine, model), (theirs, twin) = trained(True), trained(False)
+    torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=1e-9, atol=1e-9)
+    for p, q in zip(weights(model), weights(twin), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+def test_a_captured_pair_sees_one_dropout() -> None:
+    """At α = 1, and q_out where q is, the corrected gradient is the mean's, whatever the mask."""
+    torch.manual_seed(3)
+    model = network(dropout=0.5).to(DEVICE)
+    opt = poco.SVRG(model.named_parameters(), lr=0.1)
+    x, y = torch.randn(6, 3).double().to(DEVICE), torch.randn(6, 1).double().to(DEVICE)
+    run = opt.captured(lambda x, y: (model(x) - y).square().mean(), (x, y))
+    opt.refresh([lambda: (model(x) - y).square().mean()])
+    mean = {name: state for name, state in opt.state_dict()["state"].items()}
+    before = weights(model)
+    run((x, y))
+    for number, (old, new) in enumerate(zip(before, weights(model), strict=True)):
+        torch.testing.assert_close(new, old - 0.1 * mean[number]["memory"]["site"]["theta"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["IVON", "IVONPoCoMo", "VSGD"])
+def test_replays_do_not_wait(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for module in (block, capturable):
+        monkeypatch.setattr(module, "LOOKS", 0)
+    model, opt, _ = prepared(name)
+    batch = {key: torch.full_like(p, 0.3) for key, p in model.items()}
+    loss = lambda b: torch.stack([(p - b[key]).square().sum() for key, p in model.items()]).sum()  # noqa: E731
+    run = opt.captured(loss, batch)
+    for _ in range(12):
+        run(batch)
+    with not_waiting():
+        for _ in range(9):
+            run(batch)
+
+
+def test_a_captured_step_of_a_bad_batch_moves_nothing() -> None:
+    model, opt, _ = prepared("IVON")
+    batch = torch.ones((), dtype=torch.float64, device=DEVICE)
+    run = opt.captured(lambda b: torch.stack([(p - b).square().sum() for p in model.values()]).sum(), batch)
+    run(batch)
+    held = weights(model)
+    run(batch * torch.nan)
+    assert equal(weights(model), held)
+    with pytest.raises(poco.NonFiniteError, match=r"^step 2: "):
+        run(batch)
+
+
+def test_a_closure_that_looks_at_values_cannot_be_captured() -> None:
+    model, opt, _ = prepared("IVON")
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"^closure: its step cannot be captured"):
+        opt.captured(lambda b: model["long"].square().sum() * float(b), torch.ones((), device=DEVICE))
+    assert equal(weights(model), before)
+    opt.step(lambda: model["long"].square().sum())
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()

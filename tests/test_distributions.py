@@ -2,11 +2,13 @@
 
 import math
 import pickle
+from typing import Any
 
 import mpmath
 import pyro
 import pytest
 import torch
+from family_cases import specimen_of, takes
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -15,6 +17,20 @@ import expfam_poco as poco
 from expfam_poco.families import Bernoulli
 from expfam_poco.families.discrete.level_categorical import SignBernoulli
 from expfam_poco.families.positive import distributions as exact
+from expfam_poco.family.domains import is_sphere
+
+
+def members_of(name: str) -> tuple[Any, Any, Any]:
+    """A family and two of its members, of its own strength."""
+    family = poco.resolve_family(name)
+    numbers = torch.tensor([0.4, -0.8, 1.2], dtype=torch.float64)
+    numbers = numbers.expand(2, 3) if family.event_dim == 2 else numbers
+    if not takes(family, tuple(numbers.shape)) or family.support.is_discrete or is_sphere(family.support):
+        first, second = (specimen := specimen_of(family)).support_points(2)
+        return specimen.family, family.centred_at(first), family.centred_at(second)
+    family = family.for_shape(numbers.shape)
+    point = torch.distributions.transform_to(family.support)(numbers)
+    return family, family.centred_at(point), family.centred_at(point.roll(1, -1))
 
 
 def test_sign_bernoulli_shapes_support_and_moments() -> None:
@@ -38,10 +54,7 @@ def test_sign_bernoulli_shapes_support_and_moments() -> None:
 
 @pytest.mark.parametrize("name", poco.families_available())
 def test_distributions_of_posteriors_are_sampled_in_pyro(name: str) -> None:
-    family = poco.resolve_family(name)
-    numbers = torch.tensor([0.4, -0.8, 1.2], dtype=torch.float64)
-    numbers = numbers.expand(2, 3) if family.event_dim == 2 else numbers
-    state = family.centred_at(torch.distributions.transform_to(family.support)(numbers), None)
+    family, state, _ = members_of(name)
 
     def model() -> Tensor:
         return pyro.sample("w", family.distribution(state))
@@ -55,12 +68,7 @@ def test_distributions_of_posteriors_are_sampled_in_pyro(name: str) -> None:
 def test_distributions_of_posteriors_keep_the_contract_of_distributions(name: str) -> None:
     """Variances against samples (6 standard errors), divergences against the family's, values off the support."""
     torch.manual_seed(0)
-    family = poco.resolve_family(name)
-    numbers = torch.tensor([0.4, -0.8, 1.2], dtype=torch.float64)
-    numbers = numbers.expand(2, 3) if family.event_dim == 2 else numbers
-    family = family.for_shape(numbers.shape)
-    point = torch.distributions.transform_to(family.support)(numbers)
-    state, other = family.centred_at(point, None), family.centred_at(point.roll(1, -1), None)
+    family, state, other = members_of(name)
     with pyro.validation_enabled(True):
         q, p = family.distribution(state), family.distribution(other)
     draws = q.sample((20_000,))

@@ -8,6 +8,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import expfam_poco as poco
 from expfam_poco.engine import block, evaluator, fused
 from expfam_poco.family import transfer
+from expfam_poco.family.recording import BUFFERS
+from expfam_poco.optim import captured_gradients
+from expfam_poco.optim.captured import CapturedStep
+from expfam_poco.optim.captured_gradients import CapturedGradientStep
 
 ATEN = torch.ops.aten
 IVON = {"lr": 0.1, "ess": 100.0, "hess_init": 1.0, "backend": "eager", "seed": 0}
@@ -34,7 +39,7 @@ CASES: dict[str, Make] = {
     "norm-clipping": named(poco.IVONPoCo, max_grad_norm=1.0, **IVON),
     "gradsq": named(poco.IVONPoCo, curvature="gradsq", **IVON),
     "SVRG": named(poco.SVRG, lr=0.1, backend="eager", seed=0),
-    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.001, ess=24.0, backend="eager", seed=0),
+    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, backend="eager", seed=0),
     "VSGD": lambda params: poco.VSGD(params, lr=0.1, backend="eager"),
     "VSGD-skip": lambda params: poco.VSGD(params, lr=0.1, backend="eager", nonfinite="skip", init="official"),
     "VSGD-small": lambda params: poco.VSGD(params, lr=0.1, weight_decay=0.1),
@@ -50,9 +55,13 @@ class Cuda(TorchFunctionMode):
     """What torch without CUDA refuses on fake tensors of that kind, by other words; and, for a start, values."""
 
     looking = True  # values may be looked at: all are 1
+    capturing = False  # nothing of the host's may be sent to the device
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if self.capturing:
+            sent = name in ("tensor", "pin_memory") or (name == "copy_" and args[0].is_cuda and not args[1].is_cuda)
+            assert not sent and not (name == "to" and not args[0].is_cuda), f"{name}: numbers of the host on their way"
         if self.looking and name in ("__bool__", "item", "__float__", "__int__", "equal", "allclose", "tolist"):
             return {"item": 1.0, "__float__": 1.0, "__int__": 1}.get(name, True)
         if name == "tensor" and torch.device(kwargs.get("device") or "cpu").type == "cuda":
@@ -125,8 +134,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
         patch.setattr(block, "LOOKS", 0)
         patch.setattr(block, "LOOK_AGAIN", 2**30)
         patch.setattr(evaluator, "Replay", NoReplay)
-        patch.setattr(evaluator, "capture_random", lambda params: None)
-        patch.setattr(evaluator, "replay_random", lambda state: nullcontext())
+        for module in (evaluator, captured_gradients):
+            patch.setattr(module, "capture_random", lambda params: None)
+            patch.setattr(module, "replay_random", lambda state: nullcontext())
         yield mode
 
 
@@ -216,6 +226,59 @@ def test_as_many_operations_for_hundreds_of_tensors_as_for_ten(cuda: Cuda, case:
     assert found[0] == found[1]
 
 
+class Captures:
+    """A recorder of `engine.capture` that runs, and watches as a capture does."""
+
+    def __init__(self, mode: Cuda) -> None:
+        self.mode, self.device = mode, torch.device("cuda")
+        self.nodes = list[Counter[str]]()  # of every kind of step, launches of kernels among them
+
+    def warm(self, run: Callable[[], Any]) -> None:
+        run()
+
+    def record(self, run: Callable[[], Any]) -> Any:
+        self.mode.looking, self.mode.capturing, before = False, True, Launches.count
+        try:
+            with Counted() as counted:
+                return run()
+        finally:
+            self.mode.looking, self.mode.capturing = True, False
+            found = {name: n for name, n in counted.found.items() if "empty" not in name}
+            self.nodes.append(Counter({**found, "kernel": Launches.count - before}))
+
+    def replay(self) -> None:
+        pass
+
+    def paired(self, params: Any) -> Any:
+        return NoReplay(params)
+
+
+def captures(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, make: Make, shapes: Any, backend: str) -> Captures:
+    """A recorder that has recorded a step (after a refresh, where there is any), of which another was made, too."""
+    opt, closure = stepper(make, model_of(shapes), backend)
+    kind = CapturedStep if hasattr(opt, "refresh") else CapturedGradientStep
+    recorder = Captures(cuda)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.capturing)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: True))
+    run = kind(opt, lambda batch: closure() * batch, torch.empty((), device="cuda"), lambda device: recorder)
+    cuda.looking = False
+    for _ in range(BUFFERS + 2):
+        assert run(torch.empty((), device="cuda")).is_cuda
+    return recorder
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [("IVONPoCoMo", "auto"), ("norm-clipping", "auto"), ("BayesBiNNPoCo", "auto"), ("log_normal", "auto"),
+     ("IVON-3", "eager"), ("SVRG", "eager"), ("VSGD-skip", "eager"), ("VSGD-small", "auto")],
+)  # fmt: skip
+def test_what_is_captured_neither_waits_nor_sends(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, case: str, backend: str
+) -> None:
+    assert captures(cuda, monkeypatch, CASES[case], [(30, 20), (700,), (4, 3, 5)], backend).nodes
+
+
 class Launches:
     """In place of a Triton kernel: counts how often it is launched."""
 
@@ -254,3 +317,22 @@ def test_a_step_of_kernels_asks_little_of_the_device(
             opt.step(closure)
         found.append(Launches.count + sum(counted.found.values()))
     assert found[0] == found[1] <= most, counted.found
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize(("case", "most", "sampled"), [("IVON", 3, 25), ("IVONPoCoMo", 4, 80), ("VSGD", 4, 4)])
+def test_a_graph_of_a_small_model_has_few_nodes(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, case: str, most: int, sampled: int
+) -> None:
+    """Beside those of the model: a kernel for every draw, one for the update, and what gathers their counts.
+
+    A step in eleven is also for the variance meter.
+    """
+    monkeypatch.setattr(fused, "is_at_hand", lambda device: True)
+    monkeypatch.setattr(fused, "_loaded", lambda source: Launches())
+    monkeypatch.setattr(fused, "KERNELS", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda where: nullcontext())
+    recorder = captures(cuda, monkeypatch, CASES[case], [(64, 64), (64,)] * 3, "compiled")
+    model = 2 if case == "IVONPoCoMo" else 1  # the closure's
+    found = [sum(nodes.values()) - model for nodes in recorder.nodes]
+    assert found[0] <= most and found[-1] <= sampled, recorder.nodes

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributions import transform_to
+from family_cases import event_of, weights_in
 
 import expfam_poco as poco
 from expfam_poco.engine import backend as backends
@@ -25,16 +25,17 @@ def trained(
 ) -> tuple[list[torch.Tensor], list[float]]:
     """A large and a small tensor after steps with momentum, a refresh every third, and an averaged q_out."""
     torch.manual_seed(0)
-    event = (4,) * family.event_dim
-    params = [torch.nn.Parameter(_in_support(family, (rows, *event))) for rows in sizes]
-    targets = [_in_support(family, tuple(p.shape)) for p in params]
+    event = event_of(family)
+    rows = [max(20, size // math.prod(event)) for size in sizes]
+    params = [torch.nn.Parameter(weights_in(family, 0.5 * torch.randn(count, *event))) for count in rows]
+    targets = [weights_in(family, 0.5 * torch.randn(p.shape)) for p in params]
     optimizer = poco.PosteriorCorrected(
         params, family, lr=0.02, ess=50.0, weight_decay=0.1, momentum=0.9, alpha=0.7, rho=0.3, seed=0, backend=backend
     )
 
     def loss() -> Any:
         parts = [1.0 - torch.cos(p - target) for p, target in zip(params, targets, strict=True)]
-        return sum(part.sum(-1).mean() if event else part.mean() for part in parts)
+        return sum(part.flatten(1).sum(-1).mean() if event else part.mean() for part in parts)
 
     losses = []
     for number in range(steps):
@@ -42,12 +43,6 @@ def trained(
             optimizer.refresh([loss, loss])
         losses.append(float(optimizer.step(loss)))
     return [p.detach().clone() for p in params], losses
-
-
-def _in_support(family: poco.ExponentialFamily, shape: tuple[int, ...]) -> torch.Tensor:
-    points = 0.5 * torch.randn(shape)
-    moved = transform_to(family.support)(points)
-    return moved if moved.shape == shape else transform_to(family.support)(torch.zeros(*shape[:-1], shape[-1] - 1))
 
 
 @pytest.mark.parametrize("name", LEAFWISE)

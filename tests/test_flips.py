@@ -47,7 +47,7 @@ def test_flips_and_lambda_are_those_of_the_posterior(family: str, point: str) ->
 
 def test_weights_that_never_flip_are_told_once() -> None:
     weight = nn.Parameter(torch.randn(50))
-    opt = poco.BayesBiNN([weight], lr=1e-6, ess=1.0, seed=0)
+    opt = poco.BayesBiNN([weight], square_momentum=None, lr=1e-6, ess=1.0, seed=0)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(8):
@@ -62,7 +62,7 @@ def test_weights_that_flip_like_coins_are_told_once_and_those_that_learn_are_not
     for random in (True, False):
         torch.manual_seed(0)
         weight, push = nn.Parameter(torch.randn(400)), torch.randn(400)
-        opt = poco.BayesBiNN([weight], lr=0.9 if random else 0.1, ess=100.0, beta1=0.0, seed=0)
+        opt = poco.BayesBiNN([weight], square_momentum=None, lr=0.9 if random else 0.1, ess=100.0, beta1=0.0, seed=0)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             opt.diagnostics()

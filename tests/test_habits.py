@@ -125,7 +125,7 @@ def test_a_first_draw_that_destroys_the_model_is_told(kind: Callable[..., Any]) 
 
 def test_binary_networks_are_not_told_that_their_draws_are_far() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = poco.BayesBiNN(poco.binarize_groups(model), lr=1e-3, ess=512.0)
+    optimizer = poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=1e-3, ess=512.0)
     x, y = torch.randn(32, 64), torch.randint(10, (32,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -133,7 +133,8 @@ def test_two_linear_bernoulli_tasks_add_their_evidence() -> None:
     """A loss linear in ±1 weights is conjugate: λ = λ₀ − Σ N c."""
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
     opt = poco.BayesBiNN(
-        [("weight", weight)], lr=1.0, ess=5.0, beta1=0.0, curvature="straight_through", strength=1.0,
+        [("weight", weight)], square_momentum=None, lr=1.0, ess=5.0, beta1=0.0,
+        curvature="straight_through", strength=1.0,
         prior=poco.get_family("bernoulli").State(torch.full((3,), 0.2, dtype=torch.float64)),
     )  # fmt: skip
     total = torch.full((3,), 0.2, dtype=torch.float64)
@@ -167,7 +168,7 @@ def test_less_is_forgotten(kind: str) -> None:
 
         if kind == "binary":
             opt: Any = poco.BayesBiNN(
-                model.named_parameters(), lr=3e-3, ess=900.0, seed=0, curvature="straight_through"
+                model.named_parameters(), square_momentum=None, lr=3e-3, ess=900.0, seed=0, curvature="straight_through"
             )
         else:
             opt = poco.IVON(model.named_parameters(), lr=0.1, ess=900.0, hess_init=0.1, beta2=0.99, seed=0)

@@ -182,7 +182,7 @@ def test_the_exported_binary_model_is_the_packed_one(kernel: str, tmp_path: Path
     x = torch.randn(32, 1, 8, 8)
     for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: m):
         model = wrap(make())
-        opt = poco.BayesBiNN(poco.binarize_groups(model), lr=0.1, ess=320.0, seed=0)
+        opt = poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=0.1, ess=320.0, seed=0)
         for _ in range(3):
             opt.step(lambda m=model: nn.functional.cross_entropy(m(x), torch.arange(32) % 10))
         plain, packed = (poco.export_binary(model, opt, packed=choice).eval() for choice in (False, True))

@@ -177,11 +177,3 @@ def test_a_distributed_checkpoint_of_two_processes_resumes_two_and_one(
 def test_a_process_that_stops_is_named_to_the_others(two: list[dict[str, Any]]) -> None:
     assert two[1]["stopped"] == ["nothing"]
     assert "another one did not answer" in two[0]["stopped"][1] and "takes fewer steps" in two[0]["stopped"][1]
-
-
-def test_parameters_that_are_spread_over_processes_are_refused() -> None:
-    class Spread(torch.nn.Parameter):
-        device_mesh = None
-
-    with pytest.raises(ValueError, match="spread over processes"):
-        poco.IVON([Spread(torch.zeros(2))], 0.1, 8.0)

@@ -189,7 +189,7 @@ def test_links_folders_and_rights(file: Path) -> None:
 @pytest.mark.parametrize("writer", ["save", "save_binary"])
 def test_files_keep_their_mode_and_respect_the_umask(writer: str, file: Path) -> None:
     model = nn.Linear(2, 2)
-    optimizer = poco.BayesBiNN(poco.binarize_groups(model), lr=0.1, ess=1.0)
+    optimizer = poco.BayesBiNN(poco.binarize_groups(model), square_momentum=None, lr=0.1, ess=1.0)
 
     def write(path: Path) -> None:
         poco.save(path, step=1) if writer == "save" else poco.save_binary(path, model, optimizer)

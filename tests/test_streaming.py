@@ -24,7 +24,7 @@ CASES: dict[str, Make] = {
     "SVRG": named(poco.SVRG, lr=0.1, weight_decay=0.01),
     "VSGDPoCo": named(poco.VSGDPoCo, lr=0.1, precision=100.0, momentum=0.9),
     "Bernoulli": shell("bernoulli", lr=0.001, ess=24.0, momentum=0.5),
-    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=0.001, ess=24.0, temperature=0.5, strength=2.0),
+    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, square_momentum=None, lr=0.001, ess=24.0, temperature=0.5, strength=2.0),
     "Exponential": shell(Exponential(), lr=0.01, ess=5.0, momentum=0.5),
 }
 VECTORS = shell(Vectors(), lr=0.02, ess=2.0, momentum=0.5, mc_samples=2)

@@ -145,7 +145,9 @@ def with_prior(problem: Problem) -> torch.optim.Optimizer:
 def partly_binary(problem: Problem) -> torch.optim.Optimizer:
     """Binary weights beside a Gaussian group, as `binarize_groups` makes them."""
     groups = poco.binarize_groups(problem.model, gaussian={"lr": 0.1, "beta2": 0.99})
-    return poco.BayesBiNNPoCo(groups, lr=0.01, ess=24.0, strength=2.0, curvature="straight_through", alpha=0.6, seed=1)
+    return poco.BayesBiNNPoCo(
+        groups, square_momentum=None, lr=0.01, ess=24.0, strength=2.0, curvature="straight_through", alpha=0.6, seed=1
+    )
 
 
 IVON: dict[str, Any] = {"lr": 0.1, "ess": 500.0, "beta2": 0.99, "hess_init": 1.0, "weight_decay": 0.01, "seed": 1}
@@ -160,9 +162,21 @@ NAMED: dict[str, tuple[Make, Loop]] = {
     "IVON": (named(poco.IVON, **IVON), plain),
     "IVONPoCo": (named(poco.IVONPoCo, **IVON), corrected),
     "IVONPoCoMo": (named(poco.IVONPoCoMo, **MOMENTUM), corrected),
-    "BayesBiNN": (named(poco.BayesBiNN, lr=0.01, ess=24.0, stale_mean=True, curvature="relaxed", seed=1), plain),
+    "BayesBiNN": (
+        named(poco.BayesBiNN, square_momentum=None, lr=0.01, ess=24.0, stale_mean=True, curvature="relaxed", seed=1),
+        plain,
+    ),
     "BayesBiNNPoCo": (
-        named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, alpha=1.0, mc_samples=2, seed=1),
+        named(
+            poco.BayesBiNNPoCo,
+            square_momentum=None,
+            lr=0.01,
+            ess=24.0,
+            temperature=0.5,
+            alpha=1.0,
+            mc_samples=2,
+            seed=1,
+        ),
         corrected,
     ),
     "AlphaSVRG-SGD": (over(torch.optim.SGD, 0.7, lr=0.05, momentum=0.9), corrected),
@@ -266,7 +280,9 @@ LARGE_CASES: dict[str, Case] = {
     "IVONPoCoMo": Case(named(poco.IVONPoCoMo, **MOMENTUM, **EAGER), F32, REAL),
     "SVRG-weight-decay": Case(named(poco.SVRG, lr=0.1, weight_decay=0.1, alpha=0.9, **IN_PLACE), F32, REAL),
     "BayesBiNNPoCo": Case(
-        named(poco.BayesBiNNPoCo, lr=0.01, ess=24.0, curvature="relaxed", alpha=1.0, **IN_PLACE), F32, REAL
+        named(poco.BayesBiNNPoCo, square_momentum=None, lr=0.01, ess=24.0, curvature="relaxed", alpha=1.0, **IN_PLACE),
+        F32,
+        REAL,
     ),
     "VSGD": Case(named(poco.VSGD, lr=0.05, **EAGER), F32, REAL, on_gradients),
     "ConstantVSGD": Case(named(poco.ConstantVSGD, lr=0.05, **EAGER), F32, REAL, on_gradients),

@@ -7,7 +7,6 @@ A law yields a string to remark on what it could not test.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from expfam_poco.checks.specimens import (
     holds,
     size_of,
 )
+from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.derived import _flatten, fisher
 from expfam_poco.rule.estimators import available
 
@@ -52,6 +52,7 @@ def declarations(s: Specimen) -> Findings:
     yield holds(
         f"statistic_dims={dims} does not give one number for each field of T", len(dims) == len(family.Nat._fields)
     )
+    yield from _statistic_shapes(s)
     strangers = sorted(set(family.domain) - set(family.State._fields))
     yield holds(f"domain constrains {strangers}, which State does not have", not strangers)
     strangers = sorted(set(family.momentum_block) - set(family.Site._fields))
@@ -61,6 +62,27 @@ def declarations(s: Specimen) -> Findings:
     fitting = sorted(available(family))
     yield holds(
         f"default_estimator={family.default_estimator!r} is none of {fitting}", family.default_estimator in fitting
+    )
+
+
+def _statistic_shapes(s: Specimen) -> Findings:
+    """What T gives for one tensor, against `event_dim` and `statistic_dims`."""
+    family = s.family
+    theta = family.reference_like(torch.zeros(s.shape, dtype=s.dtype, device=s.device))
+    statistics = family.statistics(theta)
+    yield holds(f"statistics gives {type(statistics).__name__} instead of Mean", isinstance(statistics, family.Mean))
+    shapes = [tuple(value.shape) for value in statistics]
+    fitting = tuple(len(shape) - len(s.batch) for shape in shapes)
+    for name, shape in zip(family.Mean._fields, shapes, strict=True):
+        yield holds(
+            f"statistics: field {name!r} has shape {shape} for θ of shape {tuple(s.shape)}, of which the last "
+            f"{family.event_dim} axes are one weight (event_dim)",
+            shape[: len(s.batch)] == tuple(s.batch),
+        )
+    yield holds(
+        f"statistic_dims={family.statistic_dims}, but of T's fields {fitting} axes belong to one weight: declare "
+        f"statistic_dims = {fitting}",
+        family.statistic_dims == fitting,
     )
 
 
@@ -90,7 +112,13 @@ def noise(s: Specimen) -> Findings:
     yield s.shaped("noise", first, (count, *s.shape, *family.noise_dims))
     yield holds("noise is not finite", torch.isfinite(first).all())
     kept = first.clone()
-    family.sample(s.states[-2], first)
+    try:
+        family.sample(s.states[-2], first)
+    except Exception as error:
+        shape, dims = tuple(first.shape), family.noise_dims
+        sentence = f"sample fails ({error}) for noise of shape {shape}, K × P × noise_dims, with noise_dims = {dims}"
+        yield holds(sentence, False)
+        return
     yield holds("noise is changed in place by sample", torch.equal(first, kept))
     yield holds("noise changes when asked for again", torch.equal(kept, s.noise(count, SAMPLES)))
     yield holds("noise is the same at every step", not torch.equal(kept, s.noise(count, SAMPLES, 1)))
@@ -131,108 +159,6 @@ def samples(s: Specimen) -> Findings:
             yield s.sampled(f"E[{name}] of samples against the density h exp⟨λ, T⟩", value, centre, allowed=bound)
 
 
-def goodness_of_fit(s: Specimen) -> Findings:
-    """Samples have the density h exp(⟨λ, T⟩ − A) as a whole: its distribution function, tails and waves.
-
-    In coordinates z in which the support is everything and the draws have mean 0 and covariance I:
-
-    * one number a weight: the largest distance between the distribution function F of the density, by the trapezoid
-      rule, and the draws'. By Dvoretzky, Kiefer, Wolfowitz and Massart it exceeds ε with probability 2 exp(−2Kε²) at
-      most; SIGMAS standard errors are as unlikely as the normal distribution has them.
-    * any weights: E of cos(⟨w, z⟩ + b) and of a smooth step beyond |⟨u, z⟩| = 2.5, for 24 directions and four
-      frequencies, over draws and over weighted points (`Reference`), in standard errors of both.
-    * finitely many values, or integers: how often each was drawn, in standard errors.
-    """
-    if not s.sampling:
-        return
-    for number in range(len(s.states)):
-        reference = s.represented(number)
-        if reference is None:
-            yield Unverified("goodness_of_fit: no coordinates are known for this support; moments alone were compared")
-        elif reference.exact:
-            yield from _frequencies(s, number, reference)
-        else:
-            yield from _waves(s, number, reference)
-            if s.family.event_dim == 0:
-                yield _kolmogorov(s, number, reference)
-
-
-def _frequencies(s: Specimen, number: int, reference: Reference) -> Findings:
-    """How often each value was drawn against its probability."""
-    event = tuple(range(-s.family.event_dim, 0)) if s.family.event_dim else ()
-    draws, weight = s.draws(number), torch.softmax(reference.log_weight, 0)
-    for value, probability in zip(reference.theta, weight, strict=True):
-        if float(probability.max()) * DRAWS < 1.0 and float(probability.max()) < reference.missing:
-            continue
-        hit = draws == value
-        hit = hit.all(event) if event else hit
-        spread = (probability * (1.0 - probability)).clamp_min(0.0).sqrt()
-        allowed = reference.missing * probability
-        yield s.sampled("how often a value is drawn", hit.to(s.dtype), probability, spread=spread, allowed=allowed)
-
-
-def _waves(s: Specimen, number: int, reference: Reference) -> Findings:
-    """E of bounded functions by draws and by weighted points."""
-    assert reference.coordinates is not None
-    lead = 1 + len(s.batch)
-    x = reference.transform.inv(s.draws(number))
-    x = x.reshape(*x.shape[:lead], -1)
-    good = torch.isfinite(x).all(-1, keepdim=True)
-    centre = torch.where(good, x, 0.0).mean(0)
-    away = torch.where(good, x - centre, 0.0)
-    covariance = torch.einsum("n...i,n...j->...ij", away, away) / len(x)
-    root, info = torch.linalg.cholesky_ex(covariance)
-    if bool(info.any()):
-        yield Unverified("goodness_of_fit: the draws fill fewer dimensions than the support")
-        return
-
-    def features(points: Tensor) -> Tensor:
-        z = torch.linalg.solve_triangular(root, (points - centre).unsqueeze(-1), upper=False).squeeze(-1)
-        u = s.normal((24, z.shape[-1]), 70)
-        u = u / u.square().sum(-1, keepdim=True).sqrt()
-        length = (torch.arange(24, dtype=s.dtype, device=s.device) % 4 + 1.0) * 0.75
-        along = z @ u.mT
-        phase = 2.0 * s.normal((24,), 71)
-        tail = torch.sigmoid(6.0 * (along.abs() - 2.5))
-        return torch.cat((torch.cos(along * length + phase), tail), -1)
-
-    weight = torch.softmax(reference.log_weight, 0).unsqueeze(-1)
-    values = features(torch.where(torch.isfinite(reference.coordinates), reference.coordinates, 0.0))
-    mean = (weight * values).sum(0)
-    error = SIGMAS * (weight * (values - mean)).square().sum(0).sqrt() + 2.0 * SIGMAS * weight.amax(0)
-    drawn = torch.where(good, features(torch.where(good, x, centre)), 1.0)
-    yield s.sampled("E of bounded functions: samples against the density h exp⟨λ, T⟩", drawn, mean, allowed=error)
-
-
-def _kolmogorov(s: Specimen, number: int, reference: Reference) -> Finding:
-    """The largest distance between two distribution functions, as so many normal standard errors."""
-    assert reference.coordinates is not None
-    shape = (-1, *(1,) * len(s.batch))
-    x = reference.transform.inv(s.draws(number)).reshape(DRAWS, *s.batch)
-    x = torch.nan_to_num(x, posinf=torch.finfo(s.dtype).max, neginf=-torch.finfo(s.dtype).max).sort(0).values
-    low, high = torch.quantile(x, 0.25, 0), torch.quantile(x, 0.75, 0)
-    t = torch.sinh(torch.linspace(-8.0, 8.0, 2**13 + 1, dtype=s.dtype, device=s.device)).reshape(shape)
-    grid = 0.5 * (low + high) + (0.1 * (high - low)).clamp_min(s.eps) * t
-    theta = reference.transform(grid.reshape(-1, *s.shape))
-    inside = s.family.support.check(theta) & torch.isfinite(theta)
-    jacobian = reference.transform.log_abs_det_jacobian(grid, theta)
-    theta = torch.where(inside, theta, s.draws(number)[:1])
-    density = torch.where(inside, s.family.log_prob(s.states[number], theta) + jacobian, -torch.inf).exp()
-    mass = 0.5 * (density[1:] + density[:-1]) * (grid[1:] - grid[:-1])
-    whole = torch.cat((torch.zeros_like(mass[:1]), mass.cumsum(0)))
-    whole = whole / whole[-1:]
-    flat, sizes = x.reshape(DRAWS, -1).mT.contiguous(), grid.reshape(len(grid), -1).mT.contiguous()
-    place = torch.searchsorted(sizes, flat).clamp(1, len(grid) - 1)
-    left, right = sizes.gather(1, place - 1), sizes.gather(1, place)
-    values = whole.reshape(len(grid), -1).mT
-    share = ((flat - left) / (right - left)).clamp(0.0, 1.0)
-    at = values.gather(1, place - 1) * (1.0 - share) + values.gather(1, place) * share
-    steps = torch.arange(DRAWS + 1, dtype=s.dtype, device=s.device) / DRAWS
-    distance = torch.maximum((at - steps[:-1]).abs().amax(), (at - steps[1:]).abs().amax())
-    what = "largest distance between the distribution functions of samples and density"
-    return Finding(what, size_of(distance), math.sqrt((0.5 * SIGMAS**2 + math.log(2.0)) / (2.0 * DRAWS)))
-
-
 def expectation(s: Specimen, reference: Reference) -> tuple[Any, Any]:
     """E_q[T] from weighted points, which does not use A(λ), and how far it may be off."""
     weight = torch.softmax(reference.log_weight, 0)
@@ -240,6 +166,7 @@ def expectation(s: Specimen, reference: Reference) -> tuple[Any, Any]:
     means, errors = [], []
     for value, dims in zip(statistics, s.family.statistic_dims, strict=True):
         share = weight.reshape(*weight.shape, *(1,) * dims)
+        value = torch.where(share > 0.0, value, 0.0)  # far out, where nothing lies, T may overflow
         mean = (share * value).sum(0)
         if reference.exact:
             spread = (value.amax(0) - value.amin(0)) * unseen(reference)
@@ -423,7 +350,7 @@ def fisher_information(s: Specimen) -> Findings:
         yield s.near("∇²A against its transpose", matrix.mT, matrix, tolerance)
         if number == 0 and s.sampling:
             statistics = _flatten(family, family.statistics(s.draws(number)[:64]))[0]
-            yield from _minimal(statistics.movedim(0, -2), matrix)
+            yield from _minimal(statistics.movedim(0, -2), matrix, family)
         vector = s.direction(number)
         product, tolerances = s.rounded(family.fisher_vector_product, nat, vector)
         product = family.Nat(*product)
@@ -444,7 +371,7 @@ def fisher_information(s: Specimen) -> Findings:
         yield s.averaged("∇²A against Cov[T]", number, products, matrix)
 
 
-def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
+def _minimal(statistics: Tensor, matrix: Tensor, family: ExponentialFamily) -> Findings:
     """No combination of the statistics is constant, and the Fisher matrix is positive along all that vary."""
     scale = statistics.abs().amax(-2, keepdim=True)
     scale = torch.where(scale > 0.0, scale, 1.0)  # a rare value's indicator may be 0 in all draws
@@ -454,6 +381,14 @@ def _minimal(statistics: Tensor, matrix: Tensor) -> Findings:
     yield holds(
         f"the statistics are not minimal ({ranks[0]} are independent, only {ranks[1]} up to constants)",
         ranks[0] == ranks[1],
+    )
+    solves = type(family).fisher_solve is not ExponentialFamily.fisher_solve
+    entries = statistics.shape[-1]
+    enough = solves or family.levels is not None or family.support.is_discrete or ranks[1] == entries
+    yield holds(
+        f"the statistics are not minimal: of {entries} entries only {ranks[1]} are independent, and the Fisher matrix "
+        "is singular; drop the others, or write fisher_solve",
+        enough,
     )
     basis = torch.linalg.svd(centred, full_matrices=False).Vh[..., : ranks[1], :] / scale
     values = torch.linalg.eigvalsh(basis @ matrix @ basis.mT)
@@ -466,7 +401,13 @@ def point(s: Specimen) -> Findings:
     family = s.family
     every = torch.stack([family.point(state) for state in s.states])
     apart = bool((every != every[:1]).any()) or every[0].numel() == 0
-    yield holds("point is the same for every member: an optimizer would put it in place of the model's weights", apart)
+    fixed = family.fixed_point
+    yield holds(
+        "point is the same for every member: an optimizer would put it in place of the model's weights "
+        "(declare fixed_point = True, and it refuses weights elsewhere)",
+        apart or fixed,
+    )
+    yield holds("fixed_point is declared, but points differ", not (fixed and apart))
     for number, (state, other) in enumerate(s.pairs()):
         here, there = family.point(state), family.point(other)
         yield s.shaped("point", here, s.shape)

@@ -10,6 +10,7 @@ from expfam_poco.checks.density_laws import Findings
 from expfam_poco.checks.learning_laws import estimate, retracted
 from expfam_poco.checks.specimens import SLACK, STEPS, Specimen, as_fields, holds, name_of, nudge, size_of
 from expfam_poco.family import fields
+from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.rule.estimators import available
 
 
@@ -130,6 +131,9 @@ def spans(s: Specimen) -> Findings:
     response = _response(s, inputs, whole, s.eps)  # a kernel's vectors and their remainders round differently
     estimator = available(s.family)[s.family.default_estimator]
     for name, value in whole.items():
+        own = type(s.family).expected_log_base_measure is not ExponentialFamily.expected_log_base_measure
+        if name in ("expected_log_base_measure", "entropy") and not own:
+            continue  # by draws, which are others for fewer weights
         if name == "natural_gradient" and (estimator.needs != "gradient" or estimator.independent_draws):
             continue  # losses alone are of all weights together
         expected = rows(name, value)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.domains import is_sphere
 from expfam_poco.family.noise import NoiseKey, noise
 
 
@@ -241,6 +242,6 @@ def coordinates(support: constraints.Constraint, theta: Tensor) -> Any:
         return LogRatios()
     if isinstance(support, type(constraints.positive_definite)):
         return Cholesky()
-    if type(support).__name__ == "_Sphere":  # Pyro's
+    if is_sphere(support):
         return Stereographic(theta)
     return biject_to(support)

@@ -22,6 +22,7 @@ from expfam_poco.closures.batched import Batched
 from expfam_poco.closures.caches import forget_weights
 from expfam_poco.closures.fp16 import Scaling
 from expfam_poco.closures.hessians import hessian_block, hessian_product
+from expfam_poco.closures.shards import any_spread, gradients, is_spread, made, own_parts
 from expfam_poco.errors import NonFiniteError
 
 Closure = Callable[[], Any]
@@ -172,6 +173,7 @@ def _evaluate(closure: Closure, params: Sequence[Parameter], request: Request, c
     if check and (value.is_cpu or not request.gradient):
         _require_finite_loss(value)  # elsewhere it is looked at with the gradients, to wait for the device only once
     if not request.gradient:
+        forget_weights()  # what a backward pass would have dropped
         return Measured(value, [None] * len(params), [], {})
     again = request.second_order
     if by_closure is not None:
@@ -227,9 +229,12 @@ def _call(closure: Closure, params: Sequence[Parameter]) -> tuple[Tensor, list[T
         with torch.enable_grad():
             loss = _checked_loss(closure())
         left = [p.grad for p in params]
-        return loss, left if any(grad is not None for grad in left) else None
-    finally:
+        forget_weights(gathered=False)
+        return loss, own_parts(left, params) if any([grad is not None for grad in left]) else None
+    except BaseException:
         forget_weights()
+        raise
+    finally:
         for p in params:
             p.grad = None
 
@@ -254,6 +259,8 @@ def _checked_loss(returned: Any) -> Tensor:
     if not isinstance(returned, Tensor) or returned.numel() != 1 or returned.is_complex():
         what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else shown(returned)
         raise TypeError(f"closure: it returned {what}; return the mean loss of the batch as a real scalar.")
+    if type(returned) is not Tensor and is_spread(returned):
+        returned = returned.full_tensor()  # type: ignore[attr-defined]
     return returned.reshape(()) if returned.ndim else returned
 
 
@@ -265,6 +272,13 @@ def _differentiate(loss: Tensor, params: Sequence[Parameter], *, create_graph: b
             "closure: its loss has no graph and no gradients were left on the parameters; return the loss of a "
             "model that uses this optimizer's parameters, or call backward() inside."
         )
+    if made and any_spread(params):
+        if create_graph:
+            raise ValueError(
+                "curvature: second derivatives cannot be taken where parameters are spread over processes "
+                "(fully_shard, DTensor); use 'reparam' or 'gradsq' in all groups."
+            )
+        return gradients(loss, params)
     return list(torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True))
 
 

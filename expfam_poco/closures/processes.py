@@ -5,6 +5,9 @@ averaged over the processes, in one message: under one noise (that of all proces
 gradient is made of the gradient of the whole batch, as one process would that had all of it. What each process has made
 of a noise of its own, or of its part of a mega-batch, is averaged as natural gradients.
 
+Parameters that are spread over processes (`fully_shard`) bring gradients that have been averaged, each process its part
+of them; what is then left to send is the loss, gradients of whole parameters beside, and sums over parts.
+
 Whatever fails on one process fails on all: an error travels with the message that the others wait for, and before every
 step the processes compare what they are about to do.
 """
@@ -23,7 +26,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from expfam_poco.closures.evaluate import Measured, NoBatchError, Request
+from expfam_poco.closures.evaluate import Measured, NoBatchError, Request, require_sound
+from expfam_poco.closures.fp16 import ScaledOverflow
+from expfam_poco.closures.shards import group_of, is_spread
+from expfam_poco.errors import NonFiniteError
 
 AVAILABLE = dist.is_available()
 BUCKET = 2**23  # numbers in a message; larger models send several, of which the first travel while the next are laid
@@ -40,10 +46,11 @@ class Processes:
         rank, size: of this process, and how many there are.
         weight: what this process's part of the batch counts.
         own_noise: whether each has draws of its own, whose natural gradients are averaged.
+        spread: whether parameters are spread over them.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self.group, self.device = group, device
+    def __init__(self, group: Any, device: torch.device, *, spread: bool = False) -> None:
+        self.group, self.device, self.spread = group, device, spread
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.weight = 1.0
         self.own_noise = False
@@ -83,26 +90,36 @@ class Processes:
             )
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """An error of one process inside the block is raised on all."""
+    def failing_together(self, *, stepped: bool = False) -> Iterator[None]:
+        """An error of one process inside the block is raised on all; `stepped`: weights have been changed already."""
         error: Exception | None = None
         try:
             yield
         except Exception as own:
             error = own
-        message = torch.tensor([0.0 if error is None else 1.0], device=self.device)
-        with _reached():
-            dist.all_reduce(message, group=self.group)
-        self._raise(error, float(message))
+        self._raise(error, self.totals(_kinds(error)), stepped=stepped)
 
-    def _raise(self, error: Exception | None, failed: float) -> None:
+    def _raise(self, error: Exception | None, failed: Sequence[float], *, stepped: bool = False) -> None:
+        """Raise this process's error, or one of the kind that others have.
+
+        Args:
+            error: this process's, if any.
+            failed: the sums of all processes' `_kinds`.
+            stepped: whether weights have been changed already.
+        """
         if error is not None:
             raise error
-        if failed:
-            raise RuntimeError(
-                f"closure: it failed on {failed:.0f} of {self.size} processes, not on this one; their errors say why. "
-                "Nothing was changed."
-            )
+        every, *special = failed
+        if not every:
+            return
+        kind = next((own for own, count in zip(_SKIPPED, special, strict=True) if count == every), RuntimeError)
+        made = kind(
+            f"{'step' if stepped else 'closure'}: it failed on {every:.0f} of {self.size} processes, not on this one; "
+            f"their errors say why. {'What was sound here was stepped.' if stepped else 'Nothing was changed.'}"
+        )
+        if stepped and isinstance(made, NonFiniteError):
+            made.stepped = True
+        raise made
 
     # ---- averages ----------------------------------------------------------------------------------------
 
@@ -117,6 +134,8 @@ class Processes:
         Raises:
             RuntimeError: if another process's part has failed; this one's error is raised as it is.
         """
+        if self.spread:
+            return self._average_spread(evaluate, params, request)
         error, part = None, Measured(torch.zeros(()), [None] * len(params), [], {})
         weight = 0.0
         try:
@@ -140,9 +159,10 @@ class Processes:
         for p in params:
             dtype = torch.promote_types(dtype, p.dtype)
         loss = float(part.loss) * weight if weight else 0.0
-        head = torch.tensor([weight, loss, float(error is not None), *used], dtype=dtype)
+        head = torch.tensor([weight, loss, *_kinds(error), *used], dtype=dtype)
         summed, *found = self._sums([head, *sent], [head.shape, *like], dtype, weight)
-        total, loss, failed, *used = summed.tolist()
+        total, loss, *failed = summed[: 2 + KINDS].tolist()
+        used = summed[2 + KINDS :].tolist()
         self._raise(error, failed)
         if total <= 0.0:
             raise ValueError("closure: no process has a batch; give at least one of them closures, or stop the loop.")
@@ -153,6 +173,36 @@ class Processes:
         hessians = {key: next(values) for key in blocks}
         return Measured(torch.tensor(loss / total, dtype=dtype, device=self.device), kept, products, hessians)
 
+    def _average_spread(
+        self, evaluate: Callable[[], Measured], params: Sequence[Parameter], request: Request
+    ) -> Measured:
+        """The same where gradients of what is spread come averaged, and processes count equally.
+
+        An error before the last collective call of the model stops this process alone: the others wait for it inside.
+        """
+        error: Exception | None = None
+        part = Measured(torch.zeros(()), [None] * len(params), [], {})
+        try:
+            with _reached(inside=True):
+                part = evaluate()
+            require_sound(part)
+        except NonFiniteError as own:
+            error = own
+        whole = [place for place, p in enumerate(params) if not is_spread(p)] if request.gradient else []
+        dtype = torch.float32
+        for p in params:
+            dtype = torch.promote_types(dtype, p.dtype)
+        used = [0.0 if part.grads[place] is None else 1.0 for place in whole]
+        head = torch.tensor([0.0 if error else float(part.loss), *_kinds(error), *used], dtype=dtype)
+        shapes = [head.shape, *(params[place].shape for place in whole)]
+        summed, *found = self._sums([head, *(part.grads[place] for place in whole)], shapes, dtype, 1.0)
+        loss, *failed = summed[: 1 + KINDS].tolist()
+        self._raise(error, failed)
+        grads = list(part.grads)
+        for place, by_any, grad in zip(whole, summed[1 + KINDS :].tolist(), found, strict=True):
+            grads[place] = grad / self.size if by_any else None
+        return part._replace(loss=torch.tensor(loss / self.size, dtype=dtype, device=self.device), grads=grads)
+
     def totals(self, numbers: Sequence[float]) -> list[float]:
         """The sums over processes of numbers."""
         message = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -161,11 +211,11 @@ class Processes:
         summed: list[float] = message.tolist()
         return summed
 
-    def before(self, number: int) -> int:
-        """The sum of the numbers of the processes before this one."""
+    def each(self, number: int) -> list[int]:
+        """The numbers of all processes."""
         own = [0.0] * self.size
         own[self.rank] = float(number)
-        return round(sum(self.totals(own)[: self.rank]))
+        return [round(value) for value in self.totals(own)]
 
     def sums(self, tensors: Sequence[Tensor], weight: float) -> list[Tensor]:
         """The sums over processes of tensors times each process's `weight`."""
@@ -206,11 +256,23 @@ class Processes:
         return made
 
 
+_SKIPPED = (NonFiniteError, ScaledOverflow)  # errors of which optimizers skip steps, with their subclasses
+KINDS = 1 + len(_SKIPPED)
+
+
+def _kinds(error: Exception | None) -> list[float]:
+    """Whether there is an error, and whether it is exactly of each kind of `_SKIPPED`."""
+    return [float(error is not None), *(float(type(error) is kind) for kind in _SKIPPED)]
+
+
 @contextmanager
-def _reached() -> Iterator[None]:
+def _reached(*, inside: bool = False) -> Iterator[None]:
+    """Say it in a sentence where others do not answer; `inside` of a closure not every error is of that kind."""
     try:
         yield
     except RuntimeError as error:
+        if inside and not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
         reason = (str(error).splitlines() or [""])[0][:200]
         raise RuntimeError(
             f"processes: another one did not answer ({reason}). It has stopped, failed, or takes fewer steps: give all "
@@ -229,12 +291,11 @@ def find(group: Any, modules: Callable[[], Sequence[nn.Module]], params: Sequenc
     """The processes that train these parameters together, if there are several.
 
     Args:
-        group: a process group, where one is given; else it is that of a DistributedDataParallel among the modules.
+        group: a process group, where one is given; else it is that of a DistributedDataParallel among the modules;
+            neither matters where parameters are spread, which is over a group of its own.
         modules: what a closure may call.
         params: what is trained.
 
-    Raises:
-        ValueError: for models whose parameters are spread over processes.
     """
     if not AVAILABLE or not dist.is_initialized():
         if group is not None:
@@ -243,6 +304,9 @@ def find(group: Any, modules: Callable[[], Sequence[nn.Module]], params: Sequenc
             )
         return None
     device = params[0].device
+    over = group_of(params)
+    if over is not None:
+        return Processes(over, device, spread=True) if dist.get_world_size(over) > 1 else None
     if group is not None:
         return Processes(group, device) if dist.get_world_size(group) > 1 else None
     for module in modules():

@@ -129,7 +129,9 @@ class AdaptiveAlpha:
     `least_gain` Var(out), or rise, α is 0. While it is 0 everywhere, steps are plain and cost one evaluation, but every
     `probe_every` steps the pair is measured, so that the correction can come back. `alpha="adaptive"` is
     `AdaptiveAlpha()`. A large drift of the mean since the refresh, beside the spread of mini-batches, makes the
-    measurement noisy.
+    measurement noisy. The error of ḡ_out by its draws is counted where a refresh measures it, from
+    `refresh(…, draws=2)` on: the M steps that share it move together, so that α* = Cov(in, out)/(Var(out) +
+    M Var(ḡ_out)), and where the noise of draws is most of the variance the correction stays off.
 
     Args:
         keep: of the old value in a moving average.

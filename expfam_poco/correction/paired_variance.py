@@ -36,6 +36,34 @@ class _Moments:
         return found[0], found[1], found[2]
 
 
+class DrawMoments:
+    """The mean of natural gradients of several draws, and the variance of that mean, shifted by the first."""
+
+    def __init__(self, first: Any) -> None:
+        self._first = type(first)(*(value.clone() for value in first))
+        self._sum = type(first)(*(torch.zeros_like(value) for value in first))
+        self._squares = dict.fromkeys(first._fields, 0.0)
+        self._count = 1
+
+    def add(self, site: Any) -> None:
+        """One more draw."""
+        self._count += 1
+        for name, value, first, total in zip(site._fields, site, self._first, self._sum, strict=True):
+            off = value - first
+            total += off
+            self._squares[name] += float(off.double().square().sum())
+
+    def mean(self) -> Any:
+        """Over all draws."""
+        return type(self._first)(*(a + b / self._count for a, b in zip(self._first, self._sum, strict=True)))
+
+    def variance(self) -> dict[str, float]:
+        """Of the mean, for every field, summed over its entries."""
+        count = self._count
+        sums = {name: float(value.double().square().sum()) for name, value in self._sum._asdict().items()}
+        return {name: max(0.0, self._squares[name] - s / count) / (count * (count - 1)) for name, s in sums.items()}
+
+
 class PairedVariance:
     """Collects the sites of steps that are not taken, and compares plain and corrected estimates of every field."""
 

@@ -229,21 +229,28 @@ def variance_ratio(plain: float, cross: float, outer: float, alpha: float) -> fl
     return (plain - 2.0 * alpha * cross + alpha * alpha * outer) / plain if plain > 0.0 else float("nan")
 
 
-def optimal_alpha(cross: float, outer: float, least_gain: float, share: float = 0.0) -> float:
+def optimal_alpha(
+    cross: float, outer: float, least_gain: float, share: float = 0.0, error: float = 0.0, steps: int = 1
+) -> float:
     """α* = Cov(in, out) / (Var(out) + Var(ḡ_out)), clipped to [0, 1]; 0 where it gains too little.
 
     About ḡ_out, ⟨d,d⟩ estimates the denominator and ⟨a,d⟩ = Cov + Var(ḡ_out). The gain 2α Cov − α² ⟨d,d⟩ is held
-    against `least_gain` ⟨d,d⟩, which has no drift of the mean in it, as ‖a‖² has.
+    against `least_gain` ⟨d,d⟩, which has no drift of the mean in it, as ‖a‖² has. A measured error of ḡ_out is shared
+    by M steps, which it moves together: their sum has the variance M Var(in − α out) + M² α² Var(ḡ_out), so that M
+    times the error stands in the denominator.
 
     Args:
         cross: ⟨a,d⟩.
         outer: ⟨d,d⟩.
         least_gain: see above.
         share: Var(ḡ_out)/Var(out), 1/M for a mega-batch of M independent mini-batches, 0 for an exact mean.
+        error: Var(ḡ_out) of the draws in a refresh, where it has been measured.
+        steps: M, that share one ḡ_out.
     """
     if not outer > 0.0:
         return 0.0
-    covariance = cross - outer * share / (1.0 + share)
+    covariance = cross - outer * share / (1.0 + share) - error
+    outer = outer + (steps - 1.0) * error
     alpha = min(max(covariance / outer, 0.0), 1.0)
     return alpha if 2.0 * alpha * covariance - alpha * alpha * outer >= least_gain * outer else 0.0
 
@@ -264,7 +271,7 @@ def alpha_at(alpha: Any, step: int, pace: Pace = AT_FIRST) -> tuple[float, float
             "the step's number to a number between 0 and 1, or to a pair of them."
         ) from error
     pair = value if isinstance(value, tuple) else (value, value)
-    if len(pair) != 2 or not all(is_real(number) and 0.0 <= number <= 1.0 for number in pair):
+    if len(pair) != 2 or not all([is_real(number) and 0.0 <= number <= 1.0 for number in pair]):
         raise ValueError(
             f"alpha={shown(value)}: give a number between 0 and 1, a pair of them (gradient, curvature), a schedule, "
             "'adaptive' or 'mega_batch'."

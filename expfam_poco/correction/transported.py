@@ -30,7 +30,7 @@ w_t = 1/t); Nesterov 1983.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -118,3 +118,18 @@ def transported(correction: Correction, transport: float, alpha: Any) -> Correct
             f"alpha={shown(alpha)} with {correction!r}; give alpha=0 (or correction='none'), or transport=0."
         )
     return made
+
+
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """β₁ of anybody's group: the first of torch's `betas`, or its `momentum`; 0 where it has neither."""
+    betas = group.get("betas")
+    return float(betas[0] if betas else group.get("momentum", 0.0))
+
+
+def check_transport(transport: float, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a look-ahead where no momentum has a lag to make up for."""
+    if transport > 0.0 and not any(group["momentum"] > 0.0 for group in groups):
+        raise ValueError(
+            f"transport={transport!r}: without momentum nothing lags behind, and it would do nothing; give momentum "
+            "(such as 0.9; beta1, where it is called so), or transport=0."
+        )

@@ -31,6 +31,9 @@ class VarianceMeter:
     def __init__(self) -> None:
         # Per tensor and field: ⟨a,a⟩, ⟨a,d⟩, ⟨d,d⟩, and ‖a − α d‖² with the α that was used.
         self._averages: dict[str, dict[str, list[float]]] = {}
+        # Var(ḡ_out) of every tensor and field, where a refresh has measured it.
+        self.outer: dict[str, dict[str, float]] = {}
+        self._alphas: dict[str, dict[str, float]] = {}  # last used
         self._squares: dict[str, float] = {}
         self._square_step = 0
         # What has been measured on an accelerator, which is not waited for, and who takes it in.
@@ -62,6 +65,7 @@ class VarianceMeter:
             corrected = variance_ratio(plain, cross, outer, alpha) * plain if plain > 0.0 else 0.0
             new = [plain, cross, outer, corrected]
             old = known.get(field, new)
+            self._alphas.setdefault(name, {})[field] = alpha
             known[field] = [keep * a + (1.0 - keep) * b for a, b in zip(old, new, strict=True)]
 
     def add_square(self, step: int, name: str, square: Tensor, scale: float = 1.0) -> None:
@@ -85,15 +89,21 @@ class VarianceMeter:
             values, take = self._waiting.pop(0)
             take(values.read())
 
-    def alpha(self, name: str, momentum_block: Iterable[str], adaptive: AdaptiveAlpha) -> tuple[float, float]:
-        """α* of a tensor's gradient (the fields that momentum averages) and of its curvature; 0 before any look."""
+    def alpha(
+        self, name: str, momentum_block: Iterable[str], adaptive: AdaptiveAlpha, steps: int = 1
+    ) -> tuple[float, float]:
+        """α* of a tensor's gradient (the fields that momentum averages) and of its curvature; 0 before any look.
+
+        `steps`: how many steps share one ḡ_out, and its error.
+        """
         self._take_in()
         first = set(momentum_block)
         pair = []
         for belongs in (lambda field: field in first, lambda field: field not in first):
             sums = [values[:SUMS] for field, values in self._averages.get(name, {}).items() if belongs(field)]
+            error = sum(value for field, value in self.outer.get(name, {}).items() if belongs(field))
             _, cross, outer = (sum(values) for values in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
-            pair.append(optimal_alpha(cross, outer, adaptive.least_gain, adaptive.share))
+            pair.append(optimal_alpha(cross, outer, adaptive.least_gain, adaptive.share, error, steps))
         return pair[0], pair[1]
 
     def probes(self, step: int, names: Iterable[str], adaptive: AdaptiveAlpha) -> bool:
@@ -101,17 +111,24 @@ class VarianceMeter:
         return step % adaptive.probe_every == 0 or not any(name in self._averages for name in names)
 
     def read(self) -> dict[str, float]:
-        """For every field, over all tensors: the ratio corrected/plain and the α that would minimise it; norms."""
+        """For every field, over all tensors: the ratios corrected/plain and the α of the least first one; norms."""
         self._take_in()
         totals: dict[str, list[float]] = {}
-        for fields in self._averages.values():
+        for name, fields in self._averages.items():
             for field, values in fields.items():
-                old = totals.get(field, [0.0] * len(values))
-                totals[field] = [a + b for a, b in zip(old, values, strict=True)]
+                error = self.outer.get(name, {}).get(field, 0.0)
+                # ‖a − α d‖² holds (1 − α)² of the error, by which ḡ_out lies off; the estimate holds α² of it.
+                moved = (2.0 * self._alphas.get(name, {}).get(field, 0.0) - 1.0) * error
+                old = totals.get(field, [0.0] * (len(values) + 2))
+                totals[field] = [a + b for a, b in zip(old, [*values, error, moved], strict=True)]
         numbers = {}
-        for field, (plain, cross, outer, corrected) in totals.items():
+        for field, (plain, cross, outer, corrected, error, moved) in totals.items():
             numbers[f"variance_ratio.{field}"] = corrected / plain if plain > 0.0 else float("nan")
             numbers[f"optimal_alpha.{field}"] = cross / outer if outer > 0.0 else float("nan")
+            if any(field in known for known in self.outer.values()):
+                less = plain - error
+                total = (corrected + moved) / less if less > 0.0 else float("nan")
+                numbers[f"total_variance_ratio.{field}"] = total
         if self._squares:
             numbers["gradient_norm"] = math.sqrt(sum(self._squares.values()))
         return numbers
@@ -120,13 +137,20 @@ class VarianceMeter:
         """What a checkpoint keeps."""
         self._take_in()
         averages = {name: {f: list(v) for f, v in fields.items()} for name, fields in self._averages.items()}
-        return {"averages": averages, "squares": dict(self._squares), "square_step": self._square_step}
+        outer, alphas = ({name: dict(fields) for name, fields in own.items()} for own in (self.outer, self._alphas))
+        return {
+            "averages": averages, "squares": dict(self._squares), "square_step": self._square_step,
+            "outer": outer, "alphas": alphas,
+        }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self._waiting = []
         self._averages = {name: {f: list(v) for f, v in fs.items()} for name, fs in state["averages"].items()}
         self._squares, self._square_step = dict(state["squares"]), state["square_step"]
+        self.outer, self._alphas = (
+            {name: dict(fields) for name, fields in state.get(own, {}).items()} for own in ("outer", "alphas")
+        )
 
 
 def is_meter_state(state: Any) -> bool:
@@ -136,5 +160,10 @@ def is_meter_state(state: Any) -> bool:
     if not all(isinstance(fields, Mapping) for fields in state["averages"].values()):
         return False
     rows = [row for fields in state["averages"].values() for row in fields.values()]
+    for known in (state.get("outer", {}), state.get("alphas", {})):  # which older checkpoints lack
+        if not isinstance(known, Mapping) or not all(isinstance(fields, Mapping) for fields in known.values()):
+            return False
+        if not all(type(value) is float for fields in known.values() for value in fields.values()):
+            return False
     whole = all(isinstance(row, list) and [type(v) for v in row] == [float] * (SUMS + 1) for row in rows)
     return whole and all(type(v) is float for v in state["squares"].values()) and type(state.get("square_step")) is int

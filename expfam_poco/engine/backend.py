@@ -28,11 +28,11 @@ from expfam_poco.engine import fused, kernels, passes
 from expfam_poco.engine.fused import Pass, Places, Programs
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
 from expfam_poco.engine.triton_code import Unprintable
-from expfam_poco.family import fields
+from expfam_poco.family import fields, recording
 from expfam_poco.family.ahead import Ahead
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import TILE, Address, NoiseKey, address_of, traced
-from expfam_poco.family.transfer import on_device
+from expfam_poco.family.transfer import gathered
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 BACKENDS = ("auto", "eager", "mixed", "compiled")
@@ -109,7 +109,7 @@ class Backend:
         self._run("draw", _draw, constants, out, dtype, *arguments)
 
     def collect(
-        self, constants: Constants, state: Any, evidence: Evidence, total: Any, weight: float, ess: float, like: Tensor
+        self, constants: Constants, state: Any, evidence: Evidence, total: Any, weight: float, ess: Any, like: Tensor
     ) -> None:
         """total ← total + weight · natural gradient, in place."""
         self._run("collect", _collect, constants, like, like.dtype, state, evidence, total, Pair(weight, ess))
@@ -211,7 +211,8 @@ class Backend:
         if constants.noise == "zero":
             return like.new_empty(0)
         size, kind = like.numel() * kernels.numbers_of(constants.family), constants.family.noise_kind
-        if self.mode == "eager" or size < SHORTEST:
+        plain = self.mode == "eager" or size < SHORTEST
+        if (plain and recording.active is None) or key.offset % (4 * TILE):  # compiled noise begins with a tile
             if tiles is not None:
                 return self._ahead.tiled(kind, tiles, key, like.dtype)
             family = constants.family
@@ -219,12 +220,12 @@ class Backend:
                 return family.noise(like.shape, 1, key, dtype=like.dtype, device=like.device)[0]
             shape = (*like.shape, *family.noise_dims)
             return self._ahead.noise(kind, shape, 1, key, dtype=like.dtype, device=like.device)[0]
-        if programs is not None:
+        if programs is not None and not plain:
             made = constants.family.neutral_noise(like)  # in the gaps of a flat block
             if self.fused(passes.noised, constants, programs, like.dtype, [made], key) is not None:
                 return made
         address = address_of(key, like.device, tiles)
-        if self.mode == "compiled":
+        if plain or self.mode == "compiled":
             return address
         out = torch.empty(size, dtype=like.dtype, device=like.device)
         self._compiled(("noise", kind, like.dtype, like.device.type), _noise, kind)(out, address)
@@ -320,14 +321,14 @@ def _compile(kernel: Callable[..., Any], constants: tuple[Any, ...]) -> Callable
 
 
 class Pair(NamedTuple):
-    """Two numbers of a kernel, which may change from call to call."""
+    """Two numbers of a kernel, which may change from call to call; tensors where a step is recorded."""
 
-    first: float
-    second: float
+    first: Any
+    second: Any
 
     def packed(self, device: torch.device) -> Tensor:
         """As one float64 tensor."""
-        return on_device(self, torch.float64, device)
+        return gathered(self, device)
 
 
 def _kind_of(argument: Any) -> Hashable:

@@ -23,6 +23,7 @@ def initial_posterior(block: Block) -> Any:
         strength = settings.ess * (settings.hess_init + settings.weight_decay)
     weights = block.read()
     state = block.family.centred_at(weights, strength)
+    check_point(block, state, weights)
     if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
         torch.isfinite(weights).all()
     ):
@@ -31,6 +32,28 @@ def initial_posterior(block: Block) -> Any:
             f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
         )
     return state
+
+
+def check_point(block: Block, state: Any, weights: Tensor) -> None:
+    """Refuse to put one and the same point in place of weights that differ.
+
+    Raises:
+        ValueError: says what the point is, and what to do with the weights.
+    """
+    family, point = block.family, block.family.point(state)
+    if family.levels is not None or not point.numel() or torch.equal(point, weights):
+        return
+    first = point.flatten()[0]
+    deaf = False
+    if family.event_dim == 0 and not family.support.is_discrete and bool((point == first).all()):
+        elsewhere = family.point(family.centred_at(family.reference_like(weights)))
+        deaf = torch.equal(elsewhere, point) and not torch.allclose(point, weights, rtol=0.02, atol=0.02)
+    if family.fixed_point or deaf:
+        raise ValueError(
+            f"params: the posterior of {block.name!r} ({type(family).__name__}) has its point at {float(first):.3g} "
+            "whatever the weights are, and would erase them; write the model's weights as a constant plus this "
+            "parameter, started at that point, or use another family."
+        )
 
 
 class Beginning:
@@ -50,8 +73,8 @@ class Beginning:
         state[block.params[0]] = block.record
         block.note_weights()
         point = block.split(block.family.point(posterior))
-        same = all(torch.equal(a, b) for a, b in zip(point, block.params, strict=True))
-        self._weights = None if same else [p.detach().clone() for p in block.params]
+        same = all(torch.equal(a, b) for a, b in zip(point, block.tensors, strict=True))
+        self._weights = None if same else [p.detach().clone() for p in block.tensors]
 
     def undo(self) -> None:
         """Give back the weights, where the posterior's point is another, and forget the posterior."""
@@ -59,7 +82,7 @@ class Beginning:
             return
         block = self.block
         with torch.no_grad():
-            for p, before in zip(block.params, self._weights, strict=True):
+            for p, before in zip(block.tensors, self._weights, strict=True):
                 p.copy_(before)
         self._state.pop(block.params[0], None)
         block.record = new_record(None)
@@ -93,7 +116,7 @@ def prior_of(block: Block) -> Any:
     if isinstance(prior, dict):
         prior = prior.get(block.name)
     if prior is not None:
-        return type(prior)(*(v.to(device=device, dtype=dtype) for v in prior))
+        return type(prior)(*(block.part_of(v).to(device=device, dtype=dtype) for v in prior))
     key = (block.family, block.settings.ess * block.settings.weight_decay, dtype, device)
     if block.known_prior is None or block.known_prior[0] != key:
         event = block.family.event_dim
@@ -118,6 +141,7 @@ def check_prior(block: Block, prior: Any) -> None:
     own = family.centred_at(family.reference_like(torch.zeros(block.shape, dtype=block.dtype, device=block.device)))
     for name, value, reference in zip(prior._fields, prior, own, strict=True):
         try:
+            value = block.part_of(value)
             fits = torch.broadcast_shapes(value.shape, reference.shape) == reference.shape
         except RuntimeError:
             fits = False

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from expfam_poco.closures.effects import is_waiting
+from expfam_poco.closures.shards import Shard, local, shard_of, watch_copies
 from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.fused import Programs
 from expfam_poco.engine.settings import Settings
@@ -25,6 +26,7 @@ from expfam_poco.family.transfer import Answer, all_of, are_near, told
 # LOOKED_AT of them at most: to read all would take as long as two thirds of AdamW's step.
 WHOLE, SPARSE, LOOKED_AT = 2**16, 63, 2**20
 LOOKS, LOOK_AGAIN = 16, 128  # on an accelerator: at so many first uses, and every so many afterwards
+NEEDS = {"hvp": "second derivatives", "hessian": "second derivatives", "variations": "every weight by itself"}
 _DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -73,6 +75,11 @@ class Block:
 
     Attributes:
         params: the parameters it consists of (several only for joint families and blocks laid side by side).
+        tensors: where their values lie: the parameters, or the parts that this process has of them.
+        shard: which part that is; None: all.
+        is_part: whether it is one, or holds blocks that are.
+        offset: how many of the parameter's entries come before it, in noise as in the whole.
+        share: what sums over the block count in sums over processes.
         index: number of its first parameter in the optimizer; with the key it determines the noise.
         name: the parameter's name, or the group's for a joint block.
         names: of the parameters, one by one.
@@ -100,6 +107,9 @@ class Block:
         names: Sequence[str] | None = None,
     ) -> None:
         self.params = list(params)
+        self.tensors = [local(p) for p in self.params]
+        self.shard: Shard | None = None
+        self.offset, self.share, self.is_part = 0, 1.0, False
         self.index = index
         self.name = name
         self.names = [name] if names is None else list(names)
@@ -107,9 +117,9 @@ class Block:
         self.at_point = False
         self.drawn: NoiseKey | None = None
         self.provisional = False
-        self._sizes = [p.numel() for p in self.params]
+        self._sizes = [p.numel() for p in self.tensors]
         self.numel = sum(self._sizes)
-        self._seen: list[tuple[int, int]] | None = None
+        self._seen: list[tuple[int, ...]] | None = None
         self._looks = 0
         self._fitted: ExponentialFamily | None = None
         self.known_prior: tuple[Any, Any] | None = None
@@ -118,6 +128,28 @@ class Block:
         self.constants: dict[str, Any] = {}
         self.adopt(settings)
 
+    def take_part(self, shard: Shard | None) -> None:
+        """Be the part of a parameter that is spread over processes; None: it is not.
+
+        Raises:
+            ValueError: for what has to see the whole parameter.
+        """
+        if shard is None:
+            return
+        self.shard, self.offset, self.share, self.is_part = shard, shard.offset, shard.share, True
+        family, needs = self.family, self.settings.estimator.needs
+        if not self.batch:
+            raise ValueError(
+                f"params: a posterior of {type(family).__name__} is of all of {self.name!r}, which is spread over "
+                "processes (fully_shard, DTensor); use a family of single weights, or DistributedDataParallel."
+            )
+        if needs not in ("gradient", "loss"):
+            raise ValueError(
+                f"curvature: {type(self.settings.estimator).__name__} needs {NEEDS.get(needs, needs)}, which there are "
+                f"not of {self.name!r}, which is spread over processes (fully_shard, DTensor); use 'reparam' or "
+                "'gradsq', or DistributedDataParallel."
+            )
+
     def adopt(self, settings: Settings) -> None:
         """Go by the group's new settings."""
         self.settings = settings
@@ -125,8 +157,8 @@ class Block:
         if self._fitted is not settings.family:
             self._fitted = settings.family
             joint = settings.family.joint
-            self.family = settings.family if joint else settings.family.for_shape(self.params[0].shape)
-            self.shape = torch.Size([self.numel]) if joint else self.params[0].shape
+            self.family = settings.family if joint else settings.family.for_shape(self.tensors[0].shape)
+            self.shape = torch.Size([self.numel]) if joint else self.tensors[0].shape
             self.batch = self.shape[: len(self.shape) - self.family.event_dim]
 
     @property
@@ -149,13 +181,22 @@ class Block:
 
     @property
     def active(self) -> bool:
-        """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step."""
-        return self.numel > 0 and all([p.requires_grad for p in self.params])
+        """Whether it takes part: a frozen or empty tensor gets no noise, no decay, no step.
+
+        An empty part of one that other processes have parts of does, so that all do the same.
+        """
+        there = self.numel > 0 or (self.is_part and self.whole > 0)
+        return there and all([p.requires_grad for p in self.params])
+
+    @property
+    def whole(self) -> int:
+        """The number of weights on all processes."""
+        return self.numel if self.shard is None else self.shard.shape.numel()
 
     def check_gradients(self) -> None:
         """Refuse gradients that wait for a step, which would be thrown away."""
         for p in self.params:
-            if p.grad is not None and is_waiting(p.grad):
+            if p.grad is not None and is_waiting(local(p.grad)):
                 raise RuntimeError(
                     f"closure: gradients wait in .grad (of {self.name!r}), which would be thrown away, for the "
                     "optimizer evaluates the loss itself, at weights of its own; accumulate micro-batches by "
@@ -183,7 +224,7 @@ class Block:
             return None if tensor is None else tensor.to(dtype)
         parts = [
             p.new_zeros(p.numel(), dtype=dtype) if t is None else t.reshape(-1).to(dtype)
-            for t, p in zip(tensors, self.params, strict=True)
+            for t, p in zip(tensors, self.tensors, strict=True)
         ]
         return torch.cat(parts)
 
@@ -192,11 +233,19 @@ class Block:
         if not self.family.joint:
             return [value.to(self.params[0].dtype)]
         parts = value.split_with_sizes(self._sizes)
-        return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
+        return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.tensors, strict=True)]
+
+    def part_of(self, value: Tensor) -> Tensor:
+        """Of a tensor with all weights of a parameter that is spread over processes, those that are here."""
+        return value if self.shard is None else self.shard.cut(value, len(self.batch))
+
+    def whole_of(self, value: Tensor) -> Tensor:
+        """The inverse of `part_of`, as a DTensor."""
+        return value if self.shard is None else self.shard.spread(value, len(self.batch))
 
     def read(self) -> Tensor:
         """The model's present weights."""
-        value = self.gather([p.detach() for p in self.params])
+        value = self.gather([p.detach() for p in self.tensors])
         assert value is not None
         return value.clone(memory_format=torch.contiguous_format)
 
@@ -204,13 +253,13 @@ class Block:
     def write(self, value: Tensor) -> None:
         """Put values into the model. Version counters change, so that another optimizer on it notices."""
         self.at_point, self.drawn = False, None  # first, so that an interrupt does not leave them wrong
-        torch._foreach_copy_(self.params, self.split(value))  # type: ignore[arg-type]
+        torch._foreach_copy_(self.tensors, self.split(value))
         self.note_weights()
 
     @contextmanager
     def rewritten(self) -> Iterator[Tensor]:
         """A contiguous tensor to write the weights of a leafwise block into, in the parameter's dtype."""
-        (p,) = self.params
+        (p,) = self.tensors
         out = p.data if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device=p.device)
         self.at_point, self.drawn = False, None
         try:
@@ -237,20 +286,20 @@ class Block:
         """A contiguous tensor for every parameter of a leafwise block, to write its weights into."""
         for block in (self, *self.members):
             block.at_point, block.drawn = False, None
-        dense = [p.is_contiguous() for p in self.params]
-        pairs = zip(self.params, dense, strict=True)
+        dense = [p.is_contiguous() for p in self.tensors]
+        pairs = zip(self.tensors, dense, strict=True)
         out: list[Tensor] = [p if ok else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p, ok in pairs]
         yield out
-        for p, value, ok in zip(self.params, out, dense, strict=True):
+        for p, value, ok in zip(self.tensors, out, dense, strict=True):
             if not ok:
                 p.data.copy_(value)
-        torch.autograd.graph.increment_version(self.params)
+        torch.autograd.graph.increment_version(self.tensors)
         for block in self.members:
             block.note_weights()
 
     def note_weights(self) -> None:
         """Remember that the present weights are known here, to notice later changes from outside."""
-        self._seen = [(p._version, p.data_ptr()) for p in self.params]
+        self._seen = [(p._version, p.data_ptr()) for p in self.tensors] if self.shard is None else self._versions()
 
     def forget_weights(self) -> None:
         """Compare weights and posterior at the next use, as after loading a checkpoint."""
@@ -259,7 +308,21 @@ class Block:
 
     def weights_changed(self) -> bool:
         """Whether somebody else may have written to the weights (e.g. `model.load_state_dict`)."""
-        return self._seen != [(p._version, p.data_ptr()) for p in self.params]
+        if self.shard is None:
+            return self._seen != [(p._version, p.data_ptr()) for p in self.tensors]
+        return self._seen != self._versions()
+
+    def _versions(self) -> list[tuple[int, ...]]:
+        """What changes when somebody writes to a part, or to the DTensor, but for writes through `p.data`."""
+        pairs = zip(self.params, self.tensors, strict=True)
+        return [(p._version, part._version, part.data_ptr()) for p, part in pairs]
+
+    def has_moved(self) -> bool:
+        """Whether this process's parts lie elsewhere than before (`fully_shard` may lay them anew); found again."""
+        if self.shard is None:
+            return False
+        before, self.tensors = self.tensors, [local(p) for p in self.params]
+        return any(old is not new for old, new in zip(before, self.tensors, strict=True))
 
     def holds_point(self, state: Any) -> Answer:
         """Whether the model holds q's point, as it should; a write through `p.data` leaves no other trace.
@@ -273,12 +336,12 @@ class Block:
         if self.device.type != "cpu" and self._looks > LOOKS and self._looks % LOOK_AGAIN:
             return True
         if self.family.joint or not self.batch:
-            pairs = zip(self.split(self.family.point(state)), self.params, strict=True)
+            pairs = zip(self.split(self.family.point(state)), self.tensors, strict=True)
             return all_of(are_near(point, p, 0.0, 0.0) for point, p in pairs)
         count = self.batch.numel()
         # An odd stride, or it would meet the same columns again and again.
         stride = 1 if count <= WHOLE else max(SPARSE, count // LOOKED_AT + 1 | 1)
-        (p,), some, present = self.params, state, self.params[0].detach()
+        (p,), some, present = self.tensors, state, self.tensors[0].detach()
         if stride > 1:
             some, present = self._every(state, stride), self._every(present, stride)
         point = self.family.point(some).to(p.dtype)
@@ -297,8 +360,8 @@ class Block:
 
     def reconcile(self, state: Any) -> Any:
         """The posterior with its centre moved to where somebody else has put the weights."""
-        if [p.numel() for p in self.params] != self._sizes or (
-            not self.family.joint and self.params[0].shape != self.shape
+        if [p.numel() for p in self.tensors] != self._sizes or (
+            not self.family.joint and self.tensors[0].shape != self.shape
         ):
             raise ValueError(
                 f"params: {self.name!r} has another shape than its posterior, by an assignment to its .data; make a "
@@ -311,6 +374,11 @@ class Block:
         if torch.equal(rounded, present):
             return state
         changed = rounded != present
+        if self.family.fixed_point:
+            raise ValueError(
+                f"params: somebody has written to {self.name!r}, but every {type(self.family).__name__} has its point "
+                "where it was; put the weights back."
+            )
         new = self.family.recentre(state, torch.where(changed, present, self.family.point(state)))
         if self.family.joint:
             return new
@@ -344,7 +412,10 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
     names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(group["params"]))]
     for p, name in zip(group["params"], names, strict=True):
         check_parameter(p, name)
-    places = [p.data_ptr() for p in group["params"] if p.numel() and p.data_ptr()]
+    shards = [shard_of(p, name) for p, name in zip(group["params"], names, strict=True)]
+    watch_copies(group["params"])
+    parts = [local(p) for p in group["params"]]
+    places = [p.data_ptr() for p in parts if p.numel() and p.data_ptr()]
     if len(set(places)) < len(places):
         raise ValueError(
             "params: two parameters of a group share their storage; tie weights by using one Parameter twice in the "
@@ -353,7 +424,8 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
     if not settings.family.joint:
         pairs = enumerate(zip(group["params"], names, strict=True))
         blocks = [Block([p], settings, start + i, name, number) for i, (p, name) in pairs]
-        for block in blocks:
+        for block, shard in zip(blocks, shards, strict=True):
+            block.take_part(shard)
             if block.family.event_dim > len(block.shape):
                 raise ValueError(
                     f"params: a weight of {type(block.family).__name__} has {block.family.event_dim} axes, but "
@@ -361,6 +433,12 @@ def make_blocks(group: dict[str, Any], settings: Settings, number: int, start: i
                 )
         warn_of_levels(blocks)
         return blocks
+    if any(shard is not None for shard in shards):
+        raise ValueError(
+            f"params: {type(settings.family).__name__} is joint over all weights of a group, which are spread over "
+            "processes (fully_shard, DTensor); use a family of single weights such as 'diagonal_gaussian', or "
+            "DistributedDataParallel."
+        )
     named = [(p, name) for p, name in zip(group["params"], names, strict=True) if p.requires_grad]
     members = [p for p, _ in named]
     if len({p.device for p in members}) > 1:
@@ -398,11 +476,6 @@ def warn_of_levels(blocks: Sequence[Block]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Refuse tensors that no family can be about."""
-    if hasattr(p, "device_mesh"):  # torch's DTensor
-        raise ValueError(
-            f"params: {name} is spread over processes (fully_shard, DTensor), which is not supported; keep whole "
-            "parameters on every process, by DistributedDataParallel."
-        )
     if p.is_complex():
         raise ValueError(f"params: {name} is complex; split it into real and imaginary parts.")
     if not p.is_floating_point():

@@ -17,13 +17,19 @@ from expfam_poco.closures.processes import Processes
 from expfam_poco.engine.measure import evaluate_together, measure_batched, measure_draw, measure_variations, params_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.trial import Trial
+from expfam_poco.family import recording
 from expfam_poco.family.transfer import told
 
 FIRST, AGAIN = 3, 61  # evaluations that are looked at more closely: so many, and every so many
 
 
 class Evaluator:
-    """Evaluates closures at the draws of trials; only a batch's first evaluation moves the model's buffers."""
+    """Evaluates closures at the draws of trials; only a batch's first evaluation moves the model's buffers.
+
+    Attributes:
+        processes: that train the model together, once they are known, if they are several.
+        spread: the same, if parameters are spread over them.
+    """
 
     def __init__(self, products: Products) -> None:
         self.products = products
@@ -33,10 +39,11 @@ class Evaluator:
         self._watched = False
         self._averaged: Processes | None = None
         self.processes: Processes | None = None
+        self.spread: Processes | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks for its own processes."""
-        return {**self.__dict__, "processes": None, "_averaged": None}
+        return {**self.__dict__, "processes": None, "spread": None, "_averaged": None}
 
     def modules(self, params: Sequence[Parameter], closures: Sequence[Closure]) -> list[nn.Module]:
         """The modules around these parameters, and those that closures may call."""
@@ -81,7 +88,7 @@ class Evaluator:
         self._averaged = self.processes if averaged else None
         if isinstance(closure, Batched):
             return self._evaluate_batched(closure, params, first, second), None
-        shift = None
+        shift, record = None, recording.active
         if second is not None and self.products.kind != "curvature":
             with self._buffers.kept(params, self.products.closures()):
                 shift = self.products.shift(first, second)
@@ -89,7 +96,7 @@ class Evaluator:
         evaluations = self._buffers.evaluations(params, closure)
         self._moved.append(evaluations.before)
         for draw in range(first[0].count):
-            random = None if second is None else Replay(params)
+            random = None if second is None else Replay(params) if record is None else record.paired(params)
             if draw == 0:
                 losses.append(self._measure(closure, first, draw)[0])
                 evaluations.before.mark_gradients()
@@ -113,7 +120,7 @@ class Evaluator:
     def evaluate_chunk(self, closure: Closure, trials: Sequence[Trial], share: float) -> Tensor:
         """Evaluate one chunk of a mega-batch, which moves no buffers, and show it to the anchor."""
         params = params_of(trials)
-        self._averaged = None  # the natural gradients of all chunks are
+        self._averaged = self.spread  # else the natural gradients of all chunks are
         with self._buffers.kept(params, closure):
             if isinstance(closure, Batched):
                 loss = measure_batched(closure, trials)
@@ -140,7 +147,7 @@ class Evaluator:
         """One draw of all trials, added to the totals of those that keep one."""
         varying = [trial for trial in trials if trial.estimator.needs == "variations"]
         random = capture_random(params_of(trials)) if varying else None
-        check = not self._watched or not all(trial.watched for trial in trials)
+        check = not self._watched or not all([trial.watched for trial in trials])
         measured = measure_draw(closure, trials, draw, product_with, check=check, processes=self._averaged)
         self._require_untouched(trials, draw)
         if random is not None:
@@ -157,11 +164,18 @@ class Evaluator:
         Raises:
             RuntimeError: names a parameter.
         """
+        for trial in trials:
+            if (
+                trial.block.is_part
+            ):  # which the first forward pass of `fully_shard` may have laid anew, with these values
+                trial.block.has_moved()
         self._evaluations += 1
+        recorded = recording.active is not None  # there are no values to look at
         # Writes through `p.data` leave no trace: some evaluations look at the weights themselves.
-        looks = self._evaluations <= FIRST or self._evaluations % AGAIN == 0
+        looks = not recorded and (self._evaluations <= FIRST or self._evaluations % AGAIN == 0)
         looked_at = [t for t in trials if looks or any([member.weights_changed() for member in t.block.members])]
-        for trial, is_there in zip(looked_at, told([trial.is_there(draw) for trial in looked_at]), strict=True):
+        answers = told([False if recorded else trial.is_there(draw) for trial in looked_at])
+        for trial, is_there in zip(looked_at, answers, strict=True):
             if not is_there:
                 raise RuntimeError(
                     f"closure: it wrote into the weights of {trial.block.name!r} while they were a draw, where a write "

@@ -1,7 +1,8 @@
 """Small leafwise blocks of one group laid side by side in flat storage, so that one pass serves them all.
 
-The posteriors, averages and memories of the members become views of flat tensors; each member begins with a tile of
-noise of its own, and the gaps between them hold weights that nobody sees.
+The posteriors, averages and memories of the members become views of flat tensors; each member begins within a tile of
+noise of its own (at its beginning, unless the member is a part of a parameter that is spread over processes), and the
+gaps between them hold weights that nobody sees.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, new_record
@@ -45,16 +47,24 @@ class FlatBlock(Block):
         first = members[0]
         self._members = list(members)
         self.indices = {b.index for b in members}
-        self._sizes = [b.numel for b in members]
-        lengths = [padded(size) for size in self._sizes]
-        self._starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        leads = [b.offset % TILE for b in members]  # before a member, in its first tile
+        reach = [lead + b.numel for lead, b in zip(leads, members, strict=True)]
+        self._lengths = [padded(size) for size in reach]
+        self._starts = [sum(self._lengths[:i]) + lead for i, lead in enumerate(leads)]
         self._dtype = first.dtype
         super().__init__([b.params[0] for b in members], first.settings, first.index, first.name, first.group_number)
-        self.shape = self.batch = torch.Size([sum(lengths)])
-        self.tiles = tiles_of([b.index for b in members], self._sizes).to(first.device)
-        gaps = [padded(size) - size for size in self._sizes]
-        zeros = torch.zeros(max(gaps), dtype=self.params[0].dtype, device=first.device)  # `cat` likes them contiguous
+        self.offset, self.share = max(b.offset for b in members), first.share
+        self.is_part = any(b.is_part for b in members)
+        self.shape = self.batch = torch.Size([sum(self._lengths)])
+        self.tiles = tiles_of([b.index for b in members], reach)
+        counts = torch.tensor([length // TILE for length in self._lengths])
+        begins = torch.tensor([b.offset - lead for b, lead in zip(members, leads, strict=True)])
+        self.tiles[0] += (begins // 4).repeat_interleave(counts)
+        self.tiles = self.tiles.to(first.device)
+        gaps = [a - b + c for a, b, c in zip(self._lengths, reach, [*leads[1:], 0], strict=True)]
+        zeros = torch.zeros(2 * TILE, dtype=self.tensors[0].dtype, device=first.device)  # `cat` likes them contiguous
         self._gaps = [zeros[:gap] for gap in gaps]
+        self._lead = [zeros[: leads[0]]] if leads[0] else []
         self._nothing = [zeros.new_zeros(()).expand(size) for size in self._sizes]
         self._bound: list[tuple[Any, ...]] = []
         self._scratch: dict[Any, tuple[Tensor, list[Tensor]]] = {}
@@ -63,6 +73,13 @@ class FlatBlock(Block):
     def members(self) -> Sequence[Block]:
         """The blocks."""
         return self._members
+
+    def has_moved(self) -> bool:
+        """Whether members' parts lie elsewhere than before; found again."""
+        if not any([member.has_moved() for member in self._members]):
+            return False
+        self.tensors = [member.tensors[0] for member in self._members]
+        return True
 
     def adopt(self, settings: Settings) -> None:
         """Go by the group's new settings; the family is the members'."""
@@ -91,15 +108,15 @@ class FlatBlock(Block):
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The members' parts of flat storage, in their shapes."""
-        parts = zip(self._starts, self._sizes, self.members, strict=True)
+        parts = zip(self._starts, self._sizes, self.tensors, strict=True)
         stop = len(flat)
-        return [flat[start : start + size].view(b.params[0].shape) for start, size, b in parts if start < stop]
+        return [flat[start : start + size].view(own.shape) for start, size, own in parts if start < stop]
 
     def beside(self, values: Sequence[Tensor | None], stop: int | None = None) -> Tensor:
         """A copy of the members' tensors in flat storage, of those that begin before `stop`; what is None is zero."""
         present = next(value for value in values if value is not None)
         count = len(self._starts) if stop is None else sum(start < stop for start in self._starts)
-        length = self._starts[count - 1] + padded(self._sizes[count - 1])
+        length = sum(self._lengths[:count])
         flat = torch.zeros(length, dtype=present.dtype, device=present.device)
         pairs = [(place, v) for place, v in zip(self.views(flat), values, strict=False) if v is not None]
         if pairs:
@@ -111,7 +128,8 @@ class FlatBlock(Block):
         if all([tensor is None for tensor in tensors]):
             return None
         rows = zip(tensors, self._nothing, self._gaps, strict=True)
-        flat = torch.cat([x for t, nothing, gap in rows for x in (nothing if t is None else t.reshape(-1), gap)])
+        parts = [x for t, nothing, gap in rows for x in (nothing if t is None else t.reshape(-1), gap)]
+        flat = torch.cat([*self._lead, *parts])
         return flat if flat.dtype == self._dtype else flat.to(self._dtype)
 
     def split(self, value: Tensor) -> list[Tensor]:
@@ -143,7 +161,7 @@ class FlatBlock(Block):
 
     def follow(self, record: Record) -> None:
         """Centre the posteriors where another optimizer has just put the weights."""
-        weights = self.gather(self.params)
+        weights = self.gather(self.tensors)
         assert weights is not None
         old, new = record["posterior"], self.family.recentre(record["posterior"], weights)
         for place, value in zip(old, new, strict=True):
@@ -156,7 +174,7 @@ class FlatBlock(Block):
         self.at_point, self.drawn = False, None
         for block in self._members:
             block.at_point, block.drawn = False, None  # first, so that an interrupt does not leave them wrong
-        torch._foreach_copy_(self.params, parts)  # type: ignore[arg-type]
+        torch._foreach_copy_(self.tensors, parts)
         for block in self._members:
             block.note_weights()
 
@@ -205,7 +223,7 @@ class FlatBlock(Block):
 
     def cut(self, flat: Any, number: int) -> Any:
         """One member's part of flat values; constants of the family pass."""
-        start, size, shape = self._starts[number], self._sizes[number], self.members[number].params[0].shape
+        start, size, shape = self._starts[number], self._sizes[number], self.tensors[number].shape
         return fields.map_leaves(lambda v: v[start : start + size].view(shape) if v.ndim else v, flat)
 
     def _flattened(self, *values: Tensor) -> Tensor:
@@ -239,7 +257,7 @@ class FlatBlock(Block):
 
     def worst(self, counts: Tensor, each: int) -> tuple[Block, int]:
         """The member with the most of what is counted for `each` so many entries of every member, and its count."""
-        parts = counts.split([-(-size // each) for size in self._sizes])
+        parts = counts.split([-(-length // each) for length in self._lengths])
         count, number = max((int(part.sum()), number) for number, part in enumerate(parts))
         return self.members[number], count
 
@@ -260,10 +278,28 @@ def laid_side_by_side(blocks: Sequence[Block]) -> list[Block | FlatBlock]:
         if not fits or not is_leafwise(block):
             found.append(block)
             continue
-        alike = waiting.setdefault((block.group_number, block.params[0].dtype, block.device), [])
+        alike = waiting.setdefault((block.group_number, block.params[0].dtype, block.device, block.share), [])
         if sum(padded(b.numel) for b in alike) + block.numel > largest:
             close(alike)
         alike.append(block)
     for alike in waiting.values():
         close(alike)
     return found
+
+
+def follow(block: Block, record: Record, correction: Correction) -> None:
+    """Centre a posterior where another optimizer has stepped the weights; a memory that follows steps goes along."""
+    if not correction.follows_steps:
+        block.follow(record)
+        return
+    before = fields.map_fields(torch.clone, record["posterior"])
+    block.follow(record)
+    memory = correction.after_step(block.family, record["memory"], before, record["posterior"], Corrected(None, None))
+    record["step"] += 1
+    if isinstance(block, FlatBlock):
+        for place, value in zip(fields.leaves(record["memory"]), fields.leaves(memory), strict=True):
+            if place.ndim:
+                place.copy_(value)
+        block.settle()
+    else:
+        record["memory"] = memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Flips:
     Example:
         >>> import torch, expfam_poco as poco
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
-        >>> opt = poco.BayesBiNN([weight], lr=1.0, ess=8.0, seed=0)
+        >>> opt = poco.BayesBiNN([weight], square_momentum=None, lr=1.0, ess=8.0, seed=0)
         >>> opt.diagnostics()["mean_abs_lambda"]
         1.0
         >>> loss = opt.step(lambda: weight.sum())
@@ -34,32 +34,41 @@ class Flips:
         self._flips: dict[str, float] = {}
         self._still, self._tossed, self._moved, self._told = 0, 0, False, False
 
-    def read(self, step: int, blocks: Sequence[Block], states: Mapping[str, Any]) -> dict[str, float]:
+    def read(
+        self,
+        step: int,
+        blocks: Sequence[Block],
+        states: Mapping[str, Any],
+        summed: Callable[[Sequence[float]], list[float]] = list,
+    ) -> dict[str, float]:
         """The share of weights whose nearest level is another than at the last step looked at; the mean of |λ|.
 
         Args:
             step: number of steps so far; fewer than at the last look, and that one is forgotten.
             blocks: all blocks.
             states: their posteriors, by name.
+            summed: makes sums over processes, where they have parts of parameters.
         """
-        blocks = [block for block in blocks if block.family.levels and block.numel]
+        blocks = [block for block in blocks if block.family.levels and block.whole]
         if not blocks:
             return {}
         now = {block.name: _nearest(block, states[block.name]) for block in blocks}
-        total = sum(levels.numel() for levels in now.values())
         size = count = 0.0
         for block in blocks:
             for value in block.family.to_nat(states[block.name]):
-                size, count = size + float(value.abs().sum()), count + value.numel()
+                size, count = size + block.share * float(value.abs().sum()), count + block.share * value.numel()
+        size, count = summed([size, count])
         found = {"mean_abs_lambda": size / count}
         if step == self._step:  # reading again changes nothing
             return found | self._flips
         same = self._levels.keys() == now.keys() and all(self._levels[n].shape == now[n].shape for n in now)
         self._flips = {}
         if same and step > self._step:
-            flipped = sum(int((self._levels[name] != now[name].cpu()).sum()) for name in now)
+            own = {block.name: block.share for block in blocks}
+            changed = sum(own[n] * int((self._levels[n] != now[n].cpu()).sum()) for n in now)
+            flipped, total = summed([changed, sum(own[n] * levels.numel() for n, levels in now.items())])
             self._flips = {"flips": flipped / total}
-            self._warn(step - self._step, flipped / total, total)
+            self._warn(step - self._step, flipped / total, round(total))
         self._step, self._levels = step, {name: levels.cpu() for name, levels in now.items()}
         return found | self._flips
 

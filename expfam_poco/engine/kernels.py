@@ -27,7 +27,8 @@ from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import Address, traced
-from expfam_poco.family.transfer import is_ahead, on_device
+from expfam_poco.family.recording import Recording
+from expfam_poco.family.transfer import gathered, is_ahead
 from expfam_poco.rule import blr
 
 
@@ -45,6 +46,7 @@ class Constants:
         anchor_weight: of the anchor term.
         noise: "random", "reflected" (the antithetic partner) or "zero".
         prior_in_momentum: whether momentum averages the prior's pull, too.
+        squares: whether averages of squares give every weight a rate of its own.
         watched: whether losses and gradients that are not finite are noticed here, as unsound weights.
         largest: number of the weights' dtype, where that is less than the posterior's.
     """
@@ -58,6 +60,7 @@ class Constants:
     anchor_weight: float
     noise: str = "random"
     prior_in_momentum: bool = False
+    squares: bool = False
     watched: bool = False
     largest: float = math.inf
 
@@ -97,7 +100,8 @@ class Evidence(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What may change at every step: step sizes and α as Sites of numbers, N, β₁, 1 − β₁ᵗ, w_t, the clipping's factor.
+    """What may change at every step: step sizes and α as Sites of numbers, N, β₁, 1 − β₁ᵗ, w_t, β₂ and 1 − β₂ᵗ of
+    squares, the clipping's factor.
 
     Python numbers, or in a compiled kernel tensors without dimensions, so that none is taken for a constant.
     """
@@ -108,16 +112,24 @@ class Numbers(NamedTuple):
     momentum: Any
     unbias: Any
     share: Any
+    squares: Any
+    unsquare: Any
     factor: Any
 
     def packed(self, device: torch.device) -> Tensor:
-        """As one float64 tensor."""
-        known = isinstance(self.factor, float)
-        values = [*self.rates, *self.alpha, *self[2:-1], self.factor if known else 1.0]
-        packed = on_device(values, torch.float64, device)
-        if not known:  # it comes of a norm that the host has not waited for
-            packed[-1:].copy_(self.factor)
-        return packed
+        """As one float64 tensor; a factor may come of a norm that the host has not waited for."""
+        return gathered([*self.known(), self.factor], device)
+
+    def known(self) -> list[Any]:
+        """All but the factor, one after the other."""
+        return [*self.rates, *self.alpha, *self[2:-1]]
+
+    def placed(self, record: Recording, name: str) -> Numbers:
+        """The same in slots of a recording, whose `write` finds `known()` by the name."""
+        values, kind = record.numbers(name, self.known()), type(self.rates)
+        count = len(self.rates)
+        rest: tuple[Any, ...] = (*values[2 * count :], self.factor)
+        return Numbers(kind(*values[:count]), kind(*values[count : 2 * count]), *rest)
 
 
 def unpacked(constants: Constants, numbers: Numbers | Tensor) -> Numbers:
@@ -178,7 +190,8 @@ def site_pair(
     constants: Constants, weights: Weights, first: Any, second: Any, numbers: Numbers | Tensor, like: Tensor
 ) -> tuple[Any, Any]:
     """The natural gradients at λ̃ and at λ_ref (None: not measured) from `Evidence` of one draw; averaged ones pass."""
-    *_, share, _ = values = unpacked(constants, numbers)
+    values = unpacked(constants, numbers)
+    share = values.share
     if isinstance(second, Evidence):
         if second.noise is None:
             second = second._replace(noise=first.noise)
@@ -237,6 +250,8 @@ def advance(
         clip_radius=constants.clip_radius,
         retraction=constants.retraction,
         prior_in_momentum=constants.prior_in_momentum,
+        squares=values.squares if constants.squares else None,
+        unsquare=values.unsquare,
     )
     memory = weights.memory
     if memory is not None and constants.correction.follows_steps:
@@ -309,7 +324,7 @@ def unshared(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
     """
     # By `is`, for a compiler takes an id() for a constant.
     pairs = zip(old, new, strict=True)
-    return [value.clone() if value is not place and any(value is o for o in old) else value for place, value in pairs]
+    return [value.clone() if value is not place and any([value is o for o in old]) else value for place, value in pairs]
 
 
 def _per_weight(values: Tensor, dims: int) -> Tensor:

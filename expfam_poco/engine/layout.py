@@ -77,7 +77,7 @@ class Layout:
         if len(key) != len(self._key) or any(a is not b and a != b for a, b in zip(key, self._key, strict=True)):
             self._key, self._laid = key, laid_side_by_side(blocks)
         self._seen = seen
-        self._weights = sum(block.numel for block in blocks if steps_in_place(block))
+        self._weights = sum(block.whole for block in blocks if block.numel == 0 or steps_in_place(block))
         for block in self._laid:
             if isinstance(block, FlatBlock):
                 block.adopt(block.members[0].settings)

@@ -16,7 +16,7 @@ from expfam_poco.closures.evaluate import Closure
 from expfam_poco.correction.base import Correction
 from expfam_poco.engine.backend import Backend
 from expfam_poco.engine.block import Block, Record
-from expfam_poco.engine.kernels import Numbers
+from expfam_poco.engine.kernels import Numbers, numbers_of
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.trial import Trial, empty_site
 from expfam_poco.family.noise import NoiseKey
@@ -33,7 +33,7 @@ def draws_of(mode: str, mc_samples: int) -> int:
 def draw_noise(block: Block, mode: str, count: int, key: NoiseKey) -> Tensor:
     """K × P standardised noise: `count` draws, `count` antithetic pairs, or `count` times the median."""
     family = block.family
-    key = key.at(parameter=block.index)
+    key = key.at(parameter=block.index, offset=block.offset * numbers_of(family))
     if mode == "zero":
         like = torch.empty(count, *block.shape, dtype=block.dtype, device=block.device)
         return family.neutral_noise(like)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from expfam_poco.closures.evaluate import by_device
 from expfam_poco.engine.backend import Backend, tile_size
 from expfam_poco.engine.fused import Pass, Places, Programs
-from expfam_poco.family.transfer import on_device
+from expfam_poco.family.transfer import gathered, is_ahead
 
 EAGER_SPAN = 2**16  # some thirty operations follow each other, whose temporaries should stay in a CPU's caches
 # rule(constants, values, gradient, numbers) gives the new values: of the weights, then of what is kept for them.
@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
     values: tuple[Tensor, ...]
     grad: Tensor
-    numbers: tuple[float, ...]
+    numbers: tuple[Any, ...]
     maximize: bool
 
     @property
@@ -116,7 +116,7 @@ class Pointwise:
         dtype, device = own.values[1].dtype, own.grad.device
         numbers = known.get((own.numbers, dtype, device))
         if numbers is None:
-            numbers = known[own.numbers, dtype, device] = on_device(own.numbers, dtype, device)
+            numbers = known[own.numbers, dtype, device] = gathered(own.numbers, device, dtype)
         grad, constants = _turned(own.grad, own.maximize), (self._rule, self._constants)
         if not streamed or not own.is_plain:
             return _in_place(*constants, own.values[0], grad, *own.values[1:], numbers, spoil)
@@ -157,7 +157,7 @@ def _in_place(rule: Rule, constants: Any, theta: Tensor, grad: Tensor, *rest: An
     *state, packed, spoil = rest
     old = (theta, *state)
     new, finite = _new(rule, constants, old, grad, _values(packed), spoil)
-    if finite.is_cpu and not torch.compiler.is_compiling() and bool(finite.all()):
+    if not torch.compiler.is_compiling() and not is_ahead(finite.device) and bool(finite.all()):
         for place, value in zip(old, new, strict=True):
             place.copy_(value)
         return torch.zeros(())
@@ -171,4 +171,5 @@ def _in_place(rule: Rule, constants: Any, theta: Tensor, grad: Tensor, *rest: An
 
 def _values(numbers: Tensor) -> list[Any]:
     """Python numbers; compiled or far away, tensors without dimensions: no constants, and nothing to wait for."""
-    return list(numbers.unbind()) if torch.compiler.is_compiling() or not numbers.is_cpu else numbers.tolist()
+    away = torch.compiler.is_compiling() or is_ahead(numbers.device)
+    return list(numbers.unbind()) if away else numbers.tolist()

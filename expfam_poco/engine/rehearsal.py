@@ -112,8 +112,9 @@ def _nothing() -> None:
 def _numbers(block: Block) -> Numbers:
     """Of a step that hardly moves."""
     site = block.family.per_block(0.0, 0.0)
-    momentum = block.settings.momentum
-    return Numbers(site, site, block.settings.ess, momentum, 1.0 - momentum, 1.0 - momentum, 1.0)
+    momentum, squares = block.settings.momentum, block.settings.square_momentum or 0.0
+    unbias = 1.0 - momentum
+    return Numbers(site, site, block.settings.ess, momentum, unbias, unbias, squares, 1.0 - squares, 1.0)
 
 
 def _constants(block: Block, plan: NoisePlan) -> Constants:

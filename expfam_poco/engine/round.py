@@ -12,6 +12,7 @@ from torch import Tensor
 from expfam_poco.closures.evaluate import Closure, unused_error
 from expfam_poco.closures.processes import Processes
 from expfam_poco.correction.alpha import Pace
+from expfam_poco.correction.paired_variance import DrawMoments
 from expfam_poco.correction.snapshot import alpha_at
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine.backend import Backend, plainly
@@ -23,10 +24,10 @@ from expfam_poco.engine.layout import Layout, Unit
 from expfam_poco.engine.noise_plan import NoisePlan, Part
 from expfam_poco.engine.rehearsal import Rehearsal
 from expfam_poco.engine.rows import Selection, selected
-from expfam_poco.engine.step import Step, age_of
+from expfam_poco.engine.step import METER_WEIGHTS, Step, age_of
 from expfam_poco.engine.tiles import steps_in_place
 from expfam_poco.engine.trial import Trial
-from expfam_poco.family import fields
+from expfam_poco.family import fields, recording
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.rule import blr
@@ -69,7 +70,7 @@ class Round:
         for block, _ in self.units:
             settings, want = block.settings, always
             if settings.adaptive is not None:
-                pair = meter.alpha(block.name, block.family.momentum_block, settings.adaptive)
+                pair = meter.alpha(block.name, block.family.momentum_block, settings.adaptive, max(1, pace.steps))
                 want = always or meter.probes(self.number, adaptive, settings.adaptive)
             else:
                 if id(settings) not in known:
@@ -108,14 +109,17 @@ class Round:
         Raises:
             ValueError: if the batch depends on none of the blocks.
         """
-        self._rehearsal.of(self.units, self.plan, plain=wanted is None)
+        record = recording.active
+        if record is None:
+            self._rehearsal.of(self.units, self.plan, plain=wanted is None)
         first: list[Trial] = []
         second: list[Trial] | None = None
         rows = [selected(parts, *unit) for unit in self.units]
         if evaluator.processes is not None and any(chosen is not None for chosen in rows):
             raise ValueError("rows: processes would name different ones; step local parameters in one process.")
-        triples = zip(self.units, alphas, rows, strict=True)
-        numbers = [self._numbers(*unit, alpha, chosen) for unit, alpha, chosen in triples]
+        numbers = self.numbers(alphas, rows)
+        if record is not None:
+            numbers = [own.placed(record, f"unit {i}") for i, own in enumerate(numbers)]
         total: Tensor | None = None
         own = evaluator.processes if evaluator.processes is not None and evaluator.processes.own_noise else None
         products, several = None, len(parts) > 1 or own is not None
@@ -191,13 +195,19 @@ class Round:
         rows = zip(moving, records, firsts, seconds, strict=True)
         return [Step(own, one, other) for moved, own, one, other in rows if moved]
 
+    def numbers(self, alphas: Sequence[Pair], rows: Sequence[Selection | None] | None = None) -> list[Numbers]:
+        """The units' numbers at this step, with their αs (and, of local parameters, the rows that are used)."""
+        triples = zip(self.units, alphas, rows or [None] * len(alphas), strict=True)
+        return [self._numbers(*unit, alpha, chosen) for unit, alpha, chosen in triples]
+
     @staticmethod
     def _numbers(block: Block, record: Record, alpha: Pair, rows: Selection | None = None) -> Numbers:
         settings, family = block.settings, block.family
         age: Any = age_of(block, record)
-        if rows is not None and settings.momentum > 0.0:
+        if rows is not None and settings.averages:
             age = rows.ages.to(block.dtype)
         unbias = blr.unbias_of(settings.momentum, age, settings.debias)
+        squares = settings.square_momentum or 0.0
         return Numbers(
             settings.rates(family),
             family.per_block(*alpha),
@@ -205,6 +215,8 @@ class Round:
             settings.momentum,
             unbias,
             settings.share(age),
+            squares,
+            blr.unbias_of(squares, age, True),
             1.0,
         )
 
@@ -225,7 +237,7 @@ class Round:
         trials: list[Trial] = []
         losses = []
         numbers = [self._numbers(*unit, (0.0, 0.0)) for unit in self.units]
-        processes = evaluator.processes
+        processes = None if evaluator.spread is not None else evaluator.processes
         with contextlib.nullcontext() if processes is None else processes.failing_together():
             for chunk, (closure, share) in enumerate(chunks, number):
                 now = []
@@ -236,6 +248,43 @@ class Round:
                 losses.append(share * evaluator.evaluate_chunk(closure, trials, share))
         loss = torch.stack(losses).sum()
         return loss if processes is None else averaged(processes, processes.weight, loss, trials), trials
+
+    def evaluate_mega(
+        self,
+        chunks: Sequence[tuple[Closure, float]],
+        evaluator: Evaluator,
+        refresh: int,
+        number: int,
+        draws: int,
+        count: int,
+    ) -> tuple[Tensor, list[Trial], dict[str, dict[str, float]]]:
+        """`evaluate_chunks` with several draws, and by block and field the variance of their mean, summed over weights.
+
+        Args:
+            chunks: closures, and their shares of the mega-batch.
+            evaluator: of closures.
+            refresh: this one's number.
+            number: of its first chunk.
+            draws: how many evaluations of all of it are averaged; of one nothing is known of its variance.
+            count: by how much chunk numbers differ from draw to draw.
+        """
+        loss, trials = self.evaluate_chunks(chunks, evaluator, refresh, number)
+        if draws == 1:
+            return loss, trials, {}
+        moments = [DrawMoments(trial.settled()) for trial in trials]
+        used = [list(trial.used) for trial in trials]
+        for draw in range(1, draws):
+            more, trials = self.evaluate_chunks(chunks, evaluator, refresh, number + draw * count)
+            loss = loss + more
+            for own, flags, trial in zip(moments, used, trials, strict=True):
+                own.add(trial.settled())
+                flags[:] = [a or b for a, b in zip(flags, trial.used, strict=True)]
+        errors = {}
+        for own, flags, trial in zip(moments, used, trials, strict=True):
+            trial.settle_for(own.mean(), flags)
+            share = min(1.0, METER_WEIGHTS / trial.block.whole) if trial.in_place else 1.0  # those that the meter sees
+            errors[trial.block.name] = {name: share * value for name, value in own.variance().items()}
+        return loss / draws, trials, errors
 
     def keep(self, memories: Sequence[Any], trials: Sequence[Trial], stamp: int) -> None:
         """Make the memories the blocks'; all of them belong together from now on."""
@@ -274,7 +323,7 @@ def holds_draw(block: Block, record: Record, plan: NoisePlan, backend: Backend) 
     key, block.drawn = block.drawn, None
     if key is None or not steps_in_place(block):
         return False
-    (p,) = block.params
+    (p,) = block.tensors
     trial = _sampling(block, record["posterior"], block.settings.estimator, plan, key, backend)
     constants, present = trial.constants(), p.detach()
     for tile in trial.tiles():
@@ -297,5 +346,5 @@ def _sampling(
 ) -> Trial:
     """A trial of which nothing but the draw is wanted."""
     site = block.family.per_block(0.0, 0.0)
-    numbers = Numbers(site, site, 1.0, 0.0, 1.0, 1.0, 1.0)
+    numbers = Numbers(site, site, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
     return Trial(block, estimator, plan.correction, state, None, numbers, key, key, plan.mode, 1, backend)

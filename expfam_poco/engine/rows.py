@@ -58,7 +58,7 @@ def are_local(parts: Sequence[tuple[Closure, float]], blocks: Sequence[Block]) -
         if not any(_is_of(name, block) for block in blocks):
             known = ", ".join(block.name for block in blocks)
             raise ValueError(f"rows[{_shown(name)}]: no such parameter takes part; the known names are {known}.")
-    return bool(named) or any(block.record["ages"] is not None for block in blocks)
+    return bool(named) or any([block.record["ages"] is not None for block in blocks])
 
 
 def selected(parts: Sequence[tuple[Closure, float]], block: Block, record: Record) -> Selection | None:

@@ -83,6 +83,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rho": (_pair_or(number_in(0.0, 1.0, high_open=True)), "a number in [0, 1), or a pair of them"),
     "anchor_weight": (_optional(number_in(0.0, 1.0)), "a number between 0 and 1, or None for the estimator's"),
     "momentum": (number_in(0.0, 1.0, high_open=True), "a number in [0, 1)"),
+    "square_momentum": (_optional(number_in(0.0, 1.0, high_open=True)), "a number in [0, 1), or None"),
+    "kl_weight": (number_in(0.0, INF, low_open=True, high_open=True), "a positive finite number, 1 for Bayes' rule"),
     "clip_radius": (number_in(0.0, INF, low_open=True), "a positive number, inf for no clipping"),
     # Last, because named optimizers derive it from the others. `lr_scale` in a group is others' label for a layer.
     "lr_convention": (
@@ -229,6 +231,11 @@ def check_group(group: dict[str, Any]) -> None:
             f"lr_scale={MEAN_LOSS!r}: it is for families of a fixed precision, not {type(group['family']).__name__}; "
             "give a number."
         )
+    if group["square_momentum"] is not None and group["family"].momentum_block != group["family"].Site._fields:
+        raise ValueError(
+            f"square_momentum={group['square_momentum']}: {type(group['family']).__name__} scales its steps by its own "
+            "precision; leave it out (None)."
+        )
     for name in ("debias", "reanchor_average", "prior_in_momentum", "own_site", "maximize"):
         arguments.flag(name, group[name])
     if group["own_site"]:
@@ -313,21 +320,6 @@ def checked_max_grad_norm(max_grad_norm: Any) -> float | None:
     return None if max_grad_norm is None else float(max_grad_norm)
 
 
-def momentum_of(group: Mapping[str, Any]) -> float:
-    """β₁ of anybody's group: the first of torch's `betas`, or its `momentum`; 0 where it has neither."""
-    betas = group.get("betas")
-    return float(betas[0] if betas else group.get("momentum", 0.0))
-
-
-def check_transport(transport: float, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a look-ahead where no momentum has a lag to make up for."""
-    if transport > 0.0 and not any(group["momentum"] > 0.0 for group in groups):
-        raise ValueError(
-            f"transport={transport!r}: without momentum nothing lags behind, and it would do nothing; give momentum "
-            "(such as 0.9; beta1, where it is called so), or transport=0."
-        )
-
-
 def check_noise(noise: str, mc_samples: int, group: Mapping[str, Any]) -> None:
     """Refuse noise modes under which an estimator measures nothing, or measures it wrongly."""
     estimator: Estimator = group["curvature"]
@@ -373,7 +365,7 @@ class Settings:
         lr: η of the momentum block, in the rule's convention.
         lr_given: the same as the group has it, for sentences.
         precision_lr: η of the other fields.
-        ess: N.
+        ess: N/T, for N examples under a KL of weight T.
         weight_decay: δ.
         hess_init: h₀, or None for the family's own width.
         prior: a State, a dictionary of them by parameter name, or None for precision ess · δ.
@@ -381,6 +373,8 @@ class Settings:
         rho: ρ of gradient and curvature.
         anchor_weight: of the anchor term.
         momentum: β₁.
+        square_momentum: β₂ of the average of squares; None: there is none.
+        kl_weight: T.
         debias: whether the momentum's average is divided by 1 − β₁ᵗ.
         clip_radius: ξ.
         retraction: its variant.
@@ -403,6 +397,8 @@ class Settings:
     rho: tuple[float, float]
     anchor_weight: float
     momentum: float
+    square_momentum: float | None
+    kl_weight: float
     debias: bool
     clip_radius: float
     retraction: str
@@ -415,6 +411,11 @@ class Settings:
     def kind(self) -> tuple[Any, ...]:
         """What decides whether blocks can be laid side by side."""
         return self.family, self.estimator, self.adaptive, self.retraction
+
+    @property
+    def averages(self) -> int:
+        """How many averages are kept of every field of the momentum block."""
+        return (self.momentum > 0.0) if self.square_momentum is None else 2
 
     @property
     def adaptive(self) -> AdaptiveAlpha | None:
@@ -450,7 +451,7 @@ def read(group: dict[str, Any]) -> Settings:
         lr=lr,
         lr_given=group["lr"],
         precision_lr=lr if other is None else float(other),
-        ess=float(group["ess"]),
+        ess=float(group["ess"]) / float(group["kl_weight"]),
         weight_decay=float(group["weight_decay"]),
         hess_init=None if group["hess_init"] is None else float(group["hess_init"]),
         prior=group["prior"],
@@ -458,6 +459,8 @@ def read(group: dict[str, Any]) -> Settings:
         rho=(float(rho[0]), float(rho[1])) if isinstance(rho, tuple) else (float(rho), float(rho)),
         anchor_weight=float(estimator.anchor_weight if weight is None else weight),
         momentum=float(group["momentum"]),
+        square_momentum=None if group["square_momentum"] is None else float(group["square_momentum"]),
+        kl_weight=float(group["kl_weight"]),
         debias=group["debias"],
         clip_radius=float(group["clip_radius"]),
         retraction=group["retraction"],

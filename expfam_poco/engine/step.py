@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from expfam_poco.closures.processes import Processes
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.base import Corrected, Correction
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import kernels, passes
+from expfam_poco.engine import spread as spread_over
 from expfam_poco.engine.backend import plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
-from expfam_poco.engine.block import Block, Record
+from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import ROLES, FlatBlock
 from expfam_poco.engine.fused import Places
 from expfam_poco.engine.kernels import Weights
@@ -28,12 +30,29 @@ from expfam_poco.engine.tiles import TILE, spread, tiles
 from expfam_poco.engine.trial import Trial, empty_site
 from expfam_poco.engine.watch import Unsound
 from expfam_poco.errors import NonFiniteError
-from expfam_poco.family import fields
+from expfam_poco.family import fields, recording
 from expfam_poco.family.noise import NoiseKey
-from expfam_poco.family.transfer import read_now
+from expfam_poco.family.transfer import is_ahead, read_now
 from expfam_poco.rule import blr
 
 METER_WEIGHTS = 2**12  # of each large block; the meter's ratios need no more
+
+
+class Sample(NamedTuple):
+    """What the variance meter sees of a step, as tensors: terms of every field and a square, of some of the weights."""
+
+    block: Block
+    terms: Any
+    square: Tensor | None
+    scale: float
+
+    def show(self, meter: VarianceMeter | spread_over.PartsMeter, number: int, alpha: Any) -> None:
+        """Show it to the meter, as of step `number` with this α of every field."""
+        adaptive = self.block.settings.adaptive
+        if self.terms is not None:
+            meter.add(self.block.name, self.terms, alpha, None if adaptive is None else adaptive.keep)
+        if self.square is not None:
+            meter.add_square(number, self.block.name, self.square, self.scale)
 
 
 class Step:
@@ -58,6 +77,11 @@ class Step:
         self.age = age_of(self.block, record)
         self.constants = first.constants()
         self.numbers = first.numbers
+
+    @property
+    def share(self) -> float:
+        """What sums over the block count in sums over processes."""
+        return self.block.members[0].share
 
     @plainly
     def gradient_square(self) -> Tensor:
@@ -133,25 +157,35 @@ class Step:
 
     def commit(self) -> None:
         """Make the new posterior the block's; in place, the model then holds its point or the next draw."""
-        block, record = self.block, self.record
+        record = self.record
         try:
-            if self.first.in_place:
-                self._advance_in_place()
-                block.at_point, block.drawn = self.following is None, self.following
-            else:
-                self._replace(self.moved)
-                block.at_point, block.drawn = False, None
-                self.begun = True
+            self.apply()
         finally:
             if self.begun:
                 record["step"] = self.age if record["momentum"] else 0
                 rows = self.first.rows
                 record["ages"] = rows.ages_after() if rows is not None and record["momentum"] else None
 
+    def count(self) -> None:
+        """Let the record be a step older, where a replay has made it."""
+        record = self.block.record
+        record["step"] = age_of(self.block, record) if record["momentum"] else 0
+
+    def apply(self) -> None:
+        """`commit`, less what the record says of its age: of a step that is recorded, all that the device does."""
+        block = self.block
+        if self.first.in_place:
+            self._advance_in_place()
+            block.at_point, block.drawn = self.following is None, self.following
+        else:
+            self._replace(self.moved)
+            block.at_point, block.drawn = False, None
+            self.begun = True
+
     def _replace(self, moved: kernels.Moved) -> None:
-        """Keep a whole block's new values, a flat one's in the storage that its members see."""
+        """Keep a whole block's new values; a flat one's, and those that are recorded, where the old ones are."""
         record = self.record
-        if not isinstance(self.block, FlatBlock):
+        if not isinstance(self.block, FlatBlock) and recording.active is None:
             record["posterior"], record["momentum"], record["memory"] = moved
             return
         known = record["posterior"], record["momentum"], record["memory"]
@@ -191,30 +225,40 @@ class Step:
         counts = unsound[0] if len(unsound) == 1 else torch.stack(unsound).sum()
         self.unsound = Unsound(block, counts, TILE, block.settings.lr_given)
 
-    def meter(self, meter: VarianceMeter, number: int) -> None:
+    def meter(self, meter: VarianceMeter | spread_over.PartsMeter, number: int) -> None:
         """Show the meter the weights, of large blocks some; an adaptive α looks at every pair."""
-        adaptive = self.block.settings.adaptive
-        if meter.samples(number, adaptive is not None):
-            self._meter(meter, number, None if adaptive is None else adaptive.keep)
+        if meter.samples(number, self.block.settings.adaptive is not None):
+            self.sample(squared=meter.samples(number)).show(meter, number, self.numbers.alpha)
 
     @plainly
-    def _meter(self, meter: VarianceMeter, number: int, keep: float | None) -> None:
-        family, only = self.block.family, None
+    def sample(self, *, squared: bool) -> Sample:
+        """What the variance meter sees of this step; with `squared` also ‖corrected gradient‖²."""
+        family, only, share = self.block.family, None, self.share
         if self.first.in_place:
-            only = next(tiles(self.block, METER_WEIGHTS, most=METER_WEIGHTS))
+            only, share = self._looked_at()
         ((like, weights, *pair, found),) = self._sites(only)
         real, correction, memory = self._real(only), self.constants.correction, weights.memory
         mean = None if pair[1] is None else correction.mean(memory)
+        terms = square = None
         if mean is not None:
             outer = snapshot.Outer(correction.reference(memory), mean)
             there, outer = snapshot.carried(family, pair[1], outer, weights.state)
             own, there, mean = (kernels.without_gaps(site, real) for site in (pair[0], there, outer.site))
             terms = snapshot.variance_terms(own, there, outer._replace(site=mean))
-            meter.add(self.block.name, terms, self.numbers.alpha, keep)
-        if meter.samples(number):
+            if share != 1.0:
+                terms = fields.map_leaves(lambda value: value * share, terms)
+        if squared:
             site = kernels.without_gaps(found.site, real)
             square = blr.square_of([getattr(site, name) for name in family.momentum_block])
-            meter.add_square(number, self.block.name, square, self.block.shape.numel() / like.numel())
+        return Sample(self.block, terms, square, self.share * self.block.shape.numel() / max(1, like.numel()))
+
+    def _looked_at(self) -> tuple[Any, float]:
+        """In place: the tile that the meter sees, and what it counts; of a part, what is in the first of the whole."""
+        shard, most = self.block.shard, METER_WEIGHTS
+        if shard is not None:
+            most -= self.block.offset // self.block.shape[len(self.block.batch) :].numel()
+        tile = next(tiles(self.block, METER_WEIGHTS, most=max(most, 1)))
+        return tile, self.share if most > 0 else 0.0
 
     def _real(self, tile: Any) -> Tensor | None:
         """Which entries of a flat block's tile are weights."""
@@ -268,15 +312,38 @@ class Step:
         return spread(prior, self.record["posterior"], self.block) if self.first.in_place else prior
 
 
+def prepare(steps: Sequence[Step], factor: float | Tensor, following: NoiseKey | None) -> None:
+    """`Step.prepare` of all blocks.
+
+    Raises:
+        NonFiniteError: names the block of which a matrix is singular.
+    """
+    try:
+        for step in steps:
+            step.prepare(factor, following)
+    except torch.linalg.LinAlgError:
+        raise singular_error(step.block) from None
+
+
 @plainly
-def hold_together(steps: Sequence[Step]) -> None:
+def hold_together(steps: Sequence[Step], processes: Processes | None = None) -> None:
     """Let none of the whole blocks move if one must not, without the host's waiting for the devices to say so.
+
+    Args:
+        steps: of all blocks.
+        processes: over which parameters are spread.
 
     Raises:
         NonFiniteError: if one must not, and blocks are on several devices, of which one has to be waited for.
     """
     held = [step for step in steps if not step.first.in_place]
     found = [step.unsound for step in held if step.unsound is not None]
+    if processes is not None and is_ahead(processes.device):
+        counts = [own.counts.sum().float() for own in found] or [torch.zeros((), device=processes.device)]
+        sound = spread_over.summed(processes, torch.stack(counts).sum()) == 0
+        for step in held:
+            step.hold(sound)
+        return
     if not found:
         return
     if len({step.block.device for step in held}) > 1:
@@ -289,38 +356,45 @@ def hold_together(steps: Sequence[Step]) -> None:
             step.hold(sound)
 
 
-def clip_factor(steps: Sequence[Step], max_norm: float) -> float | Tensor:
-    """The factor of clipping by the norm of all gradients together; a tensor where the host would have to wait."""
-    return read_now(blr.norm_clip_factor([step.gradient_square() for step in steps], max_norm))
+def clip_factor(steps: Sequence[Step], max_norm: float, processes: Processes | None = None) -> float | Tensor:
+    """The factor of clipping by the norm of all gradients together; a tensor where the host would have to wait.
+
+    `processes`: over which parameters are spread.
+    """
+    squares = [step.gradient_square() for step in steps]
+    if processes is not None:
+        own = squares[0].device
+        shares = [square.to(own) * step.share for square, step in zip(squares, steps, strict=True)]
+        squares = [spread_over.summed(processes, torch.stack(shares).sum())]
+    return read_now(blr.norm_clip_factor(squares, max_norm))
+
+
+def show_meter(
+    meter: VarianceMeter, steps: Sequence[Step], number: int, blocks: Sequence[Block], processes: Processes | None
+) -> None:
+    """Show the variance meter step `number` of some of an optimizer's blocks.
+
+    `processes`: over which parameters are spread.
+    """
+    if processes is None:
+        for step in steps:
+            step.meter(meter, number)
+        return
+    parts = spread_over.PartsMeter(meter, blocks, processes)
+    for step in steps:
+        step.meter(parts, number)
+    parts.show()
 
 
 def age_of(block: Block, record: Record) -> int:
-    """The number of steps in the momentum's average after the next step; 1 where there is none."""
-    return record["step"] + 1 if block.settings.momentum > 0.0 else 1
-
-
-def follow(block: Block, record: Record, correction: Correction) -> None:
-    """Centre a posterior where another optimizer has stepped the weights; a memory that follows steps goes along."""
-    if not correction.follows_steps:
-        block.follow(record)
-        return
-    before = fields.map_fields(torch.clone, record["posterior"])
-    block.follow(record)
-    memory = correction.after_step(block.family, record["memory"], before, record["posterior"], Corrected(None, None))
-    record["step"] += 1
-    if isinstance(block, FlatBlock):
-        for place, value in zip(fields.leaves(record["memory"]), fields.leaves(memory), strict=True):
-            if place.ndim:
-                place.copy_(value)
-        block.settle()
-    else:
-        record["memory"] = memory
+    """The number of steps in the averages after the next step; 1 where there are none."""
+    return record["step"] + 1 if block.settings.averages else 1
 
 
 def begin(block: Block, record: Record, correction: Correction, *, in_place: bool) -> bool:
     """Give a block what its next step needs: a momentum, a memory, contiguous storage; whether anything was missing."""
-    has_momentum = bool(record["momentum"]) == (block.settings.momentum > 0.0)
-    if has_momentum and record["memory"] is not None and not in_place:
+    has_averages = len(record["momentum"]) == block.settings.averages * len(block.family.momentum_block)
+    if has_averages and record["memory"] is not None and not in_place:
         return False
     return _begin(block, record, correction, in_place)
 
@@ -331,13 +405,15 @@ def _begin(block: Block, record: Record, correction: Correction, in_place: bool)
     posterior, family = record["posterior"], block.family
     if in_place and not all(value.is_contiguous() for value in posterior):
         posterior = record["posterior"] = fields.map_fields(Tensor.contiguous, posterior)
-    if block.settings.momentum == 0.0:
-        if record["momentum"]:
-            record["momentum"] = ()
-    elif not record["momentum"]:
+    count, wanted = len(family.momentum_block), block.settings.averages
+    if len(record["momentum"]) > count * wanted:
+        record["momentum"] = record["momentum"][: count * wanted]
+    elif len(record["momentum"]) < count * wanted:  # averages of one age: all begin anew
         laid = in_place or isinstance(block, FlatBlock)
         zero = empty_site(block, posterior) if laid else family.kl_gradient(posterior, posterior)
-        record["momentum"] = tuple(torch.zeros_like(getattr(zero, name)) for name in family.momentum_block)
+        names = [*family.momentum_block] * wanted
+        record["momentum"] = tuple(torch.zeros_like(getattr(zero, name)) for name in names)
+        record["step"] = 0
     if record["memory"] is None:
         begun = correction.begin(family, posterior)  # may be λ itself, which steps in place overwrite
         record["memory"] = fields.map_leaves(torch.clone, begun)

@@ -27,6 +27,7 @@ def is_leafwise(block: Block) -> bool:
     return (
         not family.joint
         and len(block.batch) > 0
+        and block.numel > 0
         and type(family).noise is ExponentialFamily.noise
         and estimator.needs == "gradient"
         and not (estimator.independent_draws or estimator.compares or block.settings.own_site)
@@ -89,9 +90,9 @@ def tiles(block: Block, size: int, most: int | None = None) -> Iterator[Tile]:
     """
     batch, event = block.batch, block.shape[len(block.batch) :]
     weights = batch.numel() if most is None else min(batch.numel(), most)
-    parts = -(-weights // max(TILE, size // max(1, event.numel())))
+    parts = max(1, -(-weights // max(TILE, size // max(1, event.numel()))))
     length = padded(-(-weights // parts))
-    for start in range(0, weights, length):
+    for start in range(0, weights, max(1, length)):
         yield Tile(start, min(start + length, weights), batch, event)
 
 

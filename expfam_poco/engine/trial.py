@@ -19,7 +19,7 @@ from torch import Tensor
 from expfam_poco.closures.evaluate import Measured
 from expfam_poco.correction.base import Correction
 from expfam_poco.engine import passes
-from expfam_poco.engine.backend import EAGER, SHORTEST, Backend, plainly, tile_size
+from expfam_poco.engine.backend import EAGER, LARGE, SHORTEST, Backend, plainly, tile_size
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, Record, singular_error
 from expfam_poco.engine.flat import FlatBlock
@@ -112,14 +112,15 @@ class Trial:
     @property
     def fused(self) -> bool:
         """Whether passes over the whole block are kernels of their own (`passes`), without tiles."""
-        if self.backend is None or self.block.shape.numel() < SHORTEST:
+        if self.backend is None or self.block.shape.numel() < SHORTEST or self.block.offset:
             return False
         return self.backend.fuses(self.constants(), self.block.device)
 
     def run_fused(self, function: Any, targets: Sequence[Tensor | Places], *arguments: Any, draw: int = 0) -> Any:
         """Run one of `passes` over the whole block: its sums, or None where it turns out that it cannot."""
-        where = self.constants(draw), self.block.programs, self.block.dtype
-        return self.runner.fused(function, *where, targets, *arguments)
+        return self.runner.fused(
+            function, self.constants(draw), self.block.programs, self.block.dtype, targets, *arguments
+        )
 
     @property
     def runner(self) -> Backend:
@@ -141,8 +142,7 @@ class Trial:
 
     def constants(self, draw: int = 0) -> Constants:
         """The constants of this block's kernels at one draw."""
-        reflected = self.mode == "antithetic" and draw % 2 == 1
-        noise = "zero" if self.mode == "zero" else "reflected" if reflected else "random"
+        noise = "zero" if self.mode == "zero" else "reflected" if self.mode == "antithetic" and draw % 2 else "random"
         known = self.block.constants.get(noise)
         fits = known is not None and known.estimator is self.estimator and known.correction is self.correction
         if known is None or not fits or known.watched is not self.watched:
@@ -157,6 +157,7 @@ class Trial:
                 settings.anchor_weight,
                 noise,
                 settings.prior_in_momentum,
+                settings.square_momentum is not None,
                 self.watched,
                 torch.finfo(torch.float16).max if self.block.params[0].dtype is torch.float16 else math.inf,
             )
@@ -166,11 +167,16 @@ class Trial:
         """One draw's noise on a tile, or its address."""
         if constants.noise == "zero":
             return torch.empty(0, dtype=self.block.dtype, device=self.block.device)
-        start = tile.start * tile.event.numel() * numbers_of(self.block.family)
-        key = self.key_of(draw).at(parameter=self.block.index, offset=start)
-        addresses = self.block.addresses(tile) if isinstance(self.block, FlatBlock) else None
-        whole = tile.shape.numel() == self.block.shape.numel() and self.runner.makes_noise(constants, self.block.device)
-        return self.runner.noise(constants, key, self.like(tile), addresses, self.block.programs if whole else None)
+        block, whole = self.block, tile.shape.numel() == self.block.shape.numel()
+        by_kernel = not block.offset and self.runner.makes_noise(constants, block.device)
+        if by_kernel and not whole and block.shape.numel() <= LARGE:  # one launch
+            return tile.cut(self.source(Whole(block.shape), constants, draw))
+        key = self.key_of(draw).at(parameter=block.index)
+        addresses = block.addresses(tile) if isinstance(block, FlatBlock) else None
+        if addresses is None:
+            key = key.at(offset=(block.offset + tile.start * tile.event.numel()) * numbers_of(block.family))
+        programs = block.programs if whole and by_kernel else None
+        return self.runner.noise(constants, key, self.like(tile), addresses, programs)
 
     def key_of(self, draw: int) -> NoiseKey:
         """The key of one draw's noise."""
@@ -183,8 +189,8 @@ class Trial:
             for draw in range(self.count):
                 constants = self.constants(draw)
                 source = self.like(whole) if self.mode == "zero" else self.source(whole, constants, draw)
-                assert isinstance(source, Tensor)  # addresses are for compiled kernels
-                rows.append(constants.noise_of(source, source))
+                like = source if isinstance(source, Tensor) else self.like(whole)  # recorded: an address
+                rows.append(constants.noise_of(source, like))
             self.noises.append(stacked(rows))
         return self.noises[0]
 
@@ -243,9 +249,9 @@ class Trial:
     def is_there(self, draw: int) -> Answer:
         """Whether the model still holds, up to rounding, draw number `draw`, which has been written into it."""
         if self.backend is None:
-            parts = zip(self.block.split(self.points()[draw]), self.block.params, strict=True)
+            parts = zip(self.block.split(self.points()[draw]), self.block.tensors, strict=True)
             return all_of(_are_near(part.to(p.dtype), p.detach()) for part, p in parts)
-        constants, params = self.constants(draw), self.block.params
+        constants, params = self.constants(draw), self.block.tensors
         drawn_apart = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params if self.fused]
         if drawn_apart and self._draw_fused(drawn_apart, draw):
             return all_of(_are_near(drawn, p.detach()) for drawn, p in zip(drawn_apart, params, strict=True))
@@ -262,11 +268,9 @@ class Trial:
 
     def _holds(self, points: Tensor) -> bool:
         """Whether the model is known to hold these points, since they are the posterior's own."""
-        if self.mode != "zero" or not self.is_present or not all([m.at_point for m in self.block.members]):
-            return False
-        if is_ahead(self.block.device):
-            return False
-        return torch.equal(points, self.block.family.point(self.state))
+        known = self.mode == "zero" and not self.watched and self.is_present
+        known = known and all([m.at_point for m in self.block.members])
+        return known and torch.equal(points, self.block.family.point(self.state))
 
     def _take_first_draw(self) -> bool:
         """Whether the last step has left this draw in the model; it counts once, for λ_ref may have the same key."""
@@ -280,11 +284,7 @@ class Trial:
 
     @plainly
     def record(self, draw: int, measured: Measured, position: slice) -> Sequence[Tensor | None]:
-        """Keep what an evaluation measured of this block's parameters, which stand at `position` among all.
-
-        Returns:
-            the gradients as they were kept.
-        """
+        """Keep what an evaluation measured of this block's parameters, at `position` among all; the kept gradients."""
         self._keep(measured.loss, measured.grads[position])
         if self.in_place:
             return self.raw
@@ -340,7 +340,7 @@ class Trial:
         """Keep what the estimator makes of the gradient alone."""
         if self.block.family.curvature == "none":
             return
-        pair = self.estimator.pair(self.gradient(-1), self.block.settings.ess)
+        pair = self.estimator.pair(self.gradient(-1), self.numbers.ess)
         self.pairs.extend([] if pair is None else [pair])
 
     def gradient(self, draw: int) -> Tensor:
@@ -359,8 +359,7 @@ class Trial:
         if self.total is None or not self.in_place:
             return
         if self.fused:
-            evidence = self.evidence_apart(draw)
-            own = self.state, self.memory, self.numbers, evidence, self.total, self.weight
+            own = self.state, self.memory, self.numbers, self.evidence_apart(draw), self.total, self.weight
             if self.run_fused(passes.collected, fields.leaves(self.total), *own, draw=draw) is not None:
                 self.raw, self.losses = (), []
                 return
@@ -372,7 +371,7 @@ class Trial:
             where = constants.where(tile.cut(self.state), tile.cut(self.memory), self.numbers.share)
             evidence = Evidence(self.source(tile, constants, draw), grad, self.losses[0])
             arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
-            self.runner.collect(*arguments, self.block.settings.ess, self.like(tile))
+            self.runner.collect(*arguments, self.numbers.ess, self.like(tile))
         self.raw, self.losses = (), []
 
     def _raw_gradient(self, tile: Tile | Whole) -> Tensor | None:
@@ -380,8 +379,7 @@ class Trial:
         if all(grad is None for grad in self.raw):
             return None
         if not isinstance(self.block, FlatBlock):
-            cut: Tensor = tile.cut(self.raw[0])
-            return cut
+            return tile.cut(self.raw[0])
         stop = tile.start + tile.shape.numel()
         return self.block.beside(self.raw, stop)[tile.start : stop]
 
@@ -431,7 +429,7 @@ class Trial:
         family, where, settings = self.block.family, self.where, self.block.settings
         if not settings.own_site:
             return self.estimator.natural_gradient(family, where, draws)
-        return own_site.natural_gradient(self.estimator, family, where, prior_of(self.block), settings.ess, draws)
+        return own_site.natural_gradient(self.estimator, family, where, prior_of(self.block), self.numbers.ess, draws)
 
     def evidence(self, tile: Tile | Whole, constants: Constants, *, beside: Trial | None = None) -> Any:
         """What was measured on a tile: the site, or one draw's gradient (zero where the batch did not use it).
@@ -468,8 +466,7 @@ class Trial:
             total = None if self.total is None else flat.cut(self.total, number)
             memory = None if self.memory is None else record["memory"]
             noises = [torch.stack([flat.views(row)[number] for row in noise]) for noise in self.noises]
-            own: dict[str, Any] = dict(block=block, state=state, memory=memory, total=total, noises=noises)
-            trial = self.again(**own)
+            trial = self.again(block=block, state=state, memory=memory, total=total, noises=noises)
             trial.raw = self.raw[number : number + 1]
             trial.grads = [None if row is None else flat.views(row)[number] for row in self.grads]
             trial.losses, trial.used = list(self.losses), [self.used[number]]

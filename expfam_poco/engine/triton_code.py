@@ -40,6 +40,7 @@ _FLOATS: dict[str, str] = {
     "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})", "sin": "tl.sin({0})",
     "cos": "tl.cos({0})", "abs": "tl.abs({0})", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})",
     "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))", "erf": "tl.erf({0})", "relu": f"tl.maximum({{0}}, 0.0, {_NAN})",
+    "copysign": "tl.where({1} >= 0, tl.abs({0}), -tl.abs({0}))",
     "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0}))",
     "maximum": f"tl.maximum({{0}}, {{1}}, {_NAN})", "minimum": f"tl.minimum({{0}}, {{1}}, {_NAN})",
     "clamp_min": f"tl.maximum({{0}}, {{1}}, {_NAN})", "clamp_max": f"tl.minimum({{0}}, {{1}}, {_NAN})",

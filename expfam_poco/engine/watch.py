@@ -67,7 +67,7 @@ class Watch:
     """The unsound weights of the last steps."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, list[Found], Later]] = []
+        self._waiting: list[tuple[int, list[Any], Any]] = []
         self._errors: list[NonFiniteError] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,6 +86,10 @@ class Watch:
         for group in waiting.values():
             totals = [own.counts if own.counts.ndim == 0 else own.counts.sum() for own in group]
             self._waiting.append((number, group, Later(torch.stack(totals))))
+
+    def wait(self, number: int, found: Sequence[Any], totals: Any) -> None:
+        """Take in what step `number` has found, whose counts, one for each, `totals.read()` gives."""
+        self._waiting.append((number, list(found), totals))
 
     def errors(self, before: int) -> list[NonFiniteError]:
         """The errors, at most one a step, of steps below `before` and of those that nothing was waited for; once."""

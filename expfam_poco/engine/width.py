@@ -39,19 +39,22 @@ class StartingWidth:
         self._is_known = True
         scaled = any(getattr(closure, "scaling", None) is not None for closure, _ in parts)
         others = any(block.settings.hess_init is None for block in blocks)  # as binary ones, whose draws are far anyway
-        if scaled or others or not self._is_suspicious(blocks):
+        if scaled or others or not self._is_suspicious(blocks, evaluator):
             return None
         params = [p for block in blocks for p in block.params]
         with evaluator.undone(params, [closure for closure, _ in parts]):
             return sum(share * float(evaluator.loss(closure, params)) for closure, share in parts)
 
-    def _is_suspicious(self, blocks: Sequence[Block]) -> bool:
-        variance = square = 0.0
+    def _is_suspicious(self, blocks: Sequence[Block], evaluator: Evaluator) -> bool:
+        variance = square = count = 0.0
         for block in blocks:
-            settings = block.settings
-            variance += block.numel / (settings.ess * (settings.hess_init + settings.weight_decay))  # type: ignore[operator]
-            square += sum(float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) ** 2 for p in block.params)
-        count = sum(block.numel for block in blocks)
+            settings, share = block.settings, block.share
+            count += share * block.numel
+            variance += share * block.numel / (settings.ess * (settings.hess_init + settings.weight_decay))  # type: ignore[operator]
+            norms = [float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) for p in block.tensors]
+            square += share * sum(norm**2 for norm in norms)
+        if evaluator.spread is not None:
+            variance, square, count = evaluator.spread.totals([variance, square, count])
         self._sigma, self._scale = math.sqrt(variance / max(count, 1)), math.sqrt(square / max(count, 1))
         return 0.0 < self._scale < self._sigma / SUSPICIOUS
 

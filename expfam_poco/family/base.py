@@ -27,10 +27,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import constraints
 
-from expfam_poco.family import derived, fields, hyperparameters, regression
-from expfam_poco.family.domains import checkable
+from expfam_poco.family import derived, fields, hyperparameters, regression, supports
+from expfam_poco.family.domains import check_declared, checkable, declared
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import NoiseKey, noise, reflect
 
@@ -51,6 +51,7 @@ class ExponentialFamily(ABC):
     * `event_dim`: number of trailing axes that make one weight (0: every entry is one).
     * `statistic_dims`: number of trailing axes of one weight in each field of T (default: `event_dim`).
     * `joint`: the family sees the flat vector of all parameters of its group.
+    * `fixed_point`: every member has the same point, and weights elsewhere are refused.
     * `levels`: the values of a weight where they are finitely many, else None;
     * `support`: the constraint on θ; `domain`: constraints on fields of `State`. A missing field is real, but may be
       bounded together with others: the derived step asks A. `constraints.real` says that it is free.
@@ -92,6 +93,7 @@ class ExponentialFamily(ABC):
     support: ClassVar[constraints.Constraint] = constraints.real
     domain: ClassVar[Mapping[str, constraints.Constraint]] = {}
     levels: ClassVar[tuple[float, ...] | None] = None
+    fixed_point: ClassVar[bool] = False
     noise_kind: ClassVar[str] = "normal"
     noise_dims: ClassVar[tuple[int, ...]] = ()
     delta_method: ClassVar[bool] = False
@@ -106,12 +108,14 @@ class ExponentialFamily(ABC):
         super().__init_subclass__(**kwargs)
         own = cls.__dict__
         hyperparameters.declare(cls)
+        check_declared(own, cls.__name__)
         if isinstance(own.get("domain"), Mapping):
             cls.domain = checkable(own["domain"])
         if "Statistics" in own:
             for name in ("Nat", "Mean", "State", "Site"):
                 if name not in own:
                     setattr(cls, name, own["Statistics"])
+        cls.domain = declared(cls)
         if "momentum_block" not in own and "Site" in cls.__dict__:
             cls.momentum_block = cls.Site._fields
         if not cls.momentum_block:
@@ -158,8 +162,9 @@ class ExponentialFamily(ABC):
         return theta.new_zeros(self._batch(theta))
 
     def expected_log_base_measure(self, state: Any) -> Tensor:
-        """E_q[log h(θ)]; the default is right for a constant h, others override it."""
-        return self.log_base_measure(self.middle(self.to_nat(state)))
+        """E_q[log h(θ)]: 0 where h = 1, else by quadrature (weights of one number) or from some ten thousand draws."""
+        constant = type(self).log_base_measure is ExponentialFamily.log_base_measure
+        return supports.expected_log_base_measure(self, state, constant=constant)
 
     # ---- coordinates --------------------------------------------------------------------------------------
 
@@ -240,18 +245,19 @@ class ExponentialFamily(ABC):
         return self.centred_at(theta)
 
     def reference_like(self, like: Tensor) -> Tensor:
-        """A θ in the middle of the support with the shape of `like`: 0, 1 for positive weights, …"""
-        return transform_to(self.support)(torch.zeros_like(like))
+        """A θ in the middle of the support with the shape of `like`: 0, 1 for positive weights, …
+
+        Raises:
+            NotImplementedError: for a support of which nothing is known.
+        """
+        return supports.middle_of(self.support, like, type(self).__name__)
 
     def middle(self, statistics: Any) -> Tensor:
         """A θ in the middle of the support for every weight of a `Nat` or `Mean`.
 
-        Where a weight has several entries, the first statistic has its shape.
+        Where a weight has several entries, its size is that of a statistic with as many axes, or the support's own.
         """
-        first, dims = statistics[0], self.statistic_dims[0]
-        if self.event_dim == 0 and dims:
-            first = first.new_zeros(first.shape[: first.ndim - dims])
-        return self.reference_like(first)
+        return self.reference_like(supports.like_theta(self, statistics))
 
     def distribution(self, state: Any) -> Any:
         """q as a Pyro distribution; the default takes density and samples from the family itself."""
@@ -347,7 +353,7 @@ class ExponentialFamily(ABC):
 
     def per_block(self, first: float | Tensor, second: float | Tensor) -> Any:
         """A `Site` of numbers: `first` for the fields of `momentum_block`, `second` for the others."""
-        return self.Site(*(first if name in self.momentum_block else second for name in self.Site._fields))
+        return self.Site(*[first if name in self.momentum_block else second for name in self.Site._fields])
 
     # ---- what every family gets for free -----------------------------------------------------------------
 
@@ -380,6 +386,17 @@ class ExponentialFamily(ABC):
     def score(self, state: Any, theta: Tensor) -> Any:
         """∇_λ log q(θ) = T(θ) − μ."""
         return fields.subtract(self.statistics(theta), self.to_mean(self.to_nat(state)))
+
+    def expectation(self, state: Any) -> Tensor:
+        """E_q[θ]: where θ is a statistic, its μ.
+
+        Raises:
+            NotImplementedError: where it is none, and the family says nothing else.
+        """
+        mean = self.to_mean(self.to_nat(state))
+        if not hasattr(mean, "theta"):
+            raise NotImplementedError(f"{type(self).__name__} has no statistic named theta; average samples.")
+        return torch.as_tensor(mean.theta)
 
     def variance(self, state: Any) -> Tensor:
         """Var_q(θ) of every entry: where θ is a statistic, ∂²A/∂λ² for its natural parameter.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from expfam_poco.family import fields
+from expfam_poco.family.domains import Directed
 
 if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
@@ -87,8 +88,21 @@ def fisher_solve(family: ExponentialFamily, nat: Any, gradient: Any) -> Any:
     if vector.shape[-1] == 1:
         solved = vector / matrix[..., 0]
     else:
-        solved = torch.linalg.solve(matrix, vector)
+        solved = _solved(family, matrix, vector)
     return _unflatten(family, solved, shapes)
+
+
+def _solved(family: ExponentialFamily, matrix: Tensor, vector: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.linalg.solve(matrix, vector)
+    try:
+        return torch.linalg.solve(matrix, vector)
+    except torch.linalg.LinAlgError as error:
+        raise torch.linalg.LinAlgError(
+            f"{type(family).__name__}: its Fisher matrix is singular. Either its statistics are not minimal, some "
+            "being sums of others and constants: drop those, or write fisher_solve; or the posterior has become too "
+            f"narrow for {matrix.dtype}: lower lr, or use float64 parameters."
+        ) from error
 
 
 @differentiating
@@ -135,6 +149,9 @@ def bounded_step(value: Tensor, step: Tensor, bound: constraints.Constraint, *, 
     * positive definite matrices: S ← S + D + ½ D S⁻¹ D = ½ S + ½ (S + D) S⁻¹ (S + D) ≥ ½ S. With S = L Lᵀ and
       L Y = D the last term is ½ Yᵀ Y.
 
+    * directed vectors (of the sphere): a step d < 0 along λ leaves it half of its length, by d s/(s + 2|d|) with
+      s = |λ|, and the part across is free, so that no step, however long, turns it by a right angle.
+
     All leave half of the slack at least, and differ from `value + step` by O(d²). Other constraints are stepped
     linearly: `retracted` then shortens what leaves them.
     """
@@ -146,6 +163,8 @@ def bounded_step(value: Tensor, step: Tensor, bound: constraints.Constraint, *, 
         step = 0.5 * (step + step.mT)
         root = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(value).L, step, upper=False)
         return value + step + 0.5 * (root.mT @ root)
+    if isinstance(bound, Directed):
+        return turned(value, step)
     lower = getattr(bound, "lower_bound", None)
     upper = getattr(bound, "upper_bound", None)
     if lower is None and upper is None:
@@ -157,6 +176,17 @@ def bounded_step(value: Tensor, step: Tensor, bound: constraints.Constraint, *, 
     return value + step + 0.5 * step * step / (value - edge)
 
 
+def turned(value: Tensor, step: Tensor) -> Tensor:
+    """A vector after a step that does not reverse it; one of length 0 goes anywhere."""
+    length = value.square().sum(-1, keepdim=True).sqrt()
+    known = length > torch.finfo(value.dtype).tiny ** 0.5
+    safe = torch.where(known, length, 1.0)
+    along = (value * step).sum(-1, keepdim=True) / safe
+    short = along.clamp_max(0.0)  # outward the step is plain: there is no bound
+    excess = torch.where(known, short * safe / (safe - 2.0 * short) - short, 0.0)
+    return value + step + excess * value / safe
+
+
 def separable(family: ExponentialFamily) -> bool:
     """Whether the domain is known to be a product of intervals: every field of `State` is declared to be in one.
 
@@ -166,7 +196,7 @@ def separable(family: ExponentialFamily) -> bool:
     def interval(bound: constraints.Constraint | None) -> bool:
         while isinstance(bound, constraints.independent):
             bound = bound.base_constraint
-        known = isinstance(bound, type(constraints.real)) or bound is constraints.real_vector
+        known = isinstance(bound, type(constraints.real) | Directed) or bound is constraints.real_vector
         return known or hasattr(bound, "lower_bound") or hasattr(bound, "upper_bound")
 
     return all(interval(family.domain.get(name)) for name in family.State._fields)
@@ -259,16 +289,26 @@ def _known_to_hold(values: Tensor) -> bool:
         return False
 
 
-def invert_mean(family: ExponentialFamily, mean: Any, *, iterations: int = 200, tolerance: float | None = None) -> Any:
+def invert_mean(
+    family: ExponentialFamily,
+    mean: Any,
+    *,
+    start: Any = None,
+    iterations: int = 200,
+    tolerance: float | None = None,
+) -> Any:
     """Solve ∇A(λ) = μ for all weights at once: Newton steps on the concave ⟨λ, μ⟩ − A(λ), halved until they rise.
+
+    They begin at `start`, a `Nat`; None: at the member in the middle of the support.
 
     Raises:
         ValueError: if some weight has not converged, which means that its μ is outside the mean domain.
     """
     target, shapes = _flatten(family, mean)
     tolerance = tolerance or 200.0 * torch.finfo(target.dtype).eps
-    start = family.centred_at(family.middle(mean))
-    current, _ = _flatten(family, family.to_nat(start))
+    if start is None:
+        start = family.to_nat(family.centred_at(family.middle(mean)))
+    current, _ = _flatten(family, start)
     for _ in range(iterations):
         residual = target - _flatten(family, family.to_mean(_unflatten(family, current, shapes)))[0]
         if bool((residual.abs() <= tolerance * (1.0 + target.abs())).all()):

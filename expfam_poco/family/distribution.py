@@ -112,10 +112,7 @@ class FamilyDistribution(dist.TorchDistribution):
         """E_q[θ], where θ is a statistic of the family."""
         if self.family.curved:
             return self._expanded(self.family.point(self.state))
-        mean = self.family.to_mean(self.family.to_nat(self.state))
-        if not hasattr(mean, "theta"):
-            raise NotImplementedError(f"{type(self.family).__name__} has no statistic named theta; average samples.")
-        return self._expanded(torch.as_tensor(mean.theta))
+        return self._expanded(self.family.expectation(self.state))
 
     @property
     def mode(self) -> Tensor:

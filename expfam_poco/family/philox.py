@@ -35,9 +35,10 @@ def philox(counter: Tensor | Sequence[Tensor], key: tuple[int, int]) -> Tensor:
     Returns:
         The four words, 4 × the same shape, int64 in [0, 2**32).
 
-    >>> zeros = torch.zeros(4, 1, dtype=torch.int64)
-    >>> [f"{int(word):08x}" for word in philox(zeros, (0, 0))]
-    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    Example:
+        >>> zeros = torch.zeros(4, 1, dtype=torch.int64)
+        >>> [f"{int(word):08x}" for word in philox(zeros, (0, 0))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
     return torch.stack(_lanes(counter, key))
 

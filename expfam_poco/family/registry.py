@@ -33,6 +33,9 @@ _installed: dict[str, type[ExponentialFamily]] = {}
 def register(name: str) -> Callable[[FamilyClass], FamilyClass]:
     """Class decorator that registers a family under `name`.
 
+    Args:
+        name: a Python identifier in lower case.
+
     Raises:
         ValueError: if another class has the name already, or it is not a Python identifier in lower case.
         TypeError: if the class is not an `ExponentialFamily`.
@@ -74,6 +77,9 @@ def families_available() -> list[str]:
 def get_family(name: str) -> type[ExponentialFamily]:
     """The class registered under `name`.
 
+    Args:
+        name: one of `families_available()`.
+
     Raises:
         ValueError: for an unknown name; the sentence lists the known ones. As `FamilyImportError` for a plug-in that
             cannot be imported, which leaves the others alone.
@@ -93,6 +99,9 @@ def get_family(name: str) -> type[ExponentialFamily]:
 def resolve_family(choice: str | type[ExponentialFamily] | ExponentialFamily) -> ExponentialFamily:
     """A family instance from a name, a class or an instance.
 
+    Args:
+        choice: a registered name, a class that takes no arguments, or a family.
+
     Example:
         >>> import expfam_poco as poco
         >>> poco.resolve_family("full_gaussian")
@@ -108,6 +117,9 @@ def resolve_family(choice: str | type[ExponentialFamily] | ExponentialFamily) ->
     cls = get_family(choice) if isinstance(choice, str) else choice
     if not (isinstance(cls, type) and issubclass(cls, ExponentialFamily)):
         raise TypeError(f"family={shown(choice)} is neither a registered name nor an ExponentialFamily.")
+    lacking = sorted(getattr(cls, "__abstractmethods__", ()))
+    if lacking:
+        raise TypeError(f"family: {cls.__name__} lacks {', '.join(lacking)}; write it (docs/add-a-family.md).")
     return cls()
 
 

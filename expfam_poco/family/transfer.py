@@ -8,20 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.family import recording
+
 Answer = bool | Tensor  # to a question about values; a tensor without dimensions while a device has yet to say
 AHEAD = ("cuda", "meta")  # kinds of devices that do not hand out values at once
 
 
 def is_ahead(device: torch.device) -> bool:
-    """Whether the host runs ahead of this device, and has to wait for it when it wants to know a value."""
-    return device.type in AHEAD
+    """Whether the host runs ahead of this device, and has to wait for it when it wants to know a value.
+
+    So it does of any device while a step is recorded, for which there are no values yet.
+    """
+    return device.type in AHEAD or recording.active is not None
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Some numbers as a tensor; a device's arrive without the host waiting for it."""
-    if device.type != "cuda":
+    compiling = torch.compiler.is_compiling()
+    record = None if compiling else recording.active
+    if record is not None and device.type == record.device.type:  # not "meta", where kernels are traced
+        return record.place(values, dtype)
+    if device.type != "cuda" or compiling:
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
+def gathered(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Some numbers, of which any may be a device's tensor without dimensions, as one tensor."""
+    known = [value for value in values if not isinstance(value, Tensor)]
+    sent = on_device(known, dtype, device) if known else torch.empty(0)
+    if len(known) == len(values):
+        return sent
+    own = iter(sent.unbind())
+    return torch.stack([value.to(dtype) if isinstance(value, Tensor) else next(own) for value in values])
 
 
 def read_now(value: Tensor) -> float | Tensor:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.closures.rows import rows_of
 from expfam_poco.correction.snapshot import Alpha, Snapshot
-from expfam_poco.correction.transported import transported
+from expfam_poco.correction.transported import momentum_of, transported
 from expfam_poco.engine.block import Block
-from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, momentum_of, python_number
+from expfam_poco.engine.settings import check_foreign, checked_alpha, checked_max_grad_norm, python_number
+from expfam_poco.engine.step import show_meter
 from expfam_poco.errors import CheckpointError, NonFiniteError
 from expfam_poco.family.registry import get_family
 from expfam_poco.optim import travelled
@@ -168,11 +169,11 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             with engine._evaluator.undone_on_error():
                 with engine._weights_restored(blocks):
                     loss, steps = engine._measured(parts, blocks, number)
-                    for step in steps:
-                        step.meter(engine._meter, number)
+                    show_meter(engine._meter, steps, number, blocks, engine._evaluator.spread)
                 for step in steps:
-                    for p, grad in zip(step.block.params, step.gradients(), strict=True):
-                        p.grad = grad if grad.dtype is p.dtype else grad.to(p.dtype)
+                    for block, grad in zip(step.block.members, step.gradients(), strict=True):
+                        (p,) = block.params
+                        p.grad = block.whole_of(grad if grad.dtype is p.dtype else grad.to(p.dtype))
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
                 try:
@@ -356,6 +357,13 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise CheckpointError(f"state_dict['alpha_svrg']: damaged ({error!r}); use another file.") from None
         return plain
+
+    def captured(self, closure: Any, example_batch: Any) -> NoReturn:
+        """Refused: the base's step cannot be looked into."""
+        raise TypeError(
+            f"captured: AlphaSVRG hands its gradients to {type(self.base).__name__}, whose step no graph holds; call "
+            "step(closure), or take SVRG(…).captured(…)."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's."""

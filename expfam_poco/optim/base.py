@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from expfam_poco.engine.layout import Layout
     from expfam_poco.engine.noise_plan import NoisePlan
     from expfam_poco.engine.products import Products
+    from expfam_poco.engine.rehearsal import Rehearsal
     from expfam_poco.engine.round import Round
+    from expfam_poco.engine.settings import Reading
+    from expfam_poco.engine.step import Step
     from expfam_poco.engine.watch import Watch
+    from expfam_poco.engine.width import StartingWidth
+    from expfam_poco.errors import NonFiniteError, Skips
 
 
 def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +49,7 @@ class Shell:
     param_groups: list[dict[str, Any]]
     state: Any
     _blocks: list[Block]
+    _readings: list[Reading]
     _clock: dict[str, int]
     _committed: tuple[int, set[int]]
     _products: Products
@@ -55,6 +61,12 @@ class Shell:
     _watch: Watch
     _flips: Flips
     _layout: Layout
+    _rehearsal: Rehearsal
+    _width: StartingWidth
+    _skips: Skips
+    _process_group: Any
+    _is_alone: bool
+    _opt_called: bool
 
     def _active(self) -> list[Block]:
         raise NotImplementedError("the optimizer knows its blocks")
@@ -74,6 +86,20 @@ class Shell:
     def _round(self, blocks: Sequence[Block], number: int) -> Round:
         raise NotImplementedError("the optimizer plans its rounds")
 
+    def _read_settings(self) -> None:
+        raise NotImplementedError("the optimizer reads its groups")
+
+    def _choices(
+        self, now: Round, blocks: Sequence[Block], *, always: bool = False
+    ) -> tuple[list[tuple[float, float]], list[bool] | None]:
+        raise NotImplementedError("the optimizer chooses α")
+
+    def _fell(self, error: NonFiniteError, number: int) -> None:
+        raise NotImplementedError("the optimizer counts its steps")
+
+    def _stamp(self, steps: Sequence[Step]) -> None:
+        raise NotImplementedError("the optimizer knows its refreshes")
+
     def _plan(self, blocks: Sequence[Block] | None) -> NoisePlan:
         raise NotImplementedError("the optimizer plans its noise")
 
@@ -82,6 +108,12 @@ class Shell:
 
     def _settle(self, *, raising: bool) -> None:
         raise NotImplementedError("the optimizer watches its steps")
+
+    def _require_one_process(self, what: str) -> None:
+        raise NotImplementedError("the optimizer knows the other processes")
+
+    def _summed(self, numbers: Sequence[float], blocks: Sequence[Block]) -> list[float]:
+        raise NotImplementedError("the optimizer knows the other processes")
 
     def _measured(
         self,

@@ -20,7 +20,16 @@ _IVON = {
     "family": "diagonal_gaussian", "curvature": "reparam", "momentum": 0.9, "precision_lr": 1.0 - 0.99999,
     "hess_init": 10.0, "weight_decay": 1e-4, "lr_scale": INITIAL_HESSIAN,
 }  # fmt: skip
-_SIGNS = {"family": "bernoulli", "curvature": "straight_through", "momentum": 0.9, "prior_in_momentum": True}
+_SIGNS = {
+    "family": "bernoulli", "curvature": "straight_through", "momentum": 0.9, "prior_in_momentum": True,
+    "square_momentum": 0.999, "lr_scale": 100.0, "kl_weight": 0.004,
+}  # fmt: skip
+# λ is of size 3, not 1/√n as real weights are: counted in hundreds, `lr` has Adam's range. Where one rate is for all,
+# lr is the rule's.
+STRENGTH = 3.0
+ONE_RATE: Mapping[str, Any] = {"lr_scale": 1.0, "kl_weight": 1.0, "strength": 1.0}
+# What Meng et al. 2020 have, with the rate and temperature of their code to be given; `BayesBiNN.as_published`.
+PUBLISHED: Mapping[str, Any] = {"square_momentum": None, "curvature": "relaxed", "strength": 10.0}
 # What `ivon-opt` has where nothing is said; `IVON.like_ivon_opt`.
 IVON_OPT: Mapping[str, Any] = {
     "hess_init": 1.0, "beta1": 0.9, "beta2": 0.99999, "weight_decay": 1e-4, "mc_samples": 1, "hess_approx": "price",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from expfam_poco.family import fields
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import Shell
 from expfam_poco.rule.estimators import Reparameterised
+
+Summed = Callable[[Sequence[float]], list[float]]  # over processes, where they have parts of parameters
 
 
 class Objective(NamedTuple):
@@ -54,6 +57,7 @@ def objective(
     *,
     samples: int,
     seed: int,
+    summed: Summed,
 ) -> Objective:
     """Monte Carlo estimate of the objective over `samples` draws; the caller restores the weights."""
     closures, shares = check_chunks(closures, weights)
@@ -63,11 +67,12 @@ def objective(
     if len(signs) != 1:
         raise ValueError("maximize: the groups differ, so there is no one objective; give all one maximize.")
     (sign,) = signs
-    sizes = {block.settings.ess for block in blocks}
+    sizes = {block.settings.ess * block.settings.kl_weight for block in blocks}
     if len(sizes) != 1:
         raise ValueError(f"ess: the groups differ ({sorted(sizes)}), so there is no one objective; give all one ess.")
     (ess,) = sizes
-    kl = sum(_kl(block, states[block.name]) for block in blocks)
+    terms = [block.settings.kl_weight * block.share * _kl(block, states[block.name]) for block in blocks]
+    (kl,) = summed([sum(terms)])
     noises = [draw_noise(b, "shared", samples, NoiseKey(seed, ELBO)) for b in blocks]
     params = [p for block in blocks for p in block.params]
 
@@ -79,21 +84,19 @@ def objective(
         for block, noise in zip(blocks, noises, strict=True):
             block.write(block.family.sample(states[block.name], noise[number : number + 1])[0])
         losses.append(sum(share * float(value) for share, value in zip(shares, map(loss, closures), strict=True)))
-    draws = torch.tensor(losses, dtype=torch.float64)
+    count, *losses = summed([1.0, *losses])
+    draws = torch.tensor(losses, dtype=torch.float64) / count
     mean, error = float(draws.mean()), float(draws.std() / samples**0.5)
     return Objective(-(ess * sign * mean + kl), ess * error, mean, kl)
 
 
-def mean_stddev(distributions: Mapping[str, Any]) -> float | None:
-    """The mean standard deviation over all weights whose distribution knows its variance, or None."""
-    total, count = 0.0, 0
-    for distribution in distributions.values():
-        try:
-            deviation = distribution.variance.sqrt()
-        except (NotImplementedError, AttributeError):
-            continue
-        total, count = total + float(deviation.sum()), count + deviation.numel()
-    return total / count if count else None
+def sum_of_stddevs(distribution: Any) -> tuple[float, int]:
+    """The sum of the standard deviations of all weights, and their number; 0 where the distribution has no variance."""
+    try:
+        deviation = distribution.variance.sqrt()
+    except (NotImplementedError, AttributeError):
+        return 0.0, 0
+    return float(deviation.sum()), deviation.numel()
 
 
 def _kl(block: Block, state: Any) -> float:
@@ -154,8 +157,12 @@ class Inspection(Shell):
             yield
 
     def posterior(self) -> dict[str, Any]:
-        """The trained q as Pyro distributions, by parameter name (by "group<i>" for joint families)."""
-        return {b.name: distribution_of(b, _copied(self._state(b)["posterior"])) for b in self._active()}
+        """The trained q as Pyro distributions, by parameter name (by "group<i>" for joint families).
+
+        Of a parameter that is spread over processes (`fully_shard`), of the rows that this process has.
+        """
+        here = filter(_has_weights, self._active())
+        return {b.name: distribution_of(b, _copied(self._state(b)["posterior"])) for b in here}
 
     def marginals(self) -> dict[str, Any]:
         """The trained q of every parameter by its name and in its shape: a joint family's marginals, else `posterior`.
@@ -164,14 +171,14 @@ class Inspection(Shell):
             NotImplementedError: a joint family has no marginals.
         """
         made: dict[str, Any] = {}
-        for block in self._active():
+        for block in filter(_has_weights, self._active()):
             state = _copied(self._state(block)["posterior"])
             made |= _marginals(block, state) if block.family.joint else {block.name: distribution_of(block, state)}
         return made
 
     def posterior_states(self) -> dict[str, Any]:
         """The trained q as `State`s by the same names: a prior for the next task, or q_out for `set_outer`."""
-        return {b.name: _copied(self._state(b)["posterior"]) for b in self._active()}
+        return {b.name: fields.map_fields(b.whole_of, _copied(self._state(b)["posterior"])) for b in self._active()}
 
     @torch.no_grad()
     def objective(
@@ -182,7 +189,7 @@ class Inspection(Shell):
         samples: int = 32,
         seed: int = 0,
     ) -> Objective:
-        """The evidence lower bound −(N E_q[ℓ] + KL(q ‖ p₀)) and its standard error over `samples` draws.
+        """The evidence lower bound −(N E_q[ℓ] + T KL(q ‖ p₀)), T = `kl_weight`, with its standard error over draws.
 
         Args:
             closures: chunks that together are the data, each giving its mean loss.
@@ -194,10 +201,11 @@ class Inspection(Shell):
         params = [p for block in blocks for p in block.params]
         with self._weights_restored(blocks), self._evaluator.undone(params, check_chunks(closures, weights)[0]):
             states = {b.name: self._state(b)["posterior"] for b in blocks}
-            return objective(blocks, states, closures, weights, samples=samples, seed=seed)
+            summed = functools.partial(self._summed, blocks=blocks)
+            return objective(blocks, states, closures, weights, samples=samples, seed=seed, summed=summed)
 
     def diagnostics(self) -> dict[str, float]:
-        """Plain numbers worth logging.
+        """Plain numbers worth logging. With parameters that are spread over processes, all of these have to ask.
 
         Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
@@ -223,14 +231,20 @@ class Inspection(Shell):
         numbers["compile_seconds"] = self.backend.compile_seconds
         blocks = self._active()
         states = {b.name: self._state(b)["posterior"] for b in blocks}
-        numbers.update(self._flips.read(self._clock["step"], blocks, states))
-        numbers["weight_norm"] = weight_norm(p for block in blocks for p in block.params)
-        try:
-            deviation = mean_stddev({b.name: distribution_of(b, states[b.name]) for b in blocks})
-        except NonFiniteError:
-            deviation = None
-        if deviation is not None:
-            numbers["mean_stddev"] = deviation
+        summed = functools.partial(self._summed, blocks=blocks)
+        numbers.update(self._flips.read(self._clock["step"], blocks, states, summed))
+        square, deviation, count = 0.0, 0.0, 0.0
+        for block in filter(_has_weights, blocks):
+            square += block.share * weight_norm(block.tensors) ** 2
+            try:
+                own, known = sum_of_stddevs(distribution_of(block, states[block.name]))
+            except NonFiniteError:
+                own, known = math.nan, 1
+            deviation, count = deviation + block.share * own, count + block.share * known
+        square, deviation, count = summed([square, deviation, count])
+        numbers["weight_norm"] = math.sqrt(square)
+        if count and not math.isnan(deviation):
+            numbers["mean_stddev"] = deviation / count
         return numbers
 
     def _settle(self, *, raising: bool) -> None:
@@ -241,7 +255,7 @@ class Inspection(Shell):
     def _mean_alpha(self, number: int, group: dict[str, Any]) -> tuple[float, float]:
         """α of the last step, the mean over a group's weights (adaptive ones differ from tensor to tensor)."""
         blocks = [b for b in self._blocks if b.group_number == number and b.name in self._alphas]
-        weights = sum(b.numel for b in blocks)
+        weights = sum(b.whole for b in blocks)
         if not blocks:
             if isinstance(group["alpha"], AdaptiveAlpha):
                 return 0.0, 0.0
@@ -249,7 +263,7 @@ class Inspection(Shell):
         pairs = [self._alphas[b.name] for b in blocks]
         if len(set(pairs)) == 1:
             return pairs[0]
-        first, second = (sum(p[k] * b.numel for p, b in zip(pairs, blocks, strict=True)) / weights for k in (0, 1))
+        first, second = (sum(p[k] * b.whole for p, b in zip(pairs, blocks, strict=True)) / weights for k in (0, 1))
         return first, second
 
     @torch.no_grad()
@@ -273,6 +287,11 @@ class Inspection(Shell):
         """
         chunks, _ = check_chunks(closures, None)
         blocks = self._trainable()
+        if any(block.shard is not None for block in blocks):
+            raise ValueError(
+                "params: parameters are spread over processes (fully_shard, DTensor), whose variances are not put "
+                "together; diagnostics() has those of the steps."
+            )
         if len(chunks) < 2:
             raise ValueError(f"closures: a variance needs two mini-batches or more, not {len(chunks)}.")
         if not self._memory_is_of(blocks):
@@ -291,8 +310,13 @@ class Inspection(Shell):
 
 def weight_norm(params: Iterable[Tensor]) -> float:
     """The Euclidean norm of all weights together."""
-    norms = torch._foreach_norm([p.detach() for p in params if p.numel()])
-    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
+    found = [p.detach() for p in params if p.numel()]
+    return math.sqrt(sum(float(norm) ** 2 for norm in torch._foreach_norm(found))) if found else 0.0
+
+
+def _has_weights(block: Block) -> bool:
+    """Whether any weights of it are here, not all on other processes."""
+    return block.numel > 0
 
 
 def _copied(state: Any) -> Any:

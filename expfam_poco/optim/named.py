@@ -14,7 +14,7 @@ from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.registry import get_family
-from expfam_poco.optim.choices import CHOICES, IVON_OPT, Named
+from expfam_poco.optim.choices import CHOICES, IVON_OPT, ONE_RATE, PUBLISHED, STRENGTH, Named
 
 
 class VSGDPoCo(Named):
@@ -273,14 +273,18 @@ class BayesBiNNPoCo(Named):
 
     Args:
         params: parameters or groups; groups of other families (`binarize_groups`) are stepped beside the binary ones.
-        lr: η. The step of λ is η N times the gradient, so lr · ess is what a rate on the mean loss would be: 100 to 300
-            for a network whose layers are normalised.
-        ess: N. The number of examples is Bayes' posterior; where the network of the signs alone is wanted, give 250 to
-            1000 times as many, a colder posterior, against which the prior's pull is weak.
+        lr: λ moves by at most about 100·lr in a step, as a latent weight does by Adam's lr; its range is Adam's, too.
+        ess: N, the number of examples.
         temperature: τ of the relaxed estimator, which it chooses: 1 to about 0.01, see `docs/binary-networks.md`.
         beta1: β.
+        square_momentum: β₂ of the squares by which every weight has a rate of its own (`rule.blr.own_rates`): no scale
+            of the loss, and none of a layer, matters then. None: the rule as published, in which λ moves by lr · ess
+            times the gradient.
+        kl_weight: T of N E_q[ℓ] + T KL(q ‖ p₀); None: 1/250, colder than Bayes' posterior, for the accuracy of the
+            signs (1 with `square_momentum=None`). After `next_task` it is 1, since the prior then has seen data.
         mc_samples: draws per evaluation.
-        strength: |λ| at the beginning; the published code has 10, which float32 does not bear at small τ.
+        strength: |λ| at first; None: 3 (1 with `square_momentum=None`). The published code has 10, which float32
+            does not bear at small τ.
         initial: "sign" of the model's weights, or "value" (λ = strength · weight: from a trained float network).
         stale_mean: of the relaxed estimator, which it chooses: divide by 1 − μ² of the λ before the last step, as the
             published code does.
@@ -294,7 +298,7 @@ class BayesBiNNPoCo(Named):
         >>> x = torch.randn(64, 5)
         >>> y = x @ torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])
         >>> weight = torch.nn.Parameter(torch.randn(5))
-        >>> opt = poco.BayesBiNNPoCo([weight], lr=1e-3, ess=64.0, seed=0)
+        >>> opt = poco.BayesBiNNPoCo([weight], ess=64.0, seed=0)
         >>> closure = lambda: (x @ weight - y).square().mean()
         >>> for step in range(100):
         ...     if step % 20 == 10:
@@ -307,11 +311,16 @@ class BayesBiNNPoCo(Named):
     chosen = CHOICES["BayesBiNNPoCo"]
 
     def __init__(
-        self, params: Any, lr: float, ess: float, *, temperature: float | None = None, beta1: float = 0.9,
-        mc_samples: int = 1, strength: float = 1.0, initial: str = "sign", stale_mean: bool = False,
+        self, params: Any, lr: float = 3e-3, ess: float | None = None, *, temperature: float | None = None,
+        beta1: float = 0.9, square_momentum: float | None = 0.999, kl_weight: float | None = None, mc_samples: int = 1,
+        strength: float | None = None, initial: str = "sign", stale_mean: bool = False,
         curvature: str | Estimator | None = None, alpha: Alpha | None = None, **choices: Any,
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1")
+        usual = ONE_RATE if square_momentum is None else {"strength": STRENGTH, **self.chosen}
+        choices = {"lr_scale": usual["lr_scale"], **choices, "square_momentum": square_momentum}
+        choices["kl_weight"] = usual["kl_weight"] if kl_weight is None else kl_weight
+        strength = usual["strength"] if strength is None else strength
         no_decay(choices)
         flag("stale_mean", stale_mean)
         kind: Any = get_family(self.chosen["family"])
@@ -331,13 +340,33 @@ class BayesBiNNPoCo(Named):
 class BayesBiNN(BayesBiNNPoCo):
     """BayesBiNN (Meng, Bachmann and Khan 2020): `BayesBiNNPoCo` with α = 0. Same arguments.
 
+    `BayesBiNN.as_published` has the rule and the estimator of that paper.
+
     Example:
         >>> import torch, expfam_poco as poco
         >>> weight = torch.nn.Parameter(torch.randn(3))
-        >>> opt = poco.BayesBiNN([weight], lr=0.1, ess=10.0)
+        >>> opt = poco.BayesBiNN([weight], ess=10.0)
         >>> loss = opt.step(lambda: (weight - 1.0).square().mean())
         >>> weight.abs()
         tensor([1., 1., 1.], grad_fn=<AbsBackward0>)
     """
 
     chosen = CHOICES["BayesBiNN"]
+
+    @classmethod
+    def as_published(cls, params: Any, lr: float, ess: float, **choices: Any) -> Self:
+        """A `BayesBiNN` that is the published rule, `choices.PUBLISHED`: one rate, Bayes' posterior, relaxed gradients.
+
+        Args:
+            params: parameters or groups.
+            lr: η; λ moves by lr · ess times the natural gradient.
+            ess: N.
+            **choices: over those; `temperature` is τ.
+
+        Example:
+            >>> import torch, expfam_poco as poco
+            >>> opt = poco.BayesBiNN.as_published([torch.nn.Parameter(torch.randn(3))], lr=1e-3, ess=10.0)
+            >>> opt.param_groups[0]["curvature"], opt.param_groups[0]["square_momentum"]
+            (Relaxed(temperature=1.0, epsilon=0.0), None)
+        """
+        return cls(params, lr, ess, **{**PUBLISHED, **choices})

@@ -17,25 +17,27 @@ from torch import Tensor
 from expfam_poco.closures.effects import mark_used
 from expfam_poco.closures.evaluate import Closure, parts_of
 from expfam_poco.closures.fp16 import ScaledOverflow
+from expfam_poco.closures.shards import made
 from expfam_poco.correction import Correction, resolve_correction, transported
 from expfam_poco.correction.alpha import Pace, Staleness
 from expfam_poco.correction.snapshot import Alpha
+from expfam_poco.correction.transported import check_transport
 from expfam_poco.correction.variance import VarianceMeter
 from expfam_poco.engine import beginning, settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.beginning import Beginning
-from expfam_poco.engine.block import Block, Record, make_blocks, new_record, singular_error, touched
+from expfam_poco.engine.block import Block, Record, make_blocks, new_record, touched
 from expfam_poco.engine.evaluator import Evaluator
-from expfam_poco.engine.flat import FlatBlock
+from expfam_poco.engine.flat import FlatBlock, follow
 from expfam_poco.engine.flips import Flips
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.layout import Layout, Restored, write_point
 from expfam_poco.engine.noise_plan import NOISE_MODES, NoisePlan, draws_of
 from expfam_poco.engine.products import Products
 from expfam_poco.engine.rehearsal import Rehearsal
-from expfam_poco.engine.round import Round, holds_draw
+from expfam_poco.engine.round import Pair, Round, holds_draw
 from expfam_poco.engine.rows import are_local
-from expfam_poco.engine.step import Step, clip_factor, follow, hold_together
+from expfam_poco.engine.step import Step, clip_factor, hold_together, prepare, show_meter
 from expfam_poco.engine.watch import Watch
 from expfam_poco.engine.width import StartingWidth, check_reach
 from expfam_poco.errors import NonFiniteError, Skips
@@ -43,13 +45,14 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator, require_draws
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.captured import Capturing
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.outer import Refreshing
 from expfam_poco.optim.records import CLOCK, Resuming
 from expfam_poco.optim.travelled import only_makes_state
 
 
-class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer):
+class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.optim.Optimizer):
     r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
 
         ĝ = ∇̃L_B(λ_in) − α [∇̃L_B(λ_out) − ḡ_out],      λ ← λ − η (∇̃KL(q_λ ‖ p₀) + N ĝ)     (PC Eq. 13, 18)
@@ -80,6 +83,11 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         anchor_weight: weight of the anchor term; None takes the estimator's.
         retraction: "second_order" (always in the domain) or "plain" (the exact rule; refuses to leave it).
         momentum: β₁ on the family's momentum block.
+        square_momentum: β₂ of an average of squared natural gradients, which gives every weight a rate of its own, as
+            Adam's; no scale of the loss then matters (`rule.blr.own_rates`). None: one rate. Not for families whose
+            precision scales their steps.
+        kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀): a posterior at temperature T, colder than Bayes' below 1.
+            The same as ess/T.
         debias: divide the momentum by 1−β₁ᵗ.
         precision_lr: rate of the other blocks (the precision); None: lr.
         clip_radius: ξ, limit of each entry of the step before lr.
@@ -141,6 +149,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         hess_init: float | None = None,
         reanchor_average: bool = True,
         prior_in_momentum: bool = False,
+        square_momentum: float | None = None,
+        kl_weight: float = 1.0,
         own_site: bool = False,
         mc_samples: int = 1,
         max_grad_norm: float | None = None,
@@ -194,6 +204,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
             "anchor_weight": anchor_weight,
             "retraction": retraction,
             "momentum": momentum,
+            "square_momentum": square_momentum,
+            "kl_weight": kl_weight,
             "debias": debias,
             "clip_radius": clip_radius,
             "hess_init": hess_init,
@@ -204,7 +216,7 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         }
         super().__init__(params, defaults)
         settings.check_prior_names(self.param_groups, [block.name for block in self._blocks])
-        settings.check_transport(transport, self.param_groups)
+        check_transport(transport, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks, and the `step` that a scheduler has wrapped: they belong to this one, not to a copy."""
@@ -259,6 +271,8 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
         """The blocks that take part now, with their records made or brought up to date."""
         self._layout.recover()
         self._read_settings()
+        if made and any([block.has_moved() for block in self._blocks if block.is_part]):
+            self._layout = Layout()
         active, known = [], list[Block]()
         for block in self._blocks:
             block.check_members(self.param_groups[block.group_number]["params"])
@@ -365,16 +379,20 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
                     self._width.compare(float(loss), at_weights)
                 self._advance(steps, number)
         except NonFiniteError as error:
-            if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
-                raise
-            self._skips.skipped(error)
-            self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
+            self._fell(error, number)
         else:
             self._skips.stepped()
             check_reach(number, blocks)
         finally:
             self._layout.recover()
         return loss
+
+    def _fell(self, error: NonFiniteError, number: int) -> None:
+        """Count a step that was none, or raise its error."""
+        if self.nonfinite == "raise" and not isinstance(error, ScaledOverflow):
+            raise error
+        self._skips.skipped(error)
+        self._clock.update(step=number, skipped=self._clock["skipped"] + 1)
 
     def _measured(
         self,
@@ -386,14 +404,19 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
     ) -> tuple[Tensor, list[Step]]:
         """Evaluate both draws of every pair of every part, and make steps of them; `always`: even where α is 0."""
         now = self._round(blocks, number, apart=are_local(parts, blocks))
-        alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, number), always=always)
+        alphas, wanted = self._choices(now, blocks, always=always)
+        return now.evaluate(parts, self._evaluator, alphas, wanted, self._clock["refresh"], always)
+
+    def _choices(
+        self, now: Round, blocks: Sequence[Block], *, always: bool = False
+    ) -> tuple[list[Pair], list[bool] | None]:
+        """Every unit's α, and whether its pair is measured even where that is 0; None: nothing is evaluated twice."""
+        alphas, wanted = now.alphas(self._meter, Pace.of(self._clock, now.number), always=always)
         self._alphas = now.alphas_by_name(alphas)
         asked = any(map(any, alphas)) or any(wanted)
-        self._stale.check(asked and self.correction.compares, number - self._clock["refreshed"])
+        self._stale.check(asked and self.correction.compares, now.number - self._clock["refreshed"])
         comparing = asked and self.correction.compares and self._memory_is_of(blocks)
-        return now.evaluate(
-            parts, self._evaluator, alphas, wanted if comparing else None, self._clock["refresh"], always
-        )
+        return alphas, wanted if comparing else None
 
     def _memory_is_of(self, blocks: Sequence[Block]) -> bool:
         """Whether the memories are of one refresh of just these blocks; else (frozen, added) steps are plain."""
@@ -403,19 +426,24 @@ class PosteriorCorrected(Refreshing, Inspection, Resuming, torch.optim.Optimizer
     def _advance(self, steps: Sequence[Step], number: int) -> None:
         """Compute every block's new posterior, then commit all of them at once."""
         most = self.max_grad_norm
-        factor: float | Tensor = clip_factor(steps, most) if most is not None and steps else 1.0
+        spread = self._evaluator.spread
+        factor: float | Tensor = clip_factor(steps, most, spread) if most is not None and steps else 1.0
         following = self._plan(None).step_key(number + 1) if self._rehearsal.ahead else None
-        try:
-            for step in steps:
-                step.prepare(factor, following)
-        except torch.linalg.LinAlgError:
-            raise singular_error(step.block) from None
-        hold_together(steps)
-        for step in steps:
-            step.meter(self._meter, number)
+        if spread is None:
+            prepare(steps, factor, following)
+        else:
+            with spread.failing_together():
+                prepare(steps, factor, following)
+        hold_together(steps, spread)
+        show_meter(self._meter, steps, number, self._blocks, spread)
         with Uninterrupted():
             self._commit(steps, number)
-        self._watch.take([step.unsound for step in steps if step.unsound is not None], number)
+        unsound = [step.unsound for step in steps if step.unsound is not None]
+        if spread is None:
+            self._watch.take(unsound, number)
+        else:
+            with spread.failing_together(stepped=True):
+                self._watch.take(unsound, number)
 
     def _commit(self, steps: Sequence[Step], number: int) -> None:
         """Make the new posteriors the blocks', and the step the last; where that fails half-way, the next goes on."""

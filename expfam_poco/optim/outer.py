@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.arguments import whole
+from expfam_poco.closures.caches import forget_weights
 from expfam_poco.closures.evaluate import Closure, check_chunks, parts_of, unused_error
 from expfam_poco.closures.fp16 import ScaledOverflow
 from expfam_poco.correction.alpha import refreshed
@@ -15,6 +17,7 @@ from expfam_poco.correction.snapshot import outer_from_posterior
 from expfam_poco.engine import beginning
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.rows import check_refreshed
+from expfam_poco.engine.spread import errors_together, failing_together
 from expfam_poco.engine.step import remember
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
@@ -27,13 +30,21 @@ class Refreshing(Together):
 
     @torch.no_grad()
     def refresh(
-        self, closures: Sequence[Closure], weights: Sequence[float] | None = None, *, scaler: Any = None
+        self,
+        closures: Sequence[Closure],
+        weights: Sequence[float] | None = None,
+        *,
+        draws: int = 1,
+        scaler: Any = None,
     ) -> Tensor:
         """Make q_out from a mega-batch: λ_out ← λ_in, ḡ_out ← ρ ḡ_out + (1−ρ) mean over chunks (Eq. 17, 26).
 
         Args:
             closures: one for each chunk of the mega-batch; each returns the mean loss of its chunk.
             weights: the chunks' numbers of examples; None counts chunks equally.
+            draws: how many times all of it is evaluated, each with noise of its own. The noise in ḡ_out stays in every
+                step until the next refresh: of a posterior that is wide for its loss one draw is too few. From two on
+                it is measured, for "total_variance_ratio.…" of `diagnostics()` and for `alpha="adaptive"`.
             scaler: a `torch.amp.GradScaler` for fp16, told of overflows; call `scaler.update()` after the next step.
 
         Returns:
@@ -41,15 +52,16 @@ class Refreshing(Together):
 
         On any other error, also with nonfinite="skip", q_out stays as it was and the error is raised.
         """
+        whole("draws", draws, 1)
         self._settle(raising=True)
         try:
-            return self._refresh(closures, weights, scaler)
+            return self._refresh(closures, weights, draws, scaler)
         except ScaledOverflow:
             return NonFiniteError.loss
         finally:
             self._layout.recover()
 
-    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, scaler: Any) -> Tensor:
+    def _refresh(self, closures: Sequence[Closure], weights: Sequence[float] | None, draws: int, scaler: Any) -> Tensor:
         if self.correction.compares and not self.correction.refresh_evaluations:
             raise ValueError(f"correction={self.correction!r}: no refresh makes it; give it one by set_outer(state).")
         chunks, shares = check_chunks(closures, weights)
@@ -57,18 +69,23 @@ class Refreshing(Together):
         blocks = self._trainable()
         check_refreshed(parts, blocks)
         counts = [1.0] * len(parts) if weights is None else weights
-        self._join([(part, 1.0) for part in parts], blocks, "a refresh", counts)
+        doing = "a refresh" if draws == 1 else f"a refresh of {draws} draws"
+        self._join([(part, 1.0) for part in parts], blocks, doing, counts)
         before, count, mega = self._chunks(len(parts))
         refresh, first = self._clock["refresh"] + 1, self._clock["chunk"] + 1 + before
         now = self._round(blocks, self._clock["step"] + 1)
         self._products.begin()
         with self._weights_restored(blocks):
-            loss, trials = now.evaluate_chunks(list(zip(parts, shares, strict=True)), self._evaluator, refresh, first)
+            chunked = list(zip(parts, shares, strict=True))
+            loss, trials, errors = now.evaluate_mega(chunked, self._evaluator, refresh, first, draws, count)
         if not any(any(trial.used) for trial in trials):
             raise unused_error()
-        memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
+        errors = errors_together(errors, self._blocks, self._evaluator.spread)
+        with failing_together(self._evaluator.spread):
+            memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
         with Uninterrupted():
-            self._clock.update(refreshed(self._clock, count), mega=mega)
+            self._clock.update(refreshed(self._clock, count * draws), mega=mega)
+            self._meter.outer = errors
             now.keep(memories, trials, self._clock["memory"])
             self._products.commit()
         return loss
@@ -94,6 +111,7 @@ class Refreshing(Together):
                 record["memory"], record["stamp"] = None, 0
             self._write_point(block)
             block.note_weights()
+        forget_weights()
 
     @torch.no_grad()
     def set_outer(self, state: Mapping[str, Any]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco import arguments
 from expfam_poco.arguments import instance
 from expfam_poco.correction import CORRECTIONS
 from expfam_poco.correction.alpha import alpha_from, describe_alpha
@@ -28,6 +29,7 @@ from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.registry import name_of
 from expfam_poco.optim.base import Shell
 from expfam_poco.optim.checkpoint import PRECISE, Recorded, check_clock, check_groups, filled, fitted, is_count, reading
+from expfam_poco.rule.blr import average_names
 
 CLOCK = ("step", "refresh", "refreshed", "memory", "chunk", "sample", "skipped", "mega", "every")
 _NEWER = {"mega": 0, "every": 0}  # counters that formats below 5 do not have
@@ -70,15 +72,19 @@ def encode_state(block: Block, state: Mapping[str, Any], correction: Correction)
     are: what there is not yet holds its place with infinities, or with −1 in whole numbers.
     """
     family, posterior, memory, momentum = block.family, state["posterior"], state["memory"], state["momentum"]
-    averaged = dict(zip(family.momentum_block, momentum, strict=True)) if momentum else {}
+    count = len(family.momentum_block)
+    squares = len(momentum) > count or block.settings.square_momentum is not None
+    names = average_names(family, squares)
+    averaged = dict(zip(names, momentum, strict=True)) if len(momentum) == len(names) else {}
     if memory is None or not averaged:
         site = family.kl_gradient(posterior, posterior)
         like = memory_like(correction, family, posterior, site) if memory is None else memory
         memory = fields.map_leaves(_absent, like) if memory is None else memory
-        averaged = averaged or {name: _absent(getattr(site, name)) for name in family.momentum_block}
+        zeros = [getattr(site, name) for name in family.momentum_block]
+        averaged = averaged or {name: _absent(zeros[i % count]) for i, name in enumerate(names)}
     drawn = dict.fromkeys(NOISE, -1) if state["drawn"] is None else dataclasses.asdict(state["drawn"])
     ages = torch.full(block.batch[:1], -1) if state["ages"] is None else state["ages"].clone()
-    return {
+    plain = {
         "step": state["step"],
         "ages": ages,
         "stamp": state["stamp"],
@@ -88,6 +94,14 @@ def encode_state(block: Block, state: Mapping[str, Any], correction: Correction)
         "momentum": {name: value.clone() for name, value in averaged.items()},
         "memory": {} if memory is None else plain_of(memory),
     }
+    return plain if block.shard is None else _of_tensors(block.whole_of, plain) | {"ages": block.shard.spread(ages, 1)}
+
+
+def _of_tensors(function: Callable[[Tensor], Tensor], plain: Any) -> Any:
+    """Nested dictionaries with a function of their tensors."""
+    if isinstance(plain, Mapping):
+        return {name: _of_tensors(function, value) for name, value in plain.items()}
+    return function(plain) if isinstance(plain, Tensor) else plain
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -100,7 +114,7 @@ def _is_absent(value: Any, like: Any) -> bool:
         return True
     if isinstance(like, Tensor):
         fits = isinstance(value, Tensor) and value.shape == like.shape and value.dtype in PRECISE
-        return fits and bool((value == torch.inf).all())
+        return fits and value.numel() > 0 and bool((value == torch.inf).all())
     like = like if isinstance(like, Mapping) else like._asdict()
     return bool(like) and set(value) == set(like) and all(_is_absent(value[name], own) for name, own in like.items())
 
@@ -115,10 +129,14 @@ def plain_of(values: Any) -> Any:
 def decode_state(block: Block, plain: Any, correction: Correction) -> Record | None:
     """The inverse of `encode_state` on the block's device and in its dtype, checked; None has not begun."""
     family, where = block.family, f"state_dict: the state of {block.name!r}"
+    if block.shard is not None and isinstance(plain, Mapping):
+        plain = _of_tensors(block.part_of, plain) | {"ages": block.shard.cut(plain["ages"], 1)}
     expected = family.centred_at(block.read())
     site = family.kl_gradient(expected, expected)
     try:
-        average = {name: getattr(site, name) for name in family.momentum_block}
+        given, count = plain["momentum"], len(family.momentum_block)
+        names = average_names(family, isinstance(given, dict) and len(given) > count)
+        average = {name: getattr(site, family.momentum_block[i % count]) for i, name in enumerate(names)}
         like = memory_like(correction, family, expected, site)
         if plain["posterior"] is not None and _is_absent(plain["posterior"], expected):
             return None
@@ -219,7 +237,7 @@ def posteriors_of(
 def _posterior(block: Block, value: Any, like: Any) -> Any:
     """The State on the block's device and in its dtype."""
     if isinstance(value, type(like)) and all(isinstance(v, Tensor) and v.is_floating_point() for v in value):
-        cast = type(like)(*(v.to(device=block.device, dtype=block.dtype) for v in value))
+        cast = type(like)(*(block.part_of(v).to(device=block.device, dtype=block.dtype) for v in value))
         shapes = [v.shape for v in cast] == [v.shape for v in like]
         if shapes and bool(block.family.in_domain(cast)):
             return cast
@@ -243,9 +261,9 @@ def _decode_group(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str,
 
 
 def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state_dict of format 2 to 6 in the present format."""
+    """A state_dict of format 2 to 7 in the present format."""
     header = state_dict.get("poco")
-    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4, 5, 6):
+    if not isinstance(header, Mapping) or header.get("format") not in (2, 3, 4, 5, 6, 7):
         return state_dict
     try:
         state_dict = _from_2(state_dict, header) if header["format"] == 2 else state_dict
@@ -253,8 +271,13 @@ def upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         for group in state_dict["param_groups"]:  # below 4 their lr_scale was what is lr_convention now
             kept = {name: value for name, value in group.items() if name != "lr_scale" or "lr_convention" in group}
             scale = group["lr_convention" if "lr_convention" in group else "lr_scale"]
-            groups.append({"own_site": False, **kept, "lr_convention": scale})
-        state = {key: _with_ages(record) if is_count(key) else record for key, record in state_dict["state"].items()}
+            groups.append(
+                {"own_site": False, "square_momentum": None, "kl_weight": 1.0, **kept, "lr_convention": scale}
+            )
+        state = {
+            key: _with_ages(record) if is_count(key) and header["format"] < 7 else record
+            for key, record in state_dict["state"].items()
+        }
         header = {
             "records": sorted(filter(is_count, state_dict["state"])),
             **state_dict["poco"],
@@ -319,7 +342,7 @@ class Resuming(Recorded, Shell):
     """What a `PosteriorCorrected` saves, and continues from; mixed into it."""
 
     header: ClassVar[str] = "poco"
-    newest: ClassVar[int] = 7
+    newest: ClassVar[int] = 8
     described: ClassVar[tuple[str, ...]] = ("family", "curvature")
     needed: Sequence[str] = HYPERPARAMETERS
 
@@ -416,13 +439,22 @@ class Resuming(Recorded, Shell):
         self._products.hessian = header["anchor_hessian"]
 
     @torch.no_grad()
-    def next_task(self) -> None:
+    def next_task(self, *, kl_weight: float = 1.0) -> None:
         """Make the present posterior the prior: training goes on with another task's data (as in BayesBiNN §5).
 
         λ₀ ← λ for every family and parameter, frozen ones too; q stays where it is. Momentum and q_out, which belong to
         the old task, are forgotten.
-        `weight_decay` has no further part; ess·∇̃KL now pulls towards the old task's posterior.
+        `weight_decay` has no further part; ∇̃KL now pulls towards the old task's posterior.
+
+        Args:
+            kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀) from now on, in groups where every weight has a rate
+                of its own (`square_momentum`); steps do not become larger by it. A first prior that knows nothing may
+                be weak for the sake of accuracy; this one has seen data, and counts as Bayes' rule says at 1.
+
+        Raises:
+            ValueError: for a weight that is not positive and finite.
         """
+        arguments.positive("kl_weight", kl_weight)
         self._trainable()
         for number, group in enumerate(self.param_groups):
             blocks = [block for block in self._blocks if block.group_number == number]
@@ -431,9 +463,11 @@ class Resuming(Recorded, Shell):
             for block in blocks:
                 own = self.state.get(block.params[0])
                 if own:  # a parameter that was always frozen has no posterior, and keeps its prior
-                    known[block.name] = fields.map_fields(torch.clone, own["posterior"])
+                    known[block.name] = fields.map_fields(lambda v, b=block: b.whole_of(v.clone()), own["posterior"])
                     own.update(memory=None, stamp=0, in_mega=False, momentum=(), step=0, ages=None)
             group["prior"] = known
+            if group["square_momentum"] is not None:
+                group["kl_weight"] = float(kl_weight)
         self._products.reset()
 
     def _wide(self) -> dict[str, Any]:

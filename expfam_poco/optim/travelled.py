@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expfam_poco.closures.shards import local
 from expfam_poco.errors import CheckpointError
 
 KEY = "header"
@@ -83,4 +84,4 @@ def only_makes_state(closure: Any, groups: Sequence[Mapping[str, Any]]) -> bool:
     if closure is not None or any(group.get("lr") != 0.0 for group in groups):
         return False
     params = [p for group in groups for p in group["params"] if p.requires_grad]
-    return bool(params) and all(p.grad is not None and not bool(p.grad.any()) for p in params)
+    return bool(params) and all(p.grad is not None and not bool(local(p.grad).any()) for p in params)

@@ -15,15 +15,18 @@ from torch.nn import Parameter
 
 from expfam_poco import arguments
 from expfam_poco.closures.evaluate import require_finite
+from expfam_poco.closures.shards import require_whole
 from expfam_poco.engine import settings
 from expfam_poco.engine.backend import Backend, plainly
 from expfam_poco.engine.block import check_parameter
 from expfam_poco.engine.pointwise import Member, Pointwise, spoil_of
 from expfam_poco.engine.watch import Watch
 from expfam_poco.errors import CheckpointError, NonFiniteError, Skips
+from expfam_poco.family import recording
 from expfam_poco.family.transfer import is_ahead
 from expfam_poco.optim import travelled
 from expfam_poco.optim.base import without_hooks
+from expfam_poco.optim.captured_gradients import CapturedGradientStep
 from expfam_poco.optim.checkpoint import Recorded, check_clock, fitted, is_count
 from expfam_poco.rule import gradient_model
 from expfam_poco.rule.gradient_model import Families
@@ -53,6 +56,9 @@ class Spoiled(NamedTuple):
         )
         error.stepped = count != self.among
         return error
+
+
+Used = tuple[dict[str, Any], Parameter]  # a group, and a parameter of it that has a gradient
 
 
 class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
@@ -120,12 +126,14 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
             self.check(group)
             arguments.flag("maximize", group["maximize"])
             for number, p in enumerate(group["params"]):
-                check_parameter(p, f"parameter {number} of group {len(self.param_groups) - 1}")
+                name = f"parameter {number} of group {len(self.param_groups) - 1}"
+                check_parameter(p, name)
+                require_whole(p, name, type(self).__name__)
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def _used(self) -> list[tuple[dict[str, Any], Parameter]]:
+    def _used(self) -> list[Used]:
         """The parameters that have a gradient; the others, and frozen ones, are left alone."""
         found = []
         for group in self.param_groups:
@@ -169,16 +177,28 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
         try:
             self._step(self._used())
         except NonFiniteError as error:
-            self._clock["skipped"] += not error.stepped
-            if self.nonfinite == "raise":
-                raise
-            self._skips.skipped(error)
+            self._fell(error)
         else:
             self._skips.stepped()
         return loss
 
+    def _fell(self, error: NonFiniteError) -> None:
+        """Count a step that was none, or raise its error."""
+        self._clock["skipped"] += not error.stepped
+        if self.nonfinite == "raise":
+            raise error
+        self._skips.skipped(error)
+
+    def _step(self, used: list[Used]) -> None:
+        counts = self._advanced(used)
+        for _, p in used:
+            self.state[p]["step"] += 1
+        self._clock["steps"] += 1
+        self._watch.take(counts, self._clock["steps"])
+
     @plainly
-    def _step(self, used: list[tuple[dict[str, Any], Parameter]]) -> None:
+    def _advanced(self, used: list[Used]) -> list[Spoiled]:
+        """Step all, but do not count it; what was not finite."""
         sizes = [p.numel() for _, p in used]
         streamed = self.backend.in_place(sum(sizes))
         # All or nothing; else what steps in place looks, in the same pass over the weights.
@@ -189,20 +209,28 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
                 spoils = {device: spoil_of([p.grad for _, p in used if p.grad is not None]) for device in where}
             else:
                 require_finite([p.grad for _, p in used])
-        members, numbers = list[Member](), dict[Any, tuple[float, ...]]()
+        members, kinds = list[Member](), self.kinds(used)
+        record, numbers = recording.active, dict[Any, tuple[Any, ...]](kinds)
+        if record is not None:
+            streamed = streamed or all([self.backend.fuses_all(self.rule, p.device) for _, p in used])
+            numbers = {kind: tuple(record.numbers(f"kind {i}", own)) for i, (kind, own) in enumerate(kinds.items())}
         for group, p in used:
             state = self._started(p, group)
-            state["step"] += 1
-            key = id(group), state["step"]
-            if key not in numbers:
-                common = group["lr"], group["weight_decay"], group["eps"]
-                numbers[key] = tuple([float(v) for v in (*common, *self.numbers(group, state["step"]))])
             assert p.grad is not None
             values = p.detach(), *(state[name] for name in self.state_names)
-            members.append(Member(values, p.grad.detach(), numbers[key], group["maximize"]))
+            members.append(Member(values, p.grad.detach(), numbers[id(group), state["step"]], group["maximize"]))
         counts = self._pointwise.step(members, streamed=streamed, spoils=spoils)
-        self._clock["steps"] += 1
-        self._watch.take([Spoiled(count, sum(sizes) if spoils else None) for count in counts], self._clock["steps"])
+        return [Spoiled(count, sum(sizes) if spoils else None) for count in counts]
+
+    def kinds(self, used: list[Used]) -> dict[tuple[int, int], tuple[float, ...]]:
+        """The numbers of the next step, by the group and how often a parameter has been stepped."""
+        found: dict[tuple[int, int], tuple[float, ...]] = {}
+        for group, p in used:
+            age = self._started(p, group)["step"]
+            if (id(group), age) not in found:
+                common = group["lr"], group["weight_decay"], group["eps"]
+                found[id(group), age] = tuple([float(v) for v in (*common, *self.numbers(group, age + 1))])
+        return found
 
     def _started(self, p: Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter, which begins with the prior."""
@@ -217,6 +245,23 @@ class GradientModelOptimizer(Recorded, torch.optim.Optimizer):
                 "the first step, or call optimizer.load_state_dict(optimizer.state_dict()) after moving it."
             )
         return state
+
+    def captured(self, closure: Callable[..., Any], example_batch: Any) -> CapturedGradientStep:
+        """Gradients and step as one CUDA graph, as `PosteriorCorrected.captured` has it.
+
+        Args:
+            closure: closure(*batch) of a tuple or list, closure(batch) of anything else, returns the mean loss, without
+                calling `backward()`.
+            example_batch: tensors (or tuples, lists and dictionaries of them) of the shapes and dtypes to come.
+
+        Returns:
+            a function of a batch, which returns the loss as a tensor on the device.
+
+        Raises:
+            TypeError, ValueError: for what no graph can be made of; the sentence says why.
+            RuntimeError: if the closure cannot be captured.
+        """
+        return CapturedGradientStep(self, closure, example_batch)
 
     def diagnostics(self) -> dict[str, float]:
         """Plain numbers worth logging: steps, skipped steps, the seconds spent on compiling."""

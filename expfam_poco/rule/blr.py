@@ -18,7 +18,7 @@ takes ∇̃KL, in which it cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from expfam_poco.family.base import ExponentialFamily
 
 
+TINY = torch.finfo(torch.float32).tiny  # a rate of 0 and no gradient: no step
+
+
 class BLRState(NamedTuple):
-    """What a step carries on: the posterior in its chart, and the average of each momentum field (or ())."""
+    """What a step carries on: the posterior in its chart, the averages of momentum, then those of squares (or ())."""
 
     posterior: Any
     momentum: tuple[Tensor, ...]
@@ -96,18 +99,28 @@ def init(
     precision: float | Tensor | None = None,
     *,
     momentum: float = 0.0,
+    squares: bool = False,
 ) -> BLRState:
-    """The state to start from: q centred at `theta`, momentum at zero. Pure: runs under `torch.func.vmap`."""
+    """The state to start from: q centred at `theta`, averages at zero. Pure: runs under `torch.func.vmap`."""
     posterior = family.centred_at(theta, precision)
-    return BLRState(posterior, init_momentum(family, posterior, momentum))
+    return BLRState(posterior, init_momentum(family, posterior, momentum, squares))
 
 
-def init_momentum(family: ExponentialFamily, posterior: Any, momentum: float) -> tuple[Tensor, ...]:
-    """One zero tensor for each momentum field, none when momentum is off."""
-    if momentum == 0.0:
+def init_momentum(
+    family: ExponentialFamily, posterior: Any, momentum: float, squares: bool = False
+) -> tuple[Tensor, ...]:
+    """One zero tensor for each momentum field, none when momentum is off; twice as many where squares are averaged."""
+    if momentum == 0.0 and not squares:
         return ()
     zero = family.kl_gradient(posterior, posterior)
-    return tuple(torch.zeros_like(getattr(zero, name)) for name in family.momentum_block)
+    names = [*family.momentum_block] * (2 if squares else 1)
+    return tuple(torch.zeros_like(getattr(zero, name)) for name in names)
+
+
+def average_names(family: ExponentialFamily, squares: bool) -> tuple[str, ...]:
+    """Names of the averages that a step carries on."""
+    names = family.momentum_block
+    return (*names, *(f"{name}_square" for name in names)) if squares else names
 
 
 def update(
@@ -126,11 +139,17 @@ def update(
     clip_radius: float = math.inf,
     retraction: str = "second_order",
     prior_in_momentum: bool = False,
+    squares: float | Tensor | None = None,
+    unsquare: float | Tensor = 1.0,
 ) -> BLRState:
     """One step of the Bayesian learning rule in the family's chart.
 
         ḡ ← β ḡ + (1−β) ĝ   on the momentum block,      D = ∇̃KL(q ‖ p₀) + N (ḡ/(1−βᵗ) + anchor)
         q ← retract(q, D, rates)
+
+    With `squares` = β₂ every weight has a rate of its own, as in Adam (`own_rates`):
+
+        v ← β₂ v + (1−β₂) ĝ²,      D ← D / (N √(v/(1−β₂ᵗ)) + rate)
 
     Args:
         family: the exponential family.
@@ -148,6 +167,8 @@ def update(
         clip_radius: ξ, the largest entry of the step before its rate.
         retraction: "second_order" or "plain"; ask `family.in_domain` after a plain one.
         prior_in_momentum: average ∇̃KL/N + ĝ in place of ĝ, as BayesBiNN does.
+        squares: β₂ of the average of squared natural gradients; None: the rates are as they are.
+        unsquare: 1 − β₂ᵗ.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -159,13 +180,15 @@ def update(
         tensor([-1.,  1.])
     """
     memory: tuple[Tensor, ...] = ()
+    seconds: tuple[Tensor, ...] = ()
+    measured, count = site, len(family.momentum_block)
     kl = family.kl_gradient(blr_state.posterior, prior)
     if prior_in_momentum:
         site = fields.map_fields(lambda pull, g: g + pull / ess, kl, site)
         kl = fields.scale(kl, 0.0)
-    if isinstance(momentum, Tensor) or momentum > 0.0:
+    if isinstance(momentum, Tensor) or momentum > 0.0 or squares is not None:
         begun = blr_state.momentum or tuple(torch.zeros_like(getattr(site, name)) for name in family.momentum_block)
-        pairs = zip(family.momentum_block, begun, strict=True)
+        pairs = zip(family.momentum_block, begun[:count], strict=True)
         memory = tuple([momentum * old + (1.0 - momentum) * getattr(site, name) for name, old in pairs])
         if unbias is None:
             unbias = unbias_of(float(momentum), step, debias)
@@ -174,8 +197,67 @@ def update(
     if anchor is not None:
         site = fields.add(site, anchor)
     direction = type(kl)(*[pull + ess * g for pull, g in zip(kl, site, strict=True)])
+    if squares is not None:
+        known = blr_state.momentum[count:] or tuple(torch.zeros_like(m) for m in memory)
+        pairs = zip(family.momentum_block, known, strict=True)
+        seconds = tuple([squares * v + (1.0 - squares) * getattr(measured, name) ** 2 for name, v in pairs])
+        scales = dict(zip(family.momentum_block, seconds, strict=True))
+        direction = own_rates(family, direction, scales, rates, ess=ess, unsquare=unsquare)
     posterior = family.retract(blr_state.posterior, direction, rates, variant=retraction, clip_radius=clip_radius)
-    return BLRState(posterior, memory)
+    return BLRState(posterior, (*memory, *seconds))
+
+
+def own_rates(
+    family: ExponentialFamily,
+    direction: Any,
+    squares: Mapping[str, Tensor],
+    rates: Any,
+    *,
+    ess: float | Tensor,
+    unsquare: float | Tensor = 1.0,
+) -> Any:
+    r"""The direction D of a step, divided so that weight i has the rate ηᵢ in place of the field's r.
+
+        v̂ᵢ = vᵢ/(1−β₂ᵗ),     ρᵢ = r/(N √v̂ᵢ),     ηᵢ = ρᵢ/(1+ρᵢ) = r/(N √v̂ᵢ + r),     λ ← λ − ηᵢ Dᵢ
+
+    The step is a proximal one in which weight i may go as far as ρᵢ allows,
+
+        argmin_λ′ ⟨N ĝ, μ′⟩ + KL(q_λ′ ‖ p₀) + Σᵢ KL(q_λ′ᵢ ‖ q_λᵢ)/ρᵢ     (N ĝᵢ + λ′ᵢ − λ₀ᵢ + (λ′ᵢ − λᵢ)/ρᵢ = 0),
+
+    which for one ρ is the Bayesian learning rule with η = ρ/(1+ρ) (Khan and Rue 2023, §2). 0 < ηᵢ ≤ 1 whatever is
+    measured: a weight without any gradient goes to its prior. Since D is multiplied by positive numbers, the fixed
+    points are those of the rule without them. Far from the prior a step is Adam's (Kingma and Ba 2015) on λ,
+
+        λ ← λ − r ḡ/√v̂     (N √v̂ ≫ r),
+
+    so that a factor on the loss changes nothing but the weight of the prior; nor does N. There the natural gradient
+    of every weight is measured by its own size, as the units of layers of different depth demand. A weight of several
+    numbers has one rate, by the mean of their squares.
+
+    Args:
+        family: the exponential family.
+        direction: D, as a Site.
+        squares: vᵢ for the fields that have such rates.
+        rates: r of every field.
+        ess: N.
+        unsquare: 1 − β₂ᵗ.
+
+    Example:
+        >>> import torch, expfam_poco as poco
+        >>> family = poco.resolve_family("bernoulli")
+        >>> gradient = torch.tensor([1e-3, 10.0])
+        >>> direction = family.Site(1e6 * gradient)
+        >>> 0.1 * poco.blr.own_rates(family, direction, {"theta": gradient**2}, (0.1,), ess=1e6).theta
+        tensor([0.1000, 0.1000])
+    """
+    found = []
+    for name, value, rate, dims in zip(direction._fields, direction, rates, family.statistic_dims, strict=True):
+        if name in squares:
+            axes = tuple(range(-dims, 0))
+            square = squares[name].mean(axes, keepdim=True) if axes else squares[name]
+            value = value / (ess * (square / unsquare).sqrt() + rate).clamp_min(TINY)
+        found.append(value)
+    return type(direction)(*found)
 
 
 def unbias_of(momentum: float, step: Any, debias: bool) -> Any:
@@ -184,8 +266,8 @@ def unbias_of(momentum: float, step: Any, debias: bool) -> Any:
 
 
 def square_of(values: Sequence[Tensor]) -> Tensor:
-    """‖values together‖² in float64 on the CPU."""
-    norms = torch.stack([torch.linalg.vector_norm(value).to(torch.float64).cpu() for value in values])
+    """‖values together‖² in float64."""
+    norms = torch.stack([torch.linalg.vector_norm(value).to(torch.float64) for value in values])
     return (norms * norms).sum()
 
 

@@ -34,6 +34,7 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (
 GAUSSIAN = {
     "lr": 0.1, "hess_init": 1.0, "beta1": 0.9, "beta2": 0.9999, "weight_decay": 1e-4, "curvature": "reparam",
     "lr_convention": "initial_hessian", "prior_in_momentum": False,
+    "square_momentum": None, "kl_weight": 1.0,
 }  # fmt: skip
 
 
@@ -354,6 +355,10 @@ def save_binary(
 @torch.no_grad()
 def load_binary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Put what `save_binary` wrote into a model of the same shapes; returns the model.
+
+    Args:
+        path: of the file.
+        model: any that has the saved one's names and shapes.
 
     Raises:
         CheckpointError: if the file is damaged, not one of `save_binary`'s, or of another model; nothing is changed.

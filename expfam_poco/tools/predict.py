@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from expfam_poco import arguments
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import ModuleState
+from expfam_poco.closures.shards import is_spread
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 Transform = Callable[[Any], Tensor]
@@ -99,7 +100,16 @@ def predict_samples(
     seed: int = 0,
     batched: bool | None = None,
 ) -> Tensor:
-    """The outputs at each draw, of which `predict` gives the mean; arguments and errors are those of `predict`.
+    """The outputs at each draw, of which `predict` gives the mean, with its errors.
+
+    Args:
+        model: as all further arguments, see `predict`.
+        optimizer: of the model.
+        inputs: a batch, or a loader of batches.
+        samples: draws of the weights.
+        transform: of each output.
+        seed: of the draws.
+        batched: by vmap.
 
     Returns:
         draws × one output (one "draw", the point, with samples=0).
@@ -254,6 +264,13 @@ def _each_output(
     drawn = _drawn(call, optimizer)
     if samples == 0 or all(group["family"].levels is None for group in optimizer.param_groups):
         remind_of_recalibration(model, optimizer)  # draws of discrete weights are far from the point, as in training
+    if any(map(is_spread, drawn.values())):
+        if batched:
+            raise ValueError(
+                "batched=True: parameters are spread over processes (fully_shard, DTensor), which vmap cannot gather; "
+                "give batched=None or False."
+            )
+        batched = False
     if samples > 0 and (batched or (batched is None and _is_small(drawn, call, samples))):
         outputs = _in_one_pass(call, optimizer, drawn, samples, seed, insist=batched is True)
         if outputs is not None:

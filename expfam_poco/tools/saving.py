@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from expfam_poco.closures.shards import is_spread
 from expfam_poco.errors import CheckpointError
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.optimizer import PosteriorCorrected
@@ -155,6 +156,11 @@ def _check_plain(name: str, value: Any, where: str) -> None:
     elif kind in _SEQUENCES:
         for number, inner in enumerate(value):
             _check_plain(name, inner, f"{where}[{number}]")
+    elif is_spread(value):
+        raise TypeError(
+            f"{name}: {name}{where} is a DTensor, of which this process has a part; use torch.distributed.checkpoint "
+            "(docs/scaling.md)."
+        )
     elif kind not in _ATOMS and kind not in _TENSORS:
         raise TypeError(
             f"{name}: {name}{where} is a {kind.__module__}.{kind.__qualname__}, which is not read with "

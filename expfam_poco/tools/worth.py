@@ -15,6 +15,7 @@ from torch import nn
 from expfam_poco import arguments
 from expfam_poco.correction.alpha import Pace
 from expfam_poco.correction.snapshot import Snapshot, alpha_at
+from expfam_poco.correction.transported import momentum_of
 from expfam_poco.correction.worth import (
     BatchLaw,
     CachedLaw,
@@ -26,7 +27,6 @@ from expfam_poco.correction.worth import (
     per_step,
     worth_of,
 )
-from expfam_poco.engine.settings import momentum_of
 from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.tools.files import written_aside
 from expfam_poco.tools.stretch import Counted, Gradients, Stretch, batches_of

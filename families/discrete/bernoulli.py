@@ -22,7 +22,7 @@ from expfam_poco.family.base import Theta
 from expfam_poco.family.draws import Estimator
 
 from .binary_estimators import Arm, Relaxed, SingleFlip, StraightThrough
-from .weights import SignWeights
+from .weights import SignWeights, signs
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,18 @@ class Bernoulli(SignWeights):
 
     def sample(self, state: Any, noise: Tensor) -> Tensor:
         """sign(λ + ε), +1 at 0."""
-        return torch.where(state.theta + noise >= 0.0, 1.0, -1.0).to(noise.dtype)
+        return signs(state.theta + noise).to(noise.dtype)
 
     def point(self, state: Any) -> Tensor:
         """The mode or the mean of every weight."""
         if self.point_estimate == "mean":
             return torch.tanh(state.theta)
-        return torch.where(state.theta >= 0.0, 1.0, -1.0).to(state.theta.dtype)
+        return signs(state.theta)
 
     def centred_at(self, theta: Tensor, precision: float | Tensor | None = None) -> Theta:
         """λ = precision · θ, the uniform prior at precision 0; where it is None, as `initial` and `strength` say."""
         if precision is None and self.initial == "sign":
-            theta = torch.where(theta >= 0.0, 1.0, -1.0).to(theta.dtype)
+            theta = signs(theta)
         strength = torch.as_tensor(self.strength if precision is None else precision, dtype=theta.dtype)
         return Theta(strength.to(theta.device) * theta)
 
@@ -113,7 +113,7 @@ class Bernoulli(SignWeights):
             edge = 1.0 - torch.finfo(theta.dtype).eps
             return Theta(torch.atanh(theta.clamp(-edge, edge)))
         confidence = state.theta.abs().clamp_min(torch.finfo(theta.dtype).tiny)  # at λ = 0 the sign must show, too
-        return Theta(torch.where(theta >= 0.0, 1.0, -1.0).to(theta.dtype) * confidence)
+        return Theta(signs(theta) * confidence)
 
     def distribution(self, state: Any) -> Any:
         """A `SignBernoulli`, one event of the tensor's shape."""

@@ -27,6 +27,7 @@ from torch.distributions import constraints
 from expfam_poco.arguments import choice, positive
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.inversion import increasing_root
+from expfam_poco.family.transfer import on_device
 
 from .categorical_estimators import RelaxedLevels, StraightThroughLevels
 from .weights import LevelWeights
@@ -91,7 +92,7 @@ class Categorical(LevelWeights):
 
     def table(self, like: Tensor) -> Tensor:
         """The levels as a tensor."""
-        return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
+        return on_device(self.levels, like.dtype, like.device)
 
     def log_odds(self, nat: Any) -> Tensor:
         """(0, λ): the logarithms of all probabilities, up to a constant."""

@@ -38,7 +38,7 @@ class Fixture:
 
     def __init__(self) -> None:
         self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        self.opt = poco.BayesBiNNPoCo(poco.binarize_groups(self.model), lr=1e-3, ess=24.0, seed=1)
+        self.opt = poco.BayesBiNNPoCo(poco.binarize_groups(self.model), square_momentum=None, lr=1e-3, ess=24.0, seed=1)
         self.x = torch.randn(8, 3)
         self.opt.step(self.loss)
 
@@ -149,7 +149,8 @@ NETWORK: dict[str, Callable[..., Any]] = {
 }
 POSITIVE = {"float", "int"}
 MADE: list[tuple[str, str, set[str]]] = [
-    ("BayesBiNN", "strength", POSITIVE), ("BayesBiNN", "temperature", {*POSITIVE, "None"}),
+    ("BayesBiNN", "strength", {*POSITIVE, "None"}), ("BayesBiNN", "square_momentum", {"float", "None"}),
+    ("BayesBiNN", "temperature", {*POSITIVE, "None"}),
     ("BayesBiNN", "initial", set()),
     ("BayesBiNN", "stale_mean", {"True"}), ("BayesBiNN", "curvature", {"None"}), ("VSGDPoCo", "precision", POSITIVE),
     ("IVON", "hess_approx", set()), ("IVON", "rescale_lr", {"True"}), ("IVON", "beta2", {"float"}),
