@@ -39,7 +39,13 @@ def trained(name: str, steps: int = 4, **choices: Any) -> tuple[list[Tensor], to
     model = network()
     optimizer = MAKE[name](model.parameters(), **choices)
     run(optimizer, Task(model), steps)
-    return weights(model), optimizer, model
+    return state_of(optimizer, model), optimizer, model
+
+
+def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Tensor]:
+    """The weights and, as signs may stay what they are, the posterior."""
+    states = optimizer.posterior_states() if isinstance(optimizer, poco.PosteriorCorrected) else {}
+    return weights(model) + [value for state in states.values() for value in state]
 
 
 @NAMES
@@ -94,7 +100,7 @@ def test_it_resumes(name: str) -> None:
     resumed = MAKE[name](other.parameters(), transport=0.4)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     run(resumed, Task(other), 3, start=3)
-    assert same(weights(other), whole)
+    assert same(state_of(resumed, other), whole)
 
 
 @NAMES
