@@ -156,7 +156,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
             return self._make_state()
         engine, parts = self._engine, parts_of(closure, weights, scaler=scaler)
         for own, group in zip(engine.param_groups, self.param_groups, strict=True):
-            own["momentum"] = self._lag(group)
+            if own["momentum"] != (lag := self._lag(group)):
+                own["momentum"] = lag
         if any(map(any, (rows_of(part) for part, _ in parts))):
             raise ValueError(
                 "rows: the base optimizer steps all rows of a parameter; give AlphaSVRG the closure alone."
