@@ -39,6 +39,21 @@ class VarianceMeter:
         # What has been measured on an accelerator, which is not waited for, and who takes it in.
         self._waiting: list[tuple[Later, Callable[[Any], None]]] = []
 
+    def refreshed(self, errors: dict[str, dict[str, float]], rho: Mapping[str, Any]) -> None:
+        """Take in the variances of a mega-batch's mean, of which ḡ ← ρ ḡ + (1−ρ) new has ρ² Var ḡ + (1−ρ)² Var new.
+
+        Args:
+            errors: by tensor and field; {} where none was measured.
+            rho: a Site of ρ by tensor.
+        """
+        kept = {}
+        for name, own in errors.items():
+            old, kept[name] = self.outer.get(name, {}), dict(own)
+            for field in own.keys() & old.keys():
+                weight = float(getattr(rho[name], field))
+                kept[name][field] = weight**2 * old[field] + (1.0 - weight) ** 2 * own[field]
+        self.outer = kept
+
     def __getstate__(self) -> dict[str, Any]:
         """With all that has been measured."""
         self._take_in()

@@ -477,7 +477,7 @@ def _scale_of(group: Mapping[str, Any]) -> float:
     if scale == INITIAL_HESSIAN:
         return float(group["hess_init"]) + float(group["weight_decay"])
     if scale == MEAN_LOSS:
-        return float(group["family"].precision) / float(group["ess"])
+        return float(group["family"].precision) * float(group["kl_weight"]) / float(group["ess"])
     return float(scale)
 
 

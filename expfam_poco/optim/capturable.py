@@ -53,7 +53,7 @@ def constants_of(s: Settings) -> Hashable:
     """What a graph keeps of a block's settings."""
     prior = None if s.prior is None else _Same(s.prior)
     own = s.anchor_weight, s.clip_radius, s.retraction, s.prior_in_momentum, s.own_site, s.maximize
-    return (s.family, s.estimator, s.momentum > 0.0, prior, *own)
+    return (s.family, s.estimator, s.momentum > 0.0, s.square_momentum is not None, prior, *own)
 
 
 class _Same:

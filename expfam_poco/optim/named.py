@@ -273,7 +273,7 @@ class BayesBiNNPoCo(Named):
 
     Args:
         params: parameters or groups; groups of other families (`binarize_groups`) are stepped beside the binary ones.
-        lr: λ moves by at most about 100·lr in a step, as a latent weight does by Adam's lr; its range is Adam's, too.
+        lr: λ moves by about 100·lr in a step, as a latent weight does by Adam's lr; its range is Adam's, too.
         ess: N, the number of examples.
         temperature: τ of the relaxed estimator, which it chooses: 1 to about 0.01, see `docs/binary-networks.md`.
         beta1: β.

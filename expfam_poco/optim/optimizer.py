@@ -87,6 +87,7 @@ class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.opti
             Adam's; no scale of the loss then matters (`rule.blr.own_rates`). None: one rate. Not for families whose
             precision scales their steps.
         kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀): a posterior at temperature T, colder than Bayes' below 1.
+            N/T stands for N everywhere; p₀ by `weight_decay` has precision (N/T)·δ, so that its minimum stays.
             The same as ess/T.
         debias: divide the momentum by 1−β₁ᵗ.
         precision_lr: rate of the other blocks (the precision); None: lr.

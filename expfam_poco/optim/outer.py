@@ -17,7 +17,7 @@ from expfam_poco.correction.snapshot import outer_from_posterior
 from expfam_poco.engine import beginning
 from expfam_poco.engine.interrupts import Uninterrupted
 from expfam_poco.engine.rows import check_refreshed
-from expfam_poco.engine.spread import errors_together, failing_together
+from expfam_poco.engine.spread import errors_together, failing_together, meter_names
 from expfam_poco.engine.step import remember
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
@@ -85,7 +85,9 @@ class Refreshing(Together):
             memories = [remember(trial, record) for trial, (_, record) in zip(trials, now.units, strict=True)]
         with Uninterrupted():
             self._clock.update(refreshed(self._clock, count * draws), mega=mega)
-            self._meter.outer = errors
+            names = meter_names(self._blocks)
+            rho = {names[b.name]: b.family.per_block(*b.settings.rho) for b in blocks}
+            self._meter.refreshed(errors, rho)
             now.keep(memories, trials, self._clock["memory"])
             self._products.commit()
         return loss
@@ -126,6 +128,7 @@ class Refreshing(Together):
         self._products.check_set_outer()
         states = posteriors_of(state, blocks, self.param_groups)
         self._clock.update(refreshed(self._clock, 0))
+        self._meter.outer = {}  # this q_out comes of no draws
         for block in blocks:
             own = fields.map_fields(torch.clone, states[block.name])  # steps in place must not reach the caller's
             site = outer_from_posterior(block.family, own, beginning.prior_of(block), block.settings.ess).site

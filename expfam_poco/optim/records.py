@@ -439,7 +439,7 @@ class Resuming(Recorded, Shell):
         self._products.hessian = header["anchor_hessian"]
 
     @torch.no_grad()
-    def next_task(self, *, kl_weight: float = 1.0) -> None:
+    def next_task(self, *, kl_weight: float | None = None) -> None:
         """Make the present posterior the prior: training goes on with another task's data (as in BayesBiNN §5).
 
         λ₀ ← λ for every family and parameter, frozen ones too; q stays where it is. Momentum and q_out, which belong to
@@ -449,12 +449,19 @@ class Resuming(Recorded, Shell):
         Args:
             kl_weight: T of the objective N E_q[ℓ] + T KL(q ‖ p₀) from now on, in groups where every weight has a rate
                 of its own (`square_momentum`); steps do not become larger by it. A first prior that knows nothing may
-                be weak for the sake of accuracy; this one has seen data, and counts as Bayes' rule says at 1.
+                be weak for the sake of accuracy; this one has seen data, and counts as Bayes' rule says at 1, which
+                None stands for. Other groups keep theirs.
 
         Raises:
-            ValueError: for a weight that is not positive and finite.
+            ValueError: for a weight that is not positive and finite, or where no group has rates of its own.
         """
-        arguments.positive("kl_weight", kl_weight)
+        if kl_weight is not None:
+            arguments.positive("kl_weight", kl_weight)
+            if all(group["square_momentum"] is None for group in self.param_groups):
+                raise ValueError(
+                    f"kl_weight={kl_weight}: no group has a rate for every weight (square_momentum=None), and steps "
+                    "would become larger by it; set group['kl_weight'] and lr together, or leave it out."
+                )
         self._trainable()
         for number, group in enumerate(self.param_groups):
             blocks = [block for block in self._blocks if block.group_number == number]
@@ -467,7 +474,8 @@ class Resuming(Recorded, Shell):
                     own.update(memory=None, stamp=0, in_mega=False, momentum=(), step=0, ages=None)
             group["prior"] = known
             if group["square_momentum"] is not None:
-                group["kl_weight"] = float(kl_weight)
+                group["kl_weight"] = 1.0 if kl_weight is None else float(kl_weight)
+        self._meter.outer = {}
         self._products.reset()
 
     def _wide(self) -> dict[str, Any]:

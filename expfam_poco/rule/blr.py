@@ -166,7 +166,8 @@ def update(
         unbias: 1−βᵗ itself, in place of `debias` and `step`.
         clip_radius: ξ, the largest entry of the step before its rate.
         retraction: "second_order" or "plain"; ask `family.in_domain` after a plain one.
-        prior_in_momentum: average ∇̃KL/N + ĝ in place of ĝ, as BayesBiNN does.
+        prior_in_momentum: average ∇̃KL/N + ĝ in place of ĝ, as BayesBiNN does. With `squares` the pull stays outside:
+            a weight whose rate is 1 would swing around its prior.
         squares: β₂ of the average of squared natural gradients; None: the rates are as they are.
         unsquare: 1 − β₂ᵗ.
 
@@ -183,7 +184,7 @@ def update(
     seconds: tuple[Tensor, ...] = ()
     measured, count = site, len(family.momentum_block)
     kl = family.kl_gradient(blr_state.posterior, prior)
-    if prior_in_momentum:
+    if prior_in_momentum and squares is None:
         site = fields.map_fields(lambda pull, g: g + pull / ess, kl, site)
         kl = fields.scale(kl, 0.0)
     if isinstance(momentum, Tensor) or momentum > 0.0 or squares is not None:

@@ -134,12 +134,14 @@ class NaturalVI:
             def closure_of(kept: list[Kept]) -> Callable[[], Tensor]:
                 return Losses(reader, kept, [], self._params, Slopes([], [])).of(self.model, args, kwargs)
 
+            exact = False
             if isinstance(self.family, str) and self.family == AUTO:
                 kept = keep(latents, automatic(latents, closure_of))
+                exact = not reader.subsampled  # then conjugate sites have no noise, whatever the others do
             else:
                 kept = keep(latents, families_of(latents, self.family))
         parts = parts_of(kept)
-        optimizer = self._optimizer_of(kept, parts)
+        optimizer = self._optimizer_of(kept, parts, exact=exact)
         slopes = Slopes(kept, parts)
         losses = Losses(reader, kept, parts, self._params, slopes)
         memory = SUBSAMPLED if reader.subsampled else WHOLE
@@ -151,14 +153,17 @@ class NaturalVI:
         if self._pending is not None:
             self._take(self._pending)
 
-    def _optimizer_of(self, kept: list[Kept], parts: list[Part]) -> PosteriorCorrected:
-        """The rule with ess = 1; families without a curvature are solved for by regression, where draws suffice."""
+    def _optimizer_of(self, kept: list[Kept], parts: list[Part], *, exact: bool) -> PosteriorCorrected:
+        """The rule with ess = 1; families without a curvature are solved for by regression, where draws suffice.
+
+        Those that "auto" has found to be `exact` are stepped at rate 1.
+        """
         solved = [part for part in parts if part.family.curvature == "none" and can_be_solved(part)]
         draws = max([1, *map(draws_for, solved)]) if self._particles is None else self._particles
         by_hand = {part.family for part in solved if part.family.least_draws(part.shape) > draws}
         groups = groups_of(kept)
         for group in groups:
-            group["curvature"] = self._curvature
+            group["curvature"], group["exact"] = self._curvature, exact and group["family"].curvature == "none"
             if self._curvature is None:
                 group["curvature"] = _curvature_of(group, solved={part.family for part in solved} - by_hand)
         return PosteriorCorrected(groups, groups[0]["family"], 1.0, 1.0, mc_samples=draws, **self._choices)
@@ -214,8 +219,9 @@ class NaturalVI:
         made = self._made()
         if all(group["alpha"] == 0.0 for group in made.optimizer.param_groups):
             raise ValueError("alpha=0.0: no step would be corrected; give NaturalVI(…, alpha=1.0).")
-        made.losses.slopes.frozen = True  # the snapshot's gradients are of the spaces that they make
-        return float(made.optimizer.refresh([made.losses.of(self.model, args, kwargs)]))
+        loss = float(made.optimizer.refresh([made.losses.of(self.model, args, kwargs)]))
+        made.losses.slopes.freeze()  # the snapshot's gradients are of the spaces that they make
+        return loss
 
     def next_data(self) -> None:
         """Make the posterior the prior of the data that follow, in place of the model's own prior of its latents.
@@ -225,7 +231,7 @@ class NaturalVI:
         """
         made = self._made()
         made.optimizer.next_task()
-        made.losses.slopes.frozen = True  # the prior is independent in the spaces that they make
+        made.losses.slopes.freeze()  # the prior is independent in the spaces that they make
         made.losses.reader.forget_sizes()
         made.losses.streamed = True
         made.steps.restart()

@@ -7,7 +7,8 @@ gradients then find its optimum by turns: with u_i ~ N(θ, τ²) in a few 1/τ²
 
 in place of u_i: a shear, whose Jacobian is 1. A Gaussian joint density with the precisions D_i of u_i and B_i between
 u_i and θ is met exactly by C_i = −D_i⁻¹ B_i, and its optimum then found in one step. There R_i = ∂²ℓ/∂z_i ∂θ
-vanishes, so at the k-th look at a row, at the posterior's means, with the variance q has for D_i⁻¹,
+vanishes, so at the k-th look at a row, at the posterior's means, with the larger of q's precision and ∂²ℓ/∂z_i² for D_i
+(the first may not have arrived, the second need not be positive),
 
     C_i ← C_i + w ΔC_i,   ΔC_i = −D_i⁻¹ R_i,   o_i ← o_i + w ΔC_i E[θ],   w = 2/(k + 1),
 
@@ -17,6 +18,7 @@ AISTATS 2015; regressions for the means: Salimans and Knowles, Bayesian Analysis
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,9 +84,27 @@ class Slopes:
         theta = torch.cat([weight.reshape(*weight.shape[:draws], -1) for weight in outer], -1)
         for name, slope in self.values.items():
             coefficients, offset = self._of(name, slope, rows)
-            shift = theta @ coefficients.flatten(0, -2).T
+            shift = theta.to(coefficients) @ coefficients.flatten(0, -2).T
             found[name] = weights[name] + shift.reshape(shift.shape[:-1] + offset.shape) - offset
         return found
+
+    def freeze(self) -> None:
+        """Leave the slopes as they are from now on.
+
+        Warns:
+            UserWarning: where rows have not been looked at, and so stay independent of θ.
+        """
+        for name, slope in () if self.frozen else self.values.items():
+            fresh = int((slope.looks == 0).sum())
+            if fresh:
+                warnings.warn(
+                    f"site {name!r}: {fresh} of {len(slope.looks)} rows have not been stepped yet and stay independent "
+                    "of the other sites from now on, whose posterior is too narrow then; step through all rows before "
+                    "refresh() or next_data().",
+                    UserWarning,
+                    stacklevel=3,
+                )
+        self.frozen = True
 
     def follow(self, evaluate: Evaluate, states: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
         """Count a batch's visit of its rows, and look at them where it is time.
@@ -113,28 +133,32 @@ class Slopes:
             name: site.weight.detach()[rows[str(site.latent.plate)]].clone().requires_grad_()
             for name, site in self._local.items()
         }
+        leaves = [*outer.values(), *local.values()]
         with torch.enable_grad():
             loss = evaluate({**outer, **local})
-            grads = torch.autograd.grad(loss, list(outer.values()), create_graph=True, allow_unused=True)
-            firsts = [
-                (g.new_zeros(()) if g is None else g).expand(w.shape)
-                for g, w in zip(grads, outer.values(), strict=True)
-            ]
-            gradient = torch.cat([g.reshape(-1) for g in firsts])
-        if not gradient.requires_grad:
+            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            firsts = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, leaves, strict=True)]
+            gradient = torch.cat([g.reshape(-1) for g in firsts[: len(outer)]])
+            total = torch.stack([g.sum() for g in firsts[len(outer) :]]).sum()
+        if not gradient.requires_grad or not total.requires_grad:
             return
         each = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
-        crossed = torch.autograd.grad(gradient, list(local.values()), each, is_grads_batched=True, allow_unused=True)
+        ends = list(local.values())
+        crossed = torch.autograd.grad(gradient, ends, each, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        curved = torch.autograd.grad(total, ends, allow_unused=True)  # the diagonal, as far as rows are independent
         mean = torch.cat([weight.detach().reshape(-1) for weight in outer.values()])
-        for (name, site), cross in zip(self._local.items(), crossed, strict=True):
-            if cross is not None:
-                self._correct(site, cross.movedim(0, -1) / site.count(rows), mean, states[name], rows)
+        for (name, site), cross, curvature in zip(self._local.items(), crossed, curved, strict=True):
+            if cross is None or curvature is None:
+                continue
+            own = rows[str(site.latent.plate)]
+            precision = torch.maximum(
+                1.0 / self._parts[name].family.variance(states[name])[own], curvature / site.count(rows)
+            )
+            self._correct(site, -cross.movedim(0, -1) / site.count(rows) / precision.unsqueeze(-1), mean.to(cross), own)
 
-    def _correct(self, site: Kept, cross: Tensor, mean: Tensor, state: Any, rows: Mapping[str, Tensor]) -> None:
-        """C and o of a batch's rows, from the derivatives R of one row each."""
-        slope, own = self.values[site.name], rows[str(site.latent.plate)]
-        variance = self._parts[site.name].family.variance(state)[own]
-        change = -variance.unsqueeze(-1) * cross
+    def _correct(self, site: Kept, change: Tensor, mean: Tensor, own: Tensor) -> None:
+        """C and o of a batch's rows, by ΔC."""
+        slope = self.values[site.name]
         if not bool(torch.isfinite(change).all()):
             return
         looks = slope.looks.index_add(0, own, torch.ones_like(own))
@@ -153,17 +177,13 @@ class Slopes:
         if name not in self.values:
             return None
         own, slope = self._parts[name].family, self.values[name]
-        variance = own.variance(states[name])
-        seen, mean, start = list[str](), own.point(states[name]) - slope.offset, 0
-        for site in self._outer:
-            part = self._parts[site.name]
-            if part.name in seen:
-                continue
-            seen.append(part.name)
-            coefficients = slope.coefficients[..., start : start + part.shape.numel()]
-            start += part.shape.numel()
+        mean, variance = own.point(states[name]) - slope.offset, own.variance(states[name])
+        columns = slope.coefficients.split([site.weight.numel() for site in self._outer], -1)
+        by_site = {site.name: column for site, column in zip(self._outer, columns, strict=True)}
+        for part in {self._parts[site.name].name: self._parts[site.name] for site in self._outer}.values():
+            coefficients = torch.cat([by_site[site.name] for site in part.sites], -1)  # as the part has them
             state = states[part.name]
-            mean = mean + coefficients @ part.family.point(state).reshape(-1)
+            mean = mean + coefficients @ part.family.point(state).reshape(-1).to(mean.dtype)
             variance = variance + _spread(part, state, coefficients)
         return mean, variance.sqrt()
 
@@ -194,5 +214,9 @@ def _spread(part: Part, state: Any, coefficients: Tensor) -> Tensor:
     while isinstance(q, torch.distributions.Independent):
         q = q.base_dist
     if isinstance(q, torch.distributions.MultivariateNormal):
-        return ((coefficients @ q.scale_tril) ** 2).sum(-1)
-    return (coefficients**2) @ q.variance.reshape(-1)
+        return ((coefficients @ q.scale_tril.to(coefficients.dtype)) ** 2).sum(-1)
+    spread = (coefficients**2) @ q.variance.reshape(-1).to(coefficients.dtype)
+    if isinstance(q, torch.distributions.LowRankMultivariateNormal):
+        factor = q.cov_factor.to(coefficients.dtype)
+        spread = ((coefficients @ factor) ** 2).sum(-1) + (coefficients**2) @ q.cov_diag.to(coefficients.dtype)
+    return spread

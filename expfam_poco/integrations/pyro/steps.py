@@ -147,7 +147,7 @@ class Steps:
     def _at_rate(self, closure: Closure) -> None:
         self._losses.begin()
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rates.rate(self._losses.share(group["plate"]))
+            group["lr"] = 1.0 if group["exact"] else self.rates.rate(self._losses.share(group["plate"]))
         self._optimizer.step(closure)
 
     @contextmanager
