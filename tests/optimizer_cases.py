@@ -73,7 +73,9 @@ SHELL: dict[str, Make] = {
         poco.IVONPoCoMo, lr=0.1, ess=500.0, hess_init=1.0, beta2=0.99, rho1=0.6, rho2=0.1, alpha=0.7
     ),
     "BayesBiNN": named(poco.BayesBiNN, square_momentum=None, lr=0.01, ess=24.0, curvature="relaxed"),
-    "BayesBiNNPoCo": named(poco.BayesBiNNPoCo, lr=1e-3, ess=24.0, temperature=0.5, mc_samples=2, alpha=1.0),
+    "BayesBiNNPoCo": named(
+        poco.BayesBiNNPoCo, lr=0.02, ess=24.0, temperature=0.5, mc_samples=2, alpha=1.0, strength=1.0
+    ),
     "diagonal-exact": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, curvature="exact"),
     "diagonal-gradsq": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=9.0, curvature="gradsq", momentum=0.9),
     "diagonal-hutchinson": shell(

@@ -153,7 +153,7 @@ def test_a_start_that_leads_astray_is_taken_back(schools: int, seed: int) -> Non
                 pyro.sample("score", dist.Normal(level, 0.3), obs=tests[:, i])
 
     vi = NaturalVI(model, seed=seed)
-    for _ in range(100):
+    for _ in range(200):
         vi.step(tests, schools // 4)
     found = vi.guide.median()
     assert 0.5 < float(found["spread"] / truth.std()) < 2.0

@@ -59,7 +59,7 @@ class FlatBlock(Block):
         self.tiles = tiles_of([b.index for b in members], reach)
         counts = torch.tensor([length // TILE for length in self._lengths])
         begins = torch.tensor([b.offset - lead for b, lead in zip(members, leads, strict=True)])
-        self.tiles[0] += (begins // 4).repeat_interleave(counts)
+        self.tiles[0] += (begins // 4).repeat_interleave(counts, output_size=sum(self._lengths) // TILE)
         self.tiles = self.tiles.to(first.device)
         gaps = [a - b + c for a, b, c in zip(self._lengths, reach, [*leads[1:], 0], strict=True)]
         zeros = torch.zeros(2 * TILE, dtype=self.tensors[0].dtype, device=first.device)  # `cat` likes them contiguous
