@@ -74,7 +74,7 @@ SHELL: dict[str, Make] = {
     ),
     "BayesBiNN": named(poco.BayesBiNN, square_momentum=None, lr=0.01, ess=24.0, curvature="relaxed"),
     "BayesBiNNPoCo": named(
-        poco.BayesBiNNPoCo, lr=0.02, ess=24.0, temperature=0.5, mc_samples=2, alpha=1.0, strength=1.0
+        poco.BayesBiNNPoCo, lr=0.01, ess=24.0, temperature=0.5, mc_samples=2, alpha=1.0, strength=0.5
     ),
     "diagonal-exact": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=2.0, curvature="exact"),
     "diagonal-gradsq": shell("diagonal_gaussian", lr=0.05, ess=100.0, hess_init=9.0, curvature="gradsq", momentum=0.9),

@@ -136,7 +136,7 @@ class Slopes:
         leaves = [*outer.values(), *local.values()]
         with torch.enable_grad():
             loss = evaluate({**outer, **local})
-            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            grads: Sequence[Tensor | None] = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
             firsts = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, leaves, strict=True)]
             gradient = torch.cat([g.reshape(-1) for g in firsts[: len(outer)]])
             total = torch.stack([g.sum() for g in firsts[len(outer) :]]).sum()
@@ -144,8 +144,12 @@ class Slopes:
             return
         each = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
         ends = list(local.values())
-        crossed = torch.autograd.grad(gradient, ends, each, is_grads_batched=True, retain_graph=True, allow_unused=True)
-        curved = torch.autograd.grad(total, ends, allow_unused=True)  # the diagonal, as far as rows are independent
+        crossed: Sequence[Tensor | None] = torch.autograd.grad(
+            gradient, ends, each, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
+        curved: Sequence[Tensor | None] = torch.autograd.grad(
+            total, ends, allow_unused=True
+        )  # the diagonal, as far as rows are independent
         mean = torch.cat([weight.detach().reshape(-1) for weight in outer.values()])
         for (name, site), cross, curvature in zip(self._local.items(), crossed, curved, strict=True):
             if cross is None or curvature is None:
