@@ -1,6 +1,7 @@
 """`check_family`: a family that breaks a law is told which; that every family keeps them is in test_conformance."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,14 @@ def test_hyperparameters_do_not_matter(family: poco.ExponentialFamily) -> None:
     assert poco.check_family(family).passed
 
 
-@pytest.mark.parametrize(("family", "seed"), [(FullGaussian, 1), (Bernoulli, 2), (LogNormal, 3)])
+@pytest.mark.parametrize(
+    ("family", "seed"),
+    [
+        pytest.param(FullGaussian, 1, marks=pytest.mark.slow),
+        (Bernoulli, 2),
+        pytest.param(LogNormal, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_other_seeds_change_the_points_and_not_the_verdict(family: type[poco.ExponentialFamily], seed: int) -> None:
     report = poco.check_family(family, seed=seed, dtypes=FLOAT64)
     assert report.passed
@@ -68,7 +76,10 @@ def test_the_same_seed_gives_the_same_report_and_leaves_global_settings_alone(mo
     assert str(poco.check_family("bernoulli", seed=3)) == str(first)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 1, 2)])
+SHAPES = [(), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(1,), (5,)]), (2, 1, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_shape_of_the_tensor_can_be_chosen(shape: tuple[int, ...]) -> None:
     assert poco.check_family(GaussianByHand, shape=shape, dtypes=FLOAT64).passed
 
@@ -80,7 +91,15 @@ def test_one_precision_alone_can_be_tested(dtype: torch.dtype) -> None:
 # ---- families that break one ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("broken", "law"), BROKEN, ids=[broken.__name__ for broken, _ in BROKEN])
+def _cases() -> Iterator[Any]:
+    """Every broken family; from the third of a law on they are slow."""
+    seen = Counter[str]()
+    for broken, law in BROKEN:
+        seen[law] += 1
+        yield pytest.param(broken, law, id=broken.__name__, marks=[pytest.mark.slow] if seen[law] > 2 else [])
+
+
+@pytest.mark.parametrize(("broken", "law"), list(_cases()))
 def test_a_broken_law_is_named(broken: type[poco.ExponentialFamily], law: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The law is the first that fails, so those after it need not run."""
     last = [known.name for known in suite.LAWS].index(law)

@@ -213,8 +213,8 @@ class AlphaSVRG(Checkpointed, torch.optim.Optimizer):
     ) -> Tensor:
         """Take the snapshot: θ_out ← θ, g_out ← mean of the chunks' gradients there (weighted by `weights`).
 
-        With `scaler`, gradients are taken of the scaled loss; if they overflow, the snapshot stays as it was and the
-        loss is NaN. No buffers are moved.
+        A gradient at θ_out has no draws: there is no `draws=` here. With `scaler`, gradients are taken of the scaled
+        loss; if they overflow, the snapshot stays as it was and the loss is NaN. No buffers are moved.
         """
         return self._engine.refresh(closures, weights, scaler=scaler)
 

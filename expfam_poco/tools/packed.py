@@ -146,6 +146,10 @@ class PackedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out)."""
+        if not x.ndim or x.shape[-1] != self.terms:
+            raise ValueError(
+                f"input: it is of shape {tuple(x.shape)}; give one whose last axis has {self.terms} entries."
+            )
         flat = x.reshape(-1, self.terms)
         sums = packed_kernel.product(flat, self.codes) if self.bits == 1 and packed_kernel.usable(x) else None
         if sums is None:
@@ -182,6 +186,11 @@ class PackedConv(PackedLayer):
         dims = len(self.shape) - 2
         if x.ndim == dims + 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        channels = self.shape[-1] * self.groups
+        if x.ndim != dims + 2 or x.shape[1] != channels:
+            raise ValueError(
+                f"input: it is of shape {tuple(x.shape)}; give one with {channels} channels, (N, {channels}, …)."
+            )
         padding, pads = self.padding, self.pads
         if self.padding_mode != "zeros" or isinstance(padding, str):
             x = F.pad(x, pads, mode=self.padding_mode.replace("zeros", "constant"))

@@ -228,6 +228,8 @@ def batches_of(loader: Iterable[Any], count: int) -> list[Any]:
                 raise ValueError(
                     "loader: it has no mini-batches; give an iterable of them that can be gone through again."
                 )
+            if len(part) == 1 and count > 1 and not found:
+                raise ValueError("loader: it has one mini-batch, so that nothing tells of noise; give one of several.")
             found += part
     return found
 
