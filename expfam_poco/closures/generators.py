@@ -54,10 +54,9 @@ class _Torch:
         self._generator.set_state(torch.from_numpy(np.frombuffer(state, np.uint8).copy()))
 
 
-def _memory(address: int, size: int) -> Callable[[], bytes]:
-    """Reads memory, anew at every call."""
-    place = (ctypes.c_char * size).from_address(address)
-    return lambda: place.raw
+def _memory(address: int, size: int) -> ctypes.Array[ctypes.c_char]:
+    """Memory in place, whose `raw` reads it anew."""
+    return (ctypes.c_char * size).from_address(address)
 
 
 class _Python:
@@ -86,7 +85,7 @@ class _PythonInPlace(_Python):
 
     def read(self) -> Any:
         """The memory, and half of a pair of normal numbers."""
-        return self._words(), self._generator.gauss_next  # type: ignore[attr-defined]
+        return self._words.raw, self._generator.gauss_next  # type: ignore[attr-defined]
 
     def write(self, state: Any) -> None:
         """What `read` gave, in the form that `setstate` takes."""
@@ -131,13 +130,13 @@ class _NumPyInPlace(_NumPy):
         trial = np.random.RandomState(0)
         trial.standard_normal()
         half = struct.pack("=d", trial.get_state(legacy=False)["gauss"])
-        return _memory(id(trial), type(trial).__basicsize__)().index(half) - 8
+        return _memory(id(trial), type(trial).__basicsize__).raw.index(half) - 8
 
     def read(self) -> Any:
         """The two pieces of memory."""
         if self._generator._bit_generator is not self._bits:
             return super().read()
-        return self._words(), self._half()
+        return self._words.raw, self._half.raw
 
     def write(self, state: Any) -> None:
         """What `read` gave, in the form that `set_state` takes."""

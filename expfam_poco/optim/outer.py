@@ -86,7 +86,7 @@ class Refreshing(Together):
         with Uninterrupted():
             self._clock.update(refreshed(self._clock, count * draws), mega=mega)
             names = meter_names(self._blocks)
-            rho = {names[b.name]: b.family.per_block(*b.settings.rho) for b in blocks}
+            rho = {name: b.family.per_block(*b.settings.rho) for b in blocks for name in (b.name, names[b.name])}
             self._meter.refreshed(errors, rho)
             now.keep(memories, trials, self._clock["memory"])
             self._products.commit()
