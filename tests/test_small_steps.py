@@ -31,6 +31,7 @@ def test_a_step_makes_few_python_calls(name: str, most: int) -> None:
     assert pstats.Stats(profile).total_calls <= most * STEPS  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("speed")
 def test_small_steps_keep_their_ratios(tmp_path: Path) -> None:
     """Within 4 times what we allow ourselves, as other tests run beside this one."""
