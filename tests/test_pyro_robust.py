@@ -153,3 +153,41 @@ def test_equal_seeds_give_equal_runs() -> None:
         assert torch.equal(drawn, torch.rand(()))
     assert runs[0] == runs[1]
     assert NaturalVI(normal, seed=8).step(y, 10.0, dist.HalfCauchy(ONE)) != runs[0][0]
+
+
+def test_a_conjugate_site_stays_exact_beside_one_that_is_not() -> None:
+    """Gamma(2 + 14, ½ + 4) from the first step on; the second took it along with the other's steps: Gamma(82, 25)."""
+    counts = real(3, 5, 2, 4)
+
+    def model() -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0 * ONE, 0.5))
+        other = pyro.sample("other", dist.LogNormal(ZERO, 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("count", dist.Poisson(rate), obs=counts)
+            pyro.sample("seen", dist.Normal(other, 1.0), obs=counts)
+
+    vi = NaturalVI(model, family="auto", seed=0)
+    for _ in range(4):
+        vi.step()
+        q = vi.guide.get_posterior()["rate"]
+        torch.testing.assert_close(torch.stack([q.concentration, q.rate]), real(16, 4.5), rtol=1e-8, atol=0.0)
+
+
+def test_marginals_of_rows_are_those_of_draws_where_parts_interleave() -> None:
+    y = real(1, 2, 3, 4)
+
+    def model() -> None:
+        sites = [pyro.sample(name, dist.Normal(ZERO, ONE)) for name in ("a", "b", "c")]
+        with pyro.plate("rows", 4, subsample_size=2) as i:
+            u = pyro.sample("u", dist.Normal(sites[0] + 2.0 * sites[1] - sites[2], 0.5 * ONE))
+            pyro.sample("y", dist.Normal(u, ONE), obs=y[i])
+
+    torch.manual_seed(0)
+    joint = "full_gaussian"
+    vi = NaturalVI(model, {"a": joint, "c": joint, "*": "diagonal_gaussian"}, seed=0)
+    for _ in range(40):
+        vi.step()
+    drawn = vi.guide.sample(20_000, seed=1)["u"]
+    known = vi.guide.get_posterior()["u"].base_dist
+    assert ((known.mean - drawn.mean(0)) / drawn.std(0)).abs().max() < 4.5 / 20_000**0.5
+    torch.testing.assert_close(known.stddev, drawn.std(0), rtol=4.5 / 40_000**0.5, atol=0.0)
