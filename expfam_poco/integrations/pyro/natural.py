@@ -137,7 +137,8 @@ class NaturalVI:
             exact = False
             if isinstance(self.family, str) and self.family == AUTO:
                 kept = keep(latents, automatic(latents, closure_of))
-                exact = not reader.subsampled  # then conjugate sites have no noise, whatever the others do
+                # Then conjugate sites have no noise, whatever the others do.
+                exact = self._lr is None and not reader.subsampled
             else:
                 kept = keep(latents, families_of(latents, self.family))
         parts = parts_of(kept)
@@ -163,9 +164,10 @@ class NaturalVI:
         by_hand = {part.family for part in solved if part.family.least_draws(part.shape) > draws}
         groups = groups_of(kept)
         for group in groups:
-            group["curvature"], group["exact"] = self._curvature, exact and group["family"].curvature == "none"
+            group["curvature"] = self._curvature
             if self._curvature is None:
                 group["curvature"] = _curvature_of(group, solved={part.family for part in solved} - by_hand)
+            group["exact"] = exact and group["curvature"] == "regression"
         return PosteriorCorrected(groups, groups[0]["family"], 1.0, 1.0, mc_samples=draws, **self._choices)
 
     def _made(self) -> _Made:

@@ -48,12 +48,11 @@ class Steps:
 
     def step(self, closure: Closure) -> float:
         """Step, and return the estimate of −ELBO before it; from the posterior of a step ago where the last was bad."""
-        slopes = self._losses.slopes.values
         with self._noise("antithetic" if self._is_first else self._optimizer.noise):
             before, estimate, again = self._moved_on(closure)
             self._losses.params.step(self._draws)
         self.rates.stepped(estimate, again=again)
-        self._last = Posterior(before, slopes)
+        self._last = Posterior(before, self._losses.slopes.values)  # after a bad step those that were put back
         return estimate
 
     @property
