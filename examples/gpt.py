@@ -55,6 +55,7 @@ PRESETS = {
     "nano": Config(layers=2, heads=2, width=64),
     "tiny": Config(layers=2, heads=4, width=128),
     "small": Config(layers=4, heads=4, width=192),
+    "10m": Config(layers=6, heads=8, width=384),
     "33m": Config(layers=4, heads=4, width=512),
     "125m": Config(layers=12, heads=12, width=768, positions="learned"),
 }

@@ -32,9 +32,9 @@ from torch import Tensor
 
 import expfam_poco as poco
 
-METHODS = ("adamw", "alpha-svrg", "ivon", "ivon-poco", "ivon-pocomo", "kronecker", "kronecker-poco")
+METHODS = ("adamw", "nadamw", "alpha-svrg", "ivon", "ivon-poco", "ivon-pocomo", "kronecker", "kronecker-poco")
 CORRECTED = ("alpha-svrg", "ivon-poco", "ivon-pocomo", "kronecker-poco")
-WITHOUT_POSTERIOR = ("adamw", "alpha-svrg")
+WITHOUT_POSTERIOR = ("adamw", "nadamw", "alpha-svrg")
 RATES = dict.fromkeys(METHODS, 0.3) | dict.fromkeys(WITHOUT_POSTERIOR, 3e-3)
 COUNTERS = ("step", "tokens", "evaluated", "seconds", "losses", "curve")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -67,6 +67,8 @@ class Settings:
         noise: "shared", "independent", "fixed" or "antithetic" (two evaluations for one).
         ess: κ; the paper's 1e10 is for 10⁵ steps.
         hess_init: h₀.
+        beta1: β₁, of AdamW too.
+        transport: γ, by which gradients are evaluated ahead of the weights (`expfam_poco.correction.Transported`).
         beta2: β₂ of the IVON family; 1/(1−β₂) must be well below `steps` (the paper's 0.99999 is for 10⁵ steps).
         curvature: "reparam" or "gradsq", of the Kronecker-factored posterior.
         clip_radius: ξ of the IVON family; the paper has 1e-3.
@@ -97,6 +99,8 @@ class Settings:
     noise: str = "shared"
     ess: float = 1e8
     hess_init: float = 1e-3
+    beta1: float = 0.9
+    transport: float = 0.0
     beta2: float = 0.99
     curvature: str = "reparam"
     clip_radius: float = 1e-2
@@ -124,12 +128,19 @@ def make_optimizer(settings: Settings, model: GPT) -> torch.optim.Optimizer:
     """The method's optimizer. Its learning rate is what the schedule multiplies."""
     if settings.method in WITHOUT_POSTERIOR:
         decay = 0.1 if settings.weight_decay is None else settings.weight_decay
-        adamw = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=decay)
-        return poco.AlphaSVRG(adamw, alpha=settings.alpha) if settings.method == "alpha-svrg" else adamw
+        shared: dict[str, Any] = {"lr": settings.rate, "betas": (settings.beta1, 0.95), "weight_decay": decay}
+        if settings.method == "nadamw":  # β₁ of every step the same: no schedule of its own
+            return torch.optim.NAdam(model.parameters(), **shared, decoupled_weight_decay=True, momentum_decay=1e4)
+        adamw = torch.optim.AdamW(model.parameters(), **shared)
+        if settings.method == "adamw" and settings.transport == 0.0:
+            return adamw
+        alpha = settings.alpha if settings.method == "alpha-svrg" else 0.0
+        return poco.AlphaSVRG(adamw, alpha=alpha, transport=settings.transport)
     chosen: dict[str, Any] = {
         "lr": settings.rate,
         "ess": settings.ess,
         "hess_init": settings.hess_init,
+        "transport": settings.transport,
         "beta2": settings.beta2,
         "weight_decay": 1e-6 if settings.weight_decay is None else settings.weight_decay,
         "clip_radius": settings.clip_radius,
@@ -140,6 +151,7 @@ def make_optimizer(settings: Settings, model: GPT) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     if settings.method.startswith("kronecker"):
         return make_kronecker(settings, named, chosen)
+    chosen["beta1"] = settings.beta1
     if settings.method == "ivon":
         return poco.IVON(named, **chosen)
     if settings.method == "ivon-poco":
@@ -153,7 +165,7 @@ def make_kronecker(settings: Settings, named: list[Any], chosen: dict[str, Any])
     return poco.PosteriorCorrected(
         named,
         "kronecker_gaussian",
-        momentum=0.9,
+        momentum=settings.beta1,
         precision_lr=1 - chosen.pop("beta2"),
         curvature=settings.curvature,
         alpha=settings.alpha,

@@ -1,0 +1,294 @@
+"""Does transport pay on the small GPT? Against the best β₁, Nesterov's momentum and no transport, at equal evaluations.
+
+    python benchmarks/transport.py --preset tiny                          # on two cores: an hour
+    python benchmarks/transport.py --preset small --device cuda --workers 14    # 1.8 M weights; then --preset 10m
+    python benchmarks/transport.py --report                               # tables into RESULTS.md
+    python benchmarks/transport.py --quick                                # seconds, to try it
+
+One evaluation a step everywhere, a cosine schedule, and for every method and β₁ a rate of its own, the best of those
+tried with a seed that is not reported. γ = 1 − β₁ *is* Nesterov's look-ahead (`expfam_poco.correction.Transported`);
+NAdamW is the other form of it, with gradients taken at the weights. *Worth*: evaluations that the plain method with
+β₁ = 0.9 needs to the same loss, from runs of it with `LONGER` times the budget and their own schedule, over those used.
+
+Each run is written to a file of its own as soon as it ends (`--runs`) and is not repeated: what was interrupted
+continues. `--seconds` starts no run after so long, and reports what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import torch  # noqa: E402
+from corpus import Corpus, load  # noqa: E402
+from language_model import Settings, Training  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+
+RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
+SEEDS, TUNING_SEED, LONGER = (0, 1, 2, 3, 4), 1000, 1.25
+COMMON = Settings(batch=16, context=128, steps=1875, warmup=75, beta2=0.999, clip_radius=1e-3, validation=512)
+PRESETS = {
+    "tiny": replace(COMMON, preset="tiny", steps=500, warmup=20, beta2=0.99, clip_radius=1e-2, validation=128),
+    "small": replace(COMMON, preset="small"),
+    "10m": replace(COMMON, preset="10m", steps=1250, warmup=50),
+}
+QUICK = Settings(preset="nano", batch=2, context=16, steps=12, warmup=2, validation=8)
+ADAMW, IVON = (7.5e-4, 1.5e-3, 3e-3, 6e-3), (0.1, 0.2, 0.4, 0.8)
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % points of Student's t for so many seeds
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, its β₁ and its γ; the budget as a multiple."""
+
+    method: str
+    beta1: float = 0.9
+    gamma: float = 0.0
+    budget: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """In tables and files."""
+        more = "" if self.budget == 1.0 else f", {self.budget:g}× evaluations"
+        return f"{self.method} β₁ = {self.beta1:g}, γ = {self.gamma:g}{more}"
+
+    def settings(self, common: Settings, rate: float, seed: int) -> Settings:
+        """One run."""
+        chosen = {"method": self.method.lower(), "beta1": self.beta1, "transport": self.gamma}
+        steps = round(self.budget * common.steps)
+        return replace(common, **chosen, lr=rate, seed=seed, steps=steps, validate_every=steps)
+
+
+def rows_of(preset: str) -> list[Row]:
+    """What is compared: all of it where runs are cheap, what matters of it in the larger model."""
+    betas = (0.9,) if preset == "10m" else (0.8, 0.9, 0.95)
+    found = []
+    for method, beta in itertools.product(("AdamW", "IVON"), betas):
+        found += [Row(method, beta, gamma) for gamma in sorted({0.0, round(1.0 - beta, 3), 0.25})]
+    found += [Row("NAdamW", beta) for beta in betas]
+    return found + [Row(method, 0.9, 0.0, LONGER) for method in ("AdamW", "IVON")]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def text(context: int) -> Corpus:
+    """The text, read once in a process."""
+    return load("stdlib", context)
+
+
+def one_thread() -> None:
+    """Start of a worker."""
+    torch.set_num_threads(1)
+    text(COMMON.context)
+
+
+def run(settings: Settings, path: Path) -> float:
+    """The final loss of one run, from its file where that is there."""
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["settings"] == asdict(settings):
+            return float(stored["loss"])
+    training = Training(settings, text(settings.context))
+    for _ in training.run():
+        pass
+    loss = training.curve[-1]["loss"]
+    content = {"settings": asdict(settings), "loss": loss if math.isfinite(loss) else None, "curve": training.curve}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(part, path)
+    return float(loss)
+
+
+class Pool:
+    """Workers, and a line of progress; none begins a run after `seconds`."""
+
+    def __init__(self, folder: Path, workers: int, seconds: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.until = folder, time.monotonic() + seconds
+        context = multiprocessing.get_context("spawn")
+        self.workers = ProcessPoolExecutor(workers, context, one_thread)
+
+    def losses(self, jobs: Sequence[tuple[Row, float, int]], common: Settings, words: str) -> dict[Any, float]:
+        """The loss of every (row, rate, seed) that was begun in time; infinite for one that diverged."""
+        found: dict[Any, float] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            line = progress.add_task(words, total=len(jobs))
+            futures = {}
+            for row, rate, seed in jobs:
+                path = self.folder / (re.sub(r"\W+", "-", f"{common.preset} {row.name} {rate:g} {seed}") + ".json")
+                futures[self.workers.submit(run, row.settings(common, rate, seed), path)] = (row, rate, seed)
+            for future in as_completed(futures):
+                if time.monotonic() > self.until:
+                    for waiting in futures:
+                        waiting.cancel()
+                if not future.cancelled():
+                    loss = future.result()
+                    found[futures[future]] = loss if math.isfinite(loss) else math.inf
+                progress.advance(line)
+        return found
+
+
+def compare(preset: str, common: Settings, rows: Iterable[Row], pool: Pool, seeds: Sequence[int]) -> dict[str, Any]:
+    """Rates by the tuning seed, widened while the best lies at an end, then all seeds, seed by seed."""
+    rows = list(rows)
+    grid = {row: list(IVON if row.method == "IVON" else ADAMW)[1:3] for row in rows}
+    tuned: dict[Row, dict[float, float]] = {row: {} for row in rows}
+    for _ in range(4):
+        jobs = [(row, rate, TUNING_SEED) for row in rows for rate in grid[row] if rate not in tuned[row]]
+        for (row, rate, _seed), loss in pool.losses(jobs, common, f"{preset}: rates").items():
+            tuned[row][rate] = loss
+        for row, losses in tuned.items():
+            best = min(losses, key=losses.__getitem__, default=None)
+            if best is not None and best in (min(losses), max(losses)):
+                grid[row] = [best / 2 if best == min(losses) else best * 2]
+    best = {row: min(losses, key=losses.__getitem__) for row, losses in tuned.items() if losses}
+    finals: dict[Row, list[float | None]] = {row: [None] * len(seeds) for row in best}
+    jobs = [(row, best[row], seed) for seed in seeds for row in best]
+    for (row, _, seed), loss in pool.losses(jobs, common, f"{preset}: {len(seeds)} seeds").items():
+        finals[row][seeds.index(seed)] = loss
+    whole = next((n for n in range(len(seeds)) if any(losses[n] is None for losses in finals.values())), len(seeds))
+    found = []
+    for row, losses in finals.items():
+        rates = {f"{rate:g}": tuned[row][rate] for rate in sorted(tuned[row])}
+        found.append({**asdict(row), "lr": best[row], "finals": losses[:whole], "tuned": rates})
+    return {"settings": asdict(common), "device": _device(common), "seeds": list(seeds[:whole]), "rows": found}
+
+
+def _device(common: Settings) -> str:
+    return torch.cuda.get_device_name() if common.device == "cuda" else "CPU"
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+def _rows(content: Mapping[str, Any]) -> dict[Row, dict[str, Any]]:
+    return {Row(r["method"], r["beta1"], r["gamma"], r["budget"]): r for r in content["rows"]}
+
+
+def interval(first: Sequence[float], second: Sequence[float]) -> str:
+    """Mean of the differences, seed by seed, with its 95 % interval."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return "–"
+    error = STUDENT[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.mean(differences):+.4f} ± {error:.4f}"
+
+
+def worth(loss: float, plain: float, longer: float) -> float:
+    """Evaluations of the plain method to a loss, over those used: linear in log evaluations between its two budgets."""
+    return math.exp(math.log(LONGER) * (plain - loss) / (plain - longer))
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """All rows, the best of a method first."""
+    done = _rows(content)
+    head = ["", "β₁", "γ", "lr", "final loss [lowest, highest]", "minus plain β₁ = 0.9", "worth"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method in ("AdamW", "NAdamW", "IVON"):
+        base = Row("IVON" if method == "IVON" else "AdamW")
+        own = [row for row in done if row.method == method]
+        for row in sorted(own, key=lambda row: statistics.median(done[row]["finals"])):
+            lines.append("| " + " | ".join(_line(row, done, base)) + " |")
+    return "\n".join(lines)
+
+
+def _nesterov(row: Row) -> bool:
+    return row.method == "NAdamW" or row.gamma == round(1.0 - row.beta1, 3)
+
+
+def _line(row: Row, done: Mapping[Row, Mapping[str, Any]], base: Row) -> list[str]:
+    finals, plain, longer = done[row]["finals"], done.get(base), done.get(replace(base, budget=LONGER))
+    name = row.method + ("" if row.budget == 1.0 else f", {row.budget:g}× evaluations")
+    gamma = f"{row.gamma:g}" + (" (Nesterov)" if row.gamma and _nesterov(row) else "")
+    middle, worthwhile = statistics.median(finals), "–"
+    if plain and longer and row.budget == 1.0:
+        worthwhile = f"{worth(middle, statistics.median(plain['finals']), statistics.median(longer['finals'])):.2f}"
+    return [
+        name, f"{row.beta1:g}", gamma, f"{done[row]['lr']:g}", f"{middle:.4f} [{min(finals):.4f}, {max(finals):.4f}]",
+        interval(finals, plain["finals"]) if plain and row != base else "–", worthwhile,
+    ]  # fmt: skip
+
+
+def verdict(content: Mapping[str, Any]) -> str:
+    """The best transport against the best of the controls, seed by seed."""
+    done = {row: r["finals"] for row, r in _rows(content).items() if row.budget == 1.0}
+    lines = []
+    for methods in (("AdamW", "NAdamW"), ("IVON",)):
+        mine = sorted((row for row in done if row.method in methods), key=lambda row: statistics.median(done[row]))
+        transport = next((row for row in mine if row.gamma), None)
+        without = next((row for row in mine if not row.gamma and not _nesterov(row)), None)
+        nesterov = next((row for row in mine if _nesterov(row)), None)
+        for words, control in (("the best β₁ without", without), ("the best Nesterov", nesterov)):
+            if transport and control:
+                gain = "the same run" if control == transport else interval(done[transport], done[control])
+                lines.append(f"* {transport.name} (the best transport) minus {control.name} ({words}): {gain}")
+    return "\n".join(lines)
+
+
+def report(results: Path, page: Path) -> None:
+    """Tables between their marks."""
+    written = page.read_text(encoding="utf-8")
+    for path in sorted(results.glob("transport-*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        s = content["settings"]
+        head = f"`{s['preset']}`: {s['steps']} evaluations of {s['batch']} × {s['context']} bytes, {s['dtype']}, "
+        head += f"{content['device']}, {len(content['seeds'])} seeds."
+        new = f"{head}\n\n{table(content)}\n\n{verdict(content)}"
+        print(f"## {path.stem}\n\n{new}\n")
+        pattern = re.compile(rf"(<!-- table {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
+        written = pattern.sub(lambda found, new=new: f"{found[1]}\n{new}\n{found[2]}", written)
+    page.write_text(written, encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default=None, help="float32, or bf16 (of a GPU, unless it is given)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--runs", type=Path, default=Path("build/transport"), help="folder of single runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    chosen = parser.parse_args()
+    if not chosen.report:
+        name, common, rows, seeds = chosen.preset, PRESETS[chosen.preset], rows_of(chosen.preset), SEEDS
+        if chosen.quick:
+            name, common, seeds = "quick", QUICK, SEEDS[:2]
+            rows = [row for row in rows if row.beta1 == 0.9 and row.gamma < 0.25]
+        dtype = chosen.dtype or ("bf16" if chosen.device == "cuda" else "float32")
+        common = replace(common, device=chosen.device, dtype=dtype)
+        pool = Pool(chosen.runs, chosen.workers, chosen.seconds)
+        content = compare(name, common, rows, pool, seeds)
+        pool.workers.shutdown()
+        chosen.results.mkdir(parents=True, exist_ok=True)
+        path = chosen.results / f"transport-{name}.json"
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    report(chosen.results, chosen.page)
+
+
+if __name__ == "__main__":
+    main()
