@@ -1,7 +1,7 @@
 """Does transport pay on the small GPT? Against the best β₁, Nesterov's momentum and no transport, at equal evaluations.
 
     python benchmarks/transport.py --preset tiny                          # on two cores: an hour
-    python benchmarks/transport.py --preset small --device cuda --workers 14    # 1.8 M weights; then --preset 10m
+    python benchmarks/transport.py --preset small --device cuda --workers 4 --together 8    # or 10m
     python benchmarks/transport.py --report                               # tables into RESULTS.md
     python benchmarks/transport.py --quick                                # seconds, to try it
 
@@ -27,7 +27,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,9 +37,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 import torch  # noqa: E402
-from corpus import Corpus, load  # noqa: E402
+from corpus import TRAINING, Corpus, load  # noqa: E402
 from language_model import Settings, Training  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 SEEDS, TUNING_SEED, LONGER = (0, 1, 2, 3, 4), 1000, 1.25
@@ -76,6 +77,10 @@ class Row:
         return replace(common, **chosen, lr=rate, seed=seed, steps=steps, validate_every=steps)
 
 
+Job = tuple[Row, float, int]
+"""A row, its rate and the seed."""
+
+
 def rows_of(preset: str) -> list[Row]:
     """What is compared: all of it where runs are cheap, what matters of it in the larger model."""
     betas = (0.9,) if preset == "10m" else (0.8, 0.9, 0.95)
@@ -101,50 +106,123 @@ def one_thread() -> None:
     text(COMMON.context)
 
 
-def run(settings: Settings, path: Path) -> float:
-    """The final loss of one run, from its file where that is there."""
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["settings"] == asdict(settings):
-            return float(stored["loss"])
-    training = Training(settings, text(settings.context))
-    for _ in training.run():
-        pass
-    loss = training.curve[-1]["loss"]
-    content = {"settings": asdict(settings), "loss": loss if math.isfinite(loss) else None, "curve": training.curve}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(part, path)
-    return float(loss)
+def graph_of(training: Training, tokens: Tensor) -> Callable[[Tensor], Any]:
+    """The step of one of torch's optimizers as a CUDA graph, as torch's documentation has it."""
+    optimizer, place, side = training.optimizer, tokens.clone(), torch.cuda.Stream()
+    for group in optimizer.param_groups:  # numbers that change lie on the device
+        group.update(capturable=True, lr=torch.tensor(group["lr"], device=tokens.device))
+    closure, graph = training.closure(place), torch.cuda.CUDAGraph()
+    first = [parameter.detach().clone() for parameter in training.model.parameters()]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step(closure)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        optimizer.step(closure)
+    with torch.no_grad():  # the three steps have not been
+        for parameter, value in zip(training.model.parameters(), first, strict=True):
+            parameter.copy_(value)
+        for state in optimizer.state.values():
+            for name, value in state.items():
+                value.fill_(1.0 if name == "mu_product" else 0.0)
+
+    def step(tokens: Tensor) -> None:
+        place.copy_(tokens)
+        graph.replay()
+
+    return step
+
+
+def step_of(training: Training) -> Callable[[Tensor], Any]:
+    """A step on a batch: a graph on a GPU where there is one for the method, an ordinary step elsewhere."""
+    s, optimizer = training.settings, training.optimizer
+    if s.device != "cuda" or (s.transport and s.method == "adamw"):
+        return lambda tokens: optimizer.step(training.closure(tokens))
+    (tokens,) = training.batches(TRAINING, 0, 1)
+    if s.method != "ivon":
+        return graph_of(training, tokens)
+
+    def loss(tokens: Tensor) -> Tensor:
+        with training.precision():
+            return training.model.loss(tokens)
+
+    captured: Callable[[Tensor], Any] = optimizer.captured(loss, tokens)
+    return captured
+
+
+def run(jobs: Sequence[tuple[Settings, Path]]) -> list[float]:
+    """The final losses of runs that take turns, each on a stream of its own; from their files where these are there."""
+    todo = [(settings, path) for settings, path in jobs if _stored(settings, path) is None]
+    trainings = [Training(settings, text(settings.context)) for settings, _ in todo]
+    on_gpu = bool(todo) and todo[0][0].device == "cuda"
+    streams = [torch.cuda.Stream() if on_gpu else None for _ in todo]
+    torch.cuda.synchronize() if on_gpu else None
+    steps = []
+    for training, stream in zip(trainings, streams, strict=True):
+        with torch.cuda.stream(stream):
+            steps.append(step_of(training))
+    for number in range(max((settings.steps for settings, _ in todo), default=0)):
+        for training, stream, step in zip(trainings, streams, steps, strict=True):
+            if number < training.settings.steps:
+                with torch.cuda.stream(stream):
+                    step(training.batches(TRAINING, number, 1)[0])
+                    training.scheduler.step()
+    torch.cuda.synchronize() if on_gpu else None
+    for training, (settings, path) in zip(trainings, todo, strict=True):
+        loss = training.validate()
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"settings": asdict(settings), "loss": loss if math.isfinite(loss) else None}))
+        os.replace(part, path)
+    return [_stored(settings, path) or math.inf for settings, path in jobs]
+
+
+def _stored(settings: Settings, path: Path) -> float | None:
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    loss = math.inf if content["loss"] is None else float(content["loss"])
+    return loss if content["settings"] == asdict(settings) else None
 
 
 class Pool:
-    """Workers, and a line of progress; none begins a run after `seconds`."""
+    """Workers, and a line of progress; none begins a run after `seconds`, and each has `together` at a time."""
 
-    def __init__(self, folder: Path, workers: int, seconds: float) -> None:
+    def __init__(self, folder: Path, workers: int, together: int, seconds: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.until = folder, time.monotonic() + seconds
+        self.folder, self.together, self.until = folder, together, time.monotonic() + seconds
         context = multiprocessing.get_context("spawn")
         self.workers = ProcessPoolExecutor(workers, context, one_thread)
 
-    def losses(self, jobs: Sequence[tuple[Row, float, int]], common: Settings, words: str) -> dict[Any, float]:
-        """The loss of every (row, rate, seed) that was begun in time; infinite for one that diverged."""
-        found: dict[Any, float] = {}
+    def _gangs(self, jobs: Sequence[Job], common: Settings) -> list[tuple[list[Job], list[tuple[Settings, Path]]]]:
+        """Jobs for the same worker; those without a graph go alone."""
+        slow = [job for job in jobs if job[0].gamma and job[0].method == "AdamW"]
+        fast = [job for job in jobs if job not in slow]
+        gangs = [[job] for job in slow] + [fast[i : i + self.together] for i in range(0, len(fast), self.together)]
+        return [(gang, [(self._settings(job, common), self._path(job, common)) for job in gang]) for gang in gangs]
+
+    def _settings(self, job: Job, common: Settings) -> Settings:
+        return job[0].settings(common, *job[1:])
+
+    def _path(self, job: Job, common: Settings) -> Path:
+        row, rate, seed = job
+        return self.folder / (re.sub(r"\W+", "-", f"{common.preset} {row.name} {rate:g} {seed}") + ".json")
+
+    def losses(self, jobs: Sequence[Job], common: Settings, words: str) -> dict[Job, float]:
+        """The loss of every job that was begun in time; infinite for one that diverged."""
+        found: dict[Job, float] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             line = progress.add_task(words, total=len(jobs))
-            futures = {}
-            for row, rate, seed in jobs:
-                path = self.folder / (re.sub(r"\W+", "-", f"{common.preset} {row.name} {rate:g} {seed}") + ".json")
-                futures[self.workers.submit(run, row.settings(common, rate, seed), path)] = (row, rate, seed)
+            futures = {self.workers.submit(run, what): gang for gang, what in self._gangs(jobs, common)}
             for future in as_completed(futures):
                 if time.monotonic() > self.until:
                     for waiting in futures:
                         waiting.cancel()
                 if not future.cancelled():
-                    loss = future.result()
-                    found[futures[future]] = loss if math.isfinite(loss) else math.inf
-                progress.advance(line)
+                    found.update(zip(futures[future], future.result(), strict=True))
+                progress.advance(line, len(futures[future]))
         return found
 
 
@@ -267,6 +345,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None, help="float32, or bf16 (of a GPU, unless it is given)")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--together", type=int, default=1, help="runs that take turns in a worker; of a GPU, 8")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--runs", type=Path, default=Path("build/transport"), help="folder of single runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -281,7 +360,7 @@ def main() -> None:
             rows = [row for row in rows if row.beta1 == 0.9 and row.gamma < 0.25]
         dtype = chosen.dtype or ("bf16" if chosen.device == "cuda" else "float32")
         common = replace(common, device=chosen.device, dtype=dtype)
-        pool = Pool(chosen.runs, chosen.workers, chosen.seconds)
+        pool = Pool(chosen.runs, chosen.workers, chosen.together, chosen.seconds)
         content = compare(name, common, rows, pool, seeds)
         pool.workers.shutdown()
         chosen.results.mkdir(parents=True, exist_ok=True)

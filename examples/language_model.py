@@ -216,7 +216,7 @@ class Training:
 
         def evaluate() -> Tensor:
             self.optimizer.zero_grad()
-            with self._precision():
+            with self.precision():
                 loss = self.model.loss(tokens)
             loss.backward()
             return loss
@@ -281,7 +281,8 @@ class Training:
         found: dict[str, float] = self.optimizer.measure_variance([self.closure(batch) for batch in batches])
         return found
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
+        """The context that losses are evaluated in."""
         device = torch.device(self.settings.device).type
         return torch.autocast(device, DTYPES[self.settings.dtype], enabled=self.settings.dtype != "float32")
 
@@ -291,7 +292,7 @@ class Training:
     def validate(self) -> float:
         """Mean loss (nats a token) of the held-out windows at the present weights: the posterior's mean."""
         self.model.eval()
-        with self._precision():
+        with self.precision():
             losses = [float(self.model.loss(part)) * len(part) for part in self._validation.split(32)]
         return sum(losses) / len(self._validation)
 
