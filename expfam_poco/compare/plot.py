@@ -11,6 +11,7 @@ import numpy as np
 from expfam_poco.compare.report import Report, Result
 from expfam_poco.errors import InputError
 from expfam_poco.tools.files import written_aside
+from expfam_poco.tools.pictures import empty_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,12 +52,9 @@ def draw(report: Report, path: Path) -> None:
     """
     if not plotting_available():
         raise InputError(MISSING)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11.0, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure("compare's picture", 11.0, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, report.results)
     for order, result in enumerate(report.results):

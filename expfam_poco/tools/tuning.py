@@ -21,6 +21,7 @@ from expfam_poco.closures.evaluate import functions_of
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.optim.named import IVONPoCo
 from expfam_poco.tools.files import written_aside
+from expfam_poco.tools.pictures import empty_figure
 
 Closure = Callable[[], Any]
 WIDTH = 3.0  # steps, the deviation of the kernel that smooths the losses
@@ -56,13 +57,7 @@ class LearningRates(NamedTuple):
         Args:
             path: of a PNG file.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("find_lr's picture needs matplotlib: pip install 'expfam_poco[examples]'.") from error
-        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = empty_figure("find_lr's picture", 6.0, 4.0)
         panel = figure.subplots()
         panel.plot(self.rates, self.losses, color="#999999", linewidth=0.8, label="loss")
         panel.plot(self.rates, self.smoothed, color="#0072B2", label="smoothed")

@@ -29,6 +29,7 @@ from expfam_poco.correction.worth import (
 )
 from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.tools.files import written_aside
+from expfam_poco.tools.pictures import empty_figure
 from expfam_poco.tools.stretch import Counted, Gradients, Stretch, batches_of
 from expfam_poco.tools.tuning import put_back
 
@@ -195,13 +196,7 @@ class Worth:
         Args:
             path: of a PNG file.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("worth's picture needs matplotlib: pip install 'expfam_poco[examples]'.") from error
-        figure = Figure(figsize=(11.0, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = empty_figure("worth's picture", 11.0, 4.4)
         left, right = figure.subplots(1, 2)
         periods = np.geomspace(2.0, 400.0, 400)
         shown = sorted(self.rows, key=lambda row: row.worth)
