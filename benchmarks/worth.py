@@ -1,34 +1,33 @@
-"""Predicted and measured worth of corrections, larger batches and transport: a small network on fresh data.
+"""Predicted and measured worth of corrections, larger batches and transport, on fresh data.
 
-    python benchmarks/worth.py             # tunes, runs and reports: worth.json, and the table that RESULTS.md quotes
-    python benchmarks/worth.py --quick     # so short that it shows only that all works
-    python benchmarks/worth.py --language-model     # predictions beside what benchmarks/language_model.py has measured
+    python benchmarks/worth.py                       # a small network: tunes, runs, reports into RESULTS.md
+    python benchmarks/worth.py text --device cuda    # a GPT of 1.8 M weights; --preset tiny is for processors
+    python benchmarks/worth.py --quick               # so short that it shows only that all works
 
-Fresh data: digits (scikit-learn) moved by up to a pixel and with noise on every pixel, drawn anew for every mini-batch,
-so that none comes twice. A 64-64-10 network; IVON with a cosine schedule. Every method gets the same number of gradient
-evaluations, and its rate is tuned on its own on another seed.
+*digits*: of scikit-learn, moved by up to a pixel and with noise on every pixel, drawn anew for every mini-batch, so
+that none comes twice; a 64-64-10 network. *text*: bytes of the standard library's sources. IVON with a cosine
+schedule. Every method gets the same number of gradient evaluations, and its rate is tuned on its own on another seed.
 
 *Measured worth*: the number of evaluations at which plain IVON (with a schedule and rate of its own for every budget)
 reaches the same held-out loss, interpolated linearly between log loss and log evaluations, over the number that was
 used. *Predicted worth*: `poco.worth` at one quarter, half and three quarters of the plain run, the mean of the three.
-
-With `--language-model` the plain run is IVON's of `benchmarks/language_model.py` (0.4 M weights, 1000 evaluations),
-looked at after 100 and 300 steps; what is measured there counts from the end of the burn-in on, between plain runs of
-400 and 1000 evaluations.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import functools
 import json
 import math
+import multiprocessing
+import re
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,9 +38,11 @@ from torch.nn import functional
 import expfam_poco as poco
 from expfam_poco.correction import Recursive, Transported
 
-RESULTS = Path(__file__).resolve().parent / "results" / "worth.json"
-PAGE = Path(__file__).resolve().parent / "RESULTS.md"
-BATCH, EVERY, SIZE = 8, 10, 10
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
+EVERY, SIZE = 10, 10
 BUDGETS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
 RATES = (0.1, 0.2, 0.4, 0.8)
 TUNING_SEED = 1000
@@ -70,10 +71,59 @@ METHODS = {
 }
 
 
-def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+# ---- what is learned -------------------------------------------------------------------------------------
+
+
+class Problem(Protocol):
+    """A model, endless mini-batches of which none comes twice, a loss, and IVON's hyperparameters."""
+
+    settings: dict[str, Any]
+    samples: int
+
+    def model(self) -> nn.Module:
+        """From torch's seed."""
+
+    def stream(self, seed: int, times: int = 1) -> Iterator[Any]:
+        """Mini-batches, `times` as large."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean over a mini-batch."""
+
+    def held_out(self, model: nn.Module) -> float:
+        """The mean over what is not trained on."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Digits made anew for every mini-batch of 8, and a network of 4,810 weights."""
+
+    samples: int = 60
+    settings: dict[str, Any] = field(
+        default_factory=lambda: {
+            "ess": 1e6, "hess_init": 1.0, "beta2": 0.999, "clip_radius": 0.1, "weight_decay": 1e-4,
+        }
+    )  # fmt: skip
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def stream(self, seed: int, times: int = 1) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield fresh(*digits()[0], times * 8, generator)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+    def held_out(self, model: nn.Module) -> float:
+        return float(self.loss(model, fresh(*digits()[1], 4096, torch.Generator().manual_seed(77))))
+
+
+@functools.cache
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Digits to draw from, and held-out ones."""
-    digits = load_digits()
-    x, y = torch.tensor(digits.data, dtype=torch.float32).view(-1, 8, 8) / 16.0, torch.tensor(digits.target)
+    found = load_digits()
+    x, y = torch.tensor(found.data, dtype=torch.float32).view(-1, 8, 8) / 16.0, torch.tensor(found.target)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
     return (x[:1200], y[:1200]), (x[1200:], y[1200:])
@@ -89,38 +139,77 @@ def fresh(x: Tensor, y: Tensor, rows: int, generator: torch.Generator) -> tuple[
     return (moved + 0.3 * torch.randn(rows, 8, 8, generator=generator)).flatten(1), y[chosen]
 
 
-class Stream:
-    """Endless fresh mini-batches of a seed; going through it again goes on."""
+@dataclass(frozen=True)
+class Text:
+    """A GPT on windows of 128 bytes, 16 in a mini-batch."""
 
-    def __init__(self, seed: int, times: int = 1) -> None:
-        self.generator, self.rows = torch.Generator().manual_seed(seed), times * BATCH
-        self.train = data()[0]
+    preset: str = "small"
+    device: str = "cpu"
+    context: int = 128
+    rows: int = 16
+    samples: int = 24
+    settings: dict[str, Any] = field(
+        default_factory=lambda: {
+            "ess": 1e8, "hess_init": 1e-3, "beta2": 0.999, "clip_radius": 1e-3, "weight_decay": 1e-6,
+            "rescale_lr": False,
+        }
+    )  # fmt: skip
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def model(self) -> nn.Module:
+        from gpt import GPT, preset
+
+        return GPT(preset(self.preset, context=self.context, vocabulary=256)).to(self.device)
+
+    def stream(self, seed: int, times: int = 1) -> Iterator[Any]:
+        index = 0
         while True:
-            yield fresh(*self.train, self.rows, self.generator)
+            yield (
+                corpus(self.context)
+                .batch(self.context, times * self.rows, seed=seed, stream=0, index=index)
+                .to(self.device)
+            )
+            index += 1
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+            value: Tensor = model.loss(batch)  # type: ignore[operator]
+        return value
+
+    def held_out(self, model: nn.Module) -> float:
+        parts = corpus(self.context).validation(self.context, 256).to(self.device).split(64)
+        return sum(float(self.loss(model, part)) for part in parts) / len(parts)
+
+
+@functools.cache
+def corpus(context: int) -> Any:
+    """The text, read once in a process."""
+    from corpus import load
+
+    return load("stdlib", context)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------
 
 
 class Run:
     """One training; `evaluations` counts gradients of plain mini-batches."""
 
-    def __init__(self, method: Method, rate: float, seed: int, budget: int) -> None:
+    def __init__(self, problem: Problem, method: Method, rate: float, seed: int, budget: int) -> None:
         torch.manual_seed(seed)
-        self.method, self.rate, self.budget, self.evaluations, self.steps = method, rate, budget, 0.0, 0
-        self.model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.problem, self.method, self.rate, self.budget = problem, method, rate, budget
+        self.evaluations, self.steps, self.model = 0.0, 0, problem.model()
         corrections: dict[str, Any] = {"recursive": Recursive(), "transported": Transported(gamma=method.gamma)}
         choices = {"correction": corrections[method.kind]} if method.kind in corrections else {}
         momentum = {"beta1": 0.0} if method.kind == "recursive" else {}  # which averages by itself
         self.optimizer = poco.IVONPoCo(
-            self.model.parameters(), lr=rate, ess=1e6, hess_init=1.0, beta2=0.999, clip_radius=0.1, weight_decay=1e-4,
-            alpha=method.alpha, seed=seed, **momentum, **choices,
-        )  # fmt: skip
-        self.stream = iter(Stream(seed, method.times))
+            self.model.parameters(), lr=rate, alpha=method.alpha, seed=seed, **problem.settings, **momentum, **choices
+        )
+        self.stream = problem.stream(seed, method.times)
         self.mega: list[Any] = []
 
-    def closure(self, batch: tuple[Tensor, Tensor]) -> Any:
+    def closure(self, batch: Any) -> Any:
         """The mean loss of a mini-batch."""
-        return lambda: functional.cross_entropy(self.model(batch[0]), batch[1])
+        return lambda: self.problem.loss(self.model, batch)
 
     def until(self, share: float) -> Run:
         """Train until this share of the budget is used."""
@@ -147,48 +236,38 @@ class Run:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """On held-out digits, changed as those for training."""
-        x, y = data()[1]
-        generator = torch.Generator().manual_seed(77)
-        value = functional.cross_entropy(self.model((many := fresh(x, y, 4096, generator))[0]), many[1])
-        return float(value)
+        """Held-out."""
+        return self.problem.held_out(self.model)
 
 
-def final(method: Method, rate: float, seed: int, budget: int) -> float:
+Job = tuple[Problem, Method, float, int, int]
+"""As `Run` takes it: problem, method, rate, seed, budget."""
+
+
+def final(job: Job) -> float:
     """The held-out loss of a run; infinite where it has failed."""
     try:
-        value = Run(method, rate, seed, budget).until(1.0).loss()
+        value = Run(*job).until(1.0).loss()
     except (FloatingPointError, ValueError):
         return math.inf
     return value if math.isfinite(value) else math.inf
 
 
-def tuned(method: Method, budget: int, rates: tuple[float, ...]) -> float:
-    """The rate of least loss on another seed; the grid is widened where that is its largest."""
-    if len(rates) == 1:
-        return rates[0]
-    losses = {rate: final(method, rate, TUNING_SEED, budget) for rate in rates}
-    while min(losses, key=losses.__getitem__) == max(losses):
-        losses[2.0 * max(losses)] = final(method, 2.0 * max(losses), TUNING_SEED, budget)
-    return min(losses, key=losses.__getitem__)
-
-
-def measured_worth(loss: float, budgets: list[int], losses: list[float], used: int) -> float:
-    """The plain method's evaluations to this loss, over those used; extrapolated along the outer pieces."""
-    x, y = np.log(budgets), np.log(losses)
-    place = int(np.clip(np.searchsorted(-y, -math.log(loss)), 1, len(y) - 1))
-    slope = (x[place] - x[place - 1]) / (y[place] - y[place - 1])
-    return float(math.exp(x[place] + slope * (math.log(loss) - y[place])) / used)
-
-
-def predicted(budget: int, rate: float, seed: int) -> list[poco.Worth]:
-    """Along a plain run."""
-    run, found = Run(METHODS["plain"], rate, seed, budget), []
+def predicted(job: Job) -> dict[str, Any]:
+    """Along a plain run: worth and limit of every method's row, and the noise-to-signal ratio."""
+    problem, _, rate, seed, budget = job
+    run = Run(problem, METHODS["plain"], rate, seed, budget)
+    found: dict[str, Any] = {"noise": [], **{name: [] for name in METHODS}}
     for share in (0.25, 0.5, 0.75):
         run.until(share)
-        stream = [batch for batch, _ in zip(Stream(5000 + seed), range(60), strict=False)]
+        batches = [batch for batch, _ in zip(problem.stream(5000 + seed), range(problem.samples), strict=False)]
         arguments: dict[str, Any] = {"transports": (0.1, 0.5), "alphas": (0.5, 1.0), "every": EVERY, "size": SIZE}
-        found.append(poco.worth(run.model, run.optimizer, run.closure, Fresh(stream), **arguments))
+        if problem.samples < 60:
+            arguments["samples"] = problem.samples
+        worth = poco.worth(run.model, run.optimizer, run.closure, Fresh(batches), **arguments)
+        found["noise"].append(worth.noise)
+        for name, method in METHODS.items():
+            found[name].append((worth[method.row].worth, worth[method.row].limit))
     return found
 
 
@@ -202,12 +281,87 @@ class Fresh:
         return iter(self.items)
 
 
-def _line(name: str, row: dict[str, Any]) -> str:
-    by_share = ", ".join(f"{value:.2f}" for value in row["by_share"])
-    return (
-        f"{name:22s} rate {row['rate']:<5g} measured {row['measured']:.2f} ± {row['error']:.2f}   "
-        f"predicted {row['predicted']:.2f} ({by_share})   if noise is all {row['limit']:.2f}"
-    )
+def one_thread() -> None:
+    """Start of a worker."""
+    torch.set_num_threads(1)
+
+
+class Workers:
+    """Runs side by side; one worker is this process."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = None
+        if count > 1:
+            self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), one_thread)
+
+    def map(self, function: Any, jobs: list[Job]) -> list[Any]:
+        """Results in the order of the jobs."""
+        return list(map(function, jobs) if self._pool is None else self._pool.map(function, jobs))
+
+
+Wanted = dict[Any, tuple[Problem, Method, int]]
+"""What is to be tuned, with its budget."""
+
+
+def tuned(wanted: Wanted, rates: tuple[float, ...], workers: Workers) -> dict[Any, float]:
+    """The rate of least loss on another seed for every key; a grid is widened where that is its largest or smallest."""
+    losses: dict[Any, dict[float, float]] = {key: {} for key in wanted}
+    todo = [(key, rate) for key in wanted for rate in rates]
+    for _ in range(3 if len(rates) > 1 else 1):
+        jobs = [(wanted[key][0], wanted[key][1], rate, TUNING_SEED, wanted[key][2]) for key, rate in todo]
+        for (key, rate), loss in zip(todo, workers.map(final, jobs), strict=True):
+            losses[key][rate] = loss
+        best = {key: min(found, key=found.__getitem__) for key, found in losses.items()}
+        todo = [(key, 2 * best[key]) for key, found in losses.items() if best[key] == max(found)]
+        todo += [(key, best[key] / 2) for key, found in losses.items() if best[key] == min(found) and len(found) > 1]
+    return best
+
+
+def measured_worth(loss: float, budgets: list[int], losses: list[float], used: int) -> float:
+    """The plain method's evaluations to this loss, over those used; extrapolated along the outer pieces."""
+    x, y = np.log(budgets), np.log(losses)
+    place = int(np.clip(np.searchsorted(-y, -math.log(loss)), 1, len(y) - 1))
+    slope = (x[place] - x[place - 1]) / (y[place] - y[place - 1])
+    return float(math.exp(x[place] + slope * (math.log(loss) - y[place])) / used)
+
+
+def run(
+    problem: Problem, budget: int, rates: tuple[float, ...], seeds: range, workers: Workers, methods: dict[str, Method]
+) -> dict[str, Any]:
+    """Tune and run everything."""
+    budgets, plain = [round(share * budget) for share in BUDGETS], METHODS["plain"]
+    wanted: Wanted = {n: (problem, plain, n) for n in budgets}
+    wanted |= {name: (problem, method, budget) for name, method in methods.items() if name != "plain"}
+    best = tuned(wanted, rates, workers)
+    best["plain"] = best[budget]
+    keys = [(key, seed) for key in (*budgets, *methods) for seed in seeds]
+    wanted["plain"] = wanted[budget]
+    finals = workers.map(final, [(*wanted[key][:2], best[key], seed, wanted[key][2]) for key, seed in keys])
+    losses: dict[Any, list[float]] = {key: [] for key in (*budgets, *methods)}
+    for (key, _), loss in zip(keys, finals, strict=True):
+        losses[key].append(loss)
+    curve = [float(np.mean(losses[n])) for n in budgets]
+    foretold = workers.map(predicted, [(problem, plain, best[budget], seed, budget) for seed in seeds])
+    rows: dict[str, Any] = {}
+    for name in methods:
+        worths = [measured_worth(loss, budgets, curve, budget) for loss in losses[name]]
+        found = np.array([of_seed[name] for of_seed in foretold])  # seeds × shares × (worth, limit)
+        rows[name] = {
+            "rate": best[name],
+            "losses": losses[name],
+            "worths": worths,
+            "measured": measured_worth(float(np.mean(losses[name])), budgets, curve, budget),
+            "error": statistics.stdev(worths) / math.sqrt(len(worths)),
+            "predicted": float(found[..., 0].mean()),
+            "by_share": found[..., 0].mean(0).tolist(),
+            "limit": float(found[..., 1].mean()),
+        }
+    noise = np.median([of_seed["noise"] for of_seed in foretold], axis=0).tolist()
+    rates_of_plain = {n: best[n] for n in budgets}
+    return {"budgets": budgets, "plain_rates": rates_of_plain, "plain": curve, "noise": noise, "rows": rows}
+
+
+# ---- the table -------------------------------------------------------------------------------------------
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -220,96 +374,47 @@ def markdown(content: dict[str, Any]) -> str:
         cells = [name, f"{row['rate']:g}", f"{row['measured']:.2f} ± {row['error']:.2f}", f"{row['predicted']:.2f}"]
         cells += [", ".join(f"{value:.2f}" for value in row["by_share"]), f"{row['limit']:.2f}"]
         lines.append("| " + " | ".join([*cells, f"{row['predicted'] - row['measured']:+.2f}"]) + " |")
-    return "\n".join(lines)
+    noise = ", ".join(f"{value:.1f}" for value in content["noise"])
+    return "\n".join(lines) + f"\n\nNoise to signal of a plain gradient at ¼, ½, ¾ of the run: {noise}.\n"
 
 
-def run(budget: int, rates: tuple[float, ...], seeds: range, methods: dict[str, Method]) -> dict[str, Any]:
-    """Tune and run everything."""
-    budgets = [round(share * budget) for share in BUDGETS]
-    plain = {n: tuned(METHODS["plain"], n, rates) for n in budgets}
-    print("plain rates", plain, flush=True)
-    curves = [[final(METHODS["plain"], plain[n], seed, n) for n in budgets] for seed in seeds]
-    curve = [float(np.mean(values)) for values in zip(*curves, strict=True)]
-    print("plain losses", [round(value, 4) for value in curve], flush=True)
-    foretold = [predicted(budget, plain[budget], seed) for seed in seeds]
-    rows: dict[str, Any] = {}
-    for name, method in methods.items():
-        rate = tuned(method, budget, rates)
-        losses = [final(method, rate, seed, budget) for seed in seeds]
-        worths = [measured_worth(loss, budgets, curve, budget) for loss in losses]
-        found = [[w[method.row] for w in of_seed] for of_seed in foretold]
-        row = rows[name] = {
-            "rate": rate,
-            "losses": losses,
-            "worths": worths,
-            "measured": measured_worth(float(np.mean(losses)), budgets, curve, budget),
-            "error": statistics.stdev(worths) / math.sqrt(len(worths)),
-            "predicted": float(np.mean([[r.worth for r in of_seed] for of_seed in found])),
-            "by_share": np.mean([[r.worth for r in of_seed] for of_seed in found], axis=0).tolist(),
-            "limit": float(np.mean([[r.limit for r in of_seed] for of_seed in found])),
-        }
-        print(_line(name, row), flush=True)
-    noise = np.median([[w.noise for w in of_seed] for of_seed in foretold], axis=0).tolist()
-    print("noise/signal at a quarter, half, three quarters:", [round(value, 1) for value in noise])
-    return {"budgets": budgets, "plain_rates": plain, "plain": curve, "noise": noise, "rows": rows}
-
-
-def language_model(marks: Sequence[int] = (100, 300)) -> dict[str, Any]:
-    """Predicted and measured worth of the language model's mega-batch correction and larger batch."""
-    # Examples have a module of that name as well, which this one imports.
-    found_at = PAGE.parent / "language_model.py"
-    spec = importlib.util.spec_from_file_location("language_model_benchmark", found_at)
-    assert spec is not None and spec.loader is not None
-    theirs = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = theirs
-    spec.loader.exec_module(theirs)
-    common = theirs.COMMON
-    stored = json.loads((PAGE.parent / "results" / "language-model" / "compare.json").read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in stored["rows"]}
-    ends = {name: float(np.mean([curve["loss"][-1] for curve in row["curves"]])) for name, row in rows.items()}
-    burn_in, plain = common.burn_in, "IVON, 3× steps"
-    after = [common.steps - burn_in, 3 * (common.steps - burn_in)]
-    losses = [ends["IVON"], ends[plain]]
-    settings = theirs.CONFIGURATIONS[plain].settings(common, rows[plain]["lr"], 0)
-    training = theirs.Training(settings, theirs.text(common.context))
-    found = []
-    for mark in marks:
-        for _ in training.run(until=mark):
-            pass
-        batches = Fresh(training.batches(sys.modules["corpus"].MEASUREMENT, 1000 * mark, 40))
-        pace: dict[str, Any] = {"alphas": (common.alpha,), "every": common.every, "size": common.mega}
-        found.append(poco.worth(training.model, training.optimizer, training.closure, batches, samples=12, **pace))
-        print(found[-1], flush=True)
-    content = {}
-    for name, start in (("IVON, 3× batch", "3x batch"), ("IVON-PoCo", f"snapshot K=10 M=10 alpha={common.alpha:.2f}")):
-        content[name] = {
-            "measured": measured_worth(ends[name], after, losses, after[1]),
-            "predicted": [w[start].worth for w in found],
-            "errors": [w[start].error for w in found],
-        }
-        print(name, content[name], flush=True)
-    return {"noise": [w.noise for w in found], "transport": [w["transport"].worth for w in found], "rows": content}
+def report(results: Path, page: Path) -> None:
+    """Tables between their marks."""
+    written = page.read_text(encoding="utf-8")
+    for name, file in (("worth", "worth.json"), ("worth-text", "worth-text.json")):
+        if (results / file).is_file():
+            new = markdown(json.loads((results / file).read_text(encoding="utf-8")))
+            print(f"## {name}\n\n{new}")
+            pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            written = pattern.sub(lambda found, new=new: f"{found[1]}\n{new}\n{found[2]}", written)
+    page.write_text(written, encoding="utf-8")
 
 
 def main() -> None:
     """Tune, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--language-model", action="store_true", help="the language model in place of the digits")
+    parser.add_argument("problem", nargs="?", choices=["digits", "text"], default="digits")
+    parser.add_argument("--preset", default="small", help="of the text's model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="only the tables of what is stored")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     parser.add_argument("--budget", type=int, default=1000, help="gradient evaluations of a run")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results' JSON")
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.language_model:
-        language_model()
-        return
-    if options.quick:
-        found = run(40, RATES[1:2], range(2), METHODS)
-    else:
-        found = run(options.budget, RATES, range(options.seeds), METHODS)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1))
+    text = Text("nano", options.device, 16, 2, 12) if options.quick else Text(options.preset, options.device)
+    problem: Problem = Digits() if options.problem == "digits" else text
+    rates, seeds, budget = (RATES[1:2], 2, 40) if options.quick else (RATES, options.seeds, options.budget)
+    if options.report:
+        return report(options.results, options.page)
+    found = run(problem, budget, rates, range(seeds), Workers(options.workers), METHODS)
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = "worth.json" if options.problem == "digits" else "worth-text.json"
+    (options.results / name).write_text(json.dumps(found, indent=1))
+    return report(options.results, options.page)
 
 
 if __name__ == "__main__":

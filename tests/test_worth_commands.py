@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripts import load_script
@@ -13,16 +14,18 @@ from expfam_poco.cli import app
 script = load_script(Path(__file__).resolve().parents[1] / "benchmarks" / "worth.py")
 
 
-def test_the_stored_numbers_are_the_table() -> None:
-    content = json.loads(script.RESULTS.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["worth", "worth-text"])
+def test_the_stored_numbers_are_the_table(name: str) -> None:
+    content = json.loads((script.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert set(content["rows"]) == set(script.METHODS)
-    table = f"<!-- table worth -->\n\n{script.markdown(content)}\n\n<!-- end -->"
+    table = f"<!-- table {name} -->\n\n{script.markdown(content)}\n<!-- end -->"
     assert table in script.PAGE.read_text(encoding="utf-8")
 
 
-def test_the_benchmark_runs() -> None:
+@pytest.mark.parametrize("problem", [script.Digits(), script.Text("nano", context=16, rows=2, samples=12)])
+def test_the_benchmark_runs(problem: Any) -> None:
     methods = {name: script.METHODS[name] for name in ("plain", "cached, alpha 1")}
-    found = script.run(30, script.RATES[1:2], range(2), methods)
+    found = script.run(problem, 30, script.RATES[1:2], range(2), script.Workers(1), methods)
     assert all(math.isfinite(row["measured"]) and math.isfinite(row["predicted"]) for row in found["rows"].values())
     assert found["rows"]["plain"]["predicted"] == pytest.approx(1.0)
     assert found["rows"]["plain"]["measured"] == pytest.approx(1.0)
