@@ -1,6 +1,6 @@
 """Does transport pay on the small GPT? Against the best β₁, Nesterov's momentum and no transport, at equal evaluations.
 
-    python benchmarks/transport.py --preset tiny                          # on two cores: an hour
+    python benchmarks/transport.py                                        # 0.4 M weights, two cores: 15 minutes
     python benchmarks/transport.py --preset small --device cuda --workers 4 --together 8    # or 10m
     python benchmarks/transport.py --report                               # tables into RESULTS.md
     python benchmarks/transport.py --quick                                # seconds, to try it
@@ -11,7 +11,8 @@ NAdamW is the other form of it, with gradients taken at the weights. *Worth*: ev
 β₁ = 0.9 needs to the same loss, from runs of it with `LONGER` times the budget and their own schedule, over those used.
 
 Each run is written to a file of its own as soon as it ends (`--runs`) and is not repeated: what was interrupted
-continues. `--seconds` starts no run after so long, and reports what there is.
+continues. `--seconds` starts no run after so long, and reports the seeds that all rows have, or else the one that rates
+were chosen by.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 SEEDS, TUNING_SEED, LONGER = (0, 1, 2, 3, 4), 1000, 1.25
 COMMON = Settings(batch=16, context=128, steps=1875, warmup=75, beta2=0.999, clip_radius=1e-3, validation=512)
 PRESETS = {
-    "tiny": replace(COMMON, preset="tiny", steps=500, warmup=20, beta2=0.99, clip_radius=1e-2, validation=128),
+    "tiny": replace(COMMON, preset="tiny", batch=8, context=64, steps=600, warmup=24, validation=256),
     "small": replace(COMMON, preset="small"),
     "10m": replace(COMMON, preset="10m", steps=1250, warmup=50),
 }
@@ -82,8 +83,8 @@ Job = tuple[Row, float, int]
 
 
 def rows_of(preset: str) -> list[Row]:
-    """What is compared: all of it where runs are cheap, what matters of it in the larger model."""
-    betas = (0.9,) if preset == "10m" else (0.8, 0.9, 0.95)
+    """What is compared: every β₁ in the model of 1.8 M weights, β₁ = 0.9 in the others."""
+    betas = (0.8, 0.9, 0.95) if preset == "small" else (0.9,)
     found = []
     for method, beta in itertools.product(("AdamW", "IVON"), betas):
         gammas = {0.0, round(1.0 - beta, 3), 0.25} if method == "IVON" or beta == 0.9 else {0.0}
@@ -254,7 +255,10 @@ def compare(preset: str, common: Settings, rows: Iterable[Row], pool: Pool, seed
     for row, losses in finals.items():
         rates = {f"{rate:g}": tuned[row][rate] for rate in sorted(tuned[row])}
         found.append({**asdict(row), "lr": best[row], "finals": losses[:whole], "tuned": rates})
-    return {"settings": asdict(common), "device": _device(common), "seeds": list(seeds[:whole]), "rows": found}
+    if not whole:
+        found = [{**row, "finals": [min(row["tuned"].values())]} for row in found]
+    used = list(seeds[:whole]) or [TUNING_SEED]
+    return {"settings": asdict(common), "device": _device(common), "seeds": used, "rows": found}
 
 
 def _device(common: Settings) -> str:
@@ -271,6 +275,8 @@ def _rows(content: Mapping[str, Any]) -> dict[Row, dict[str, Any]]:
 def interval(first: Sequence[float], second: Sequence[float]) -> str:
     """Mean of the differences, seed by seed, with its 95 % interval."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
+    if len(differences) == 1:
+        return f"{differences[0]:+.4f}"
     if not all(map(math.isfinite, differences)):
         return "–"
     error = STUDENT[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
@@ -335,7 +341,10 @@ def report(results: Path, page: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         s = content["settings"]
         head = f"`{s['preset']}`: {s['steps']} evaluations of {s['batch']} × {s['context']} bytes, {s['dtype']}, "
-        head += f"{content['device']}, {len(content['seeds'])} seeds."
+        alone = content["seeds"] == [TUNING_SEED]
+        head += f"{content['device']}, " + (
+            "the seed that rates were chosen by." if alone else f"{len(content['seeds'])} seeds."
+        )
         new = f"{head}\n\n{table(content)}\n\n{verdict(content)}"
         print(f"## {path.stem}\n\n{new}\n")
         pattern = re.compile(rf"(<!-- table {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
