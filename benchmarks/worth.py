@@ -1,7 +1,7 @@
 """Predicted and measured worth of corrections, larger batches and transport, on fresh data.
 
     python benchmarks/worth.py                       # a small network: tunes, runs, reports into RESULTS.md
-    python benchmarks/worth.py text --device cuda    # a GPT of 1.8 M weights; --preset tiny is for processors
+    python benchmarks/worth.py text                  # a GPT of 0.1 M weights; with a GPU, --preset small --device cuda
     python benchmarks/worth.py --quick               # so short that it shows only that all works
 
 *digits*: of scikit-learn, moved by up to a pixel and with noise on every pixel, drawn anew for every mini-batch, so
@@ -141,12 +141,12 @@ def fresh(x: Tensor, y: Tensor, rows: int, generator: torch.Generator) -> tuple[
 
 @dataclass(frozen=True)
 class Text:
-    """A GPT on windows of 128 bytes, 16 in a mini-batch."""
+    """A GPT on windows of 64 bytes, 8 in a mini-batch."""
 
-    preset: str = "small"
+    preset: str = "nano"
     device: str = "cpu"
-    context: int = 128
-    rows: int = 16
+    context: int = 64
+    rows: int = 8
     samples: int = 24
     settings: dict[str, Any] = field(
         default_factory=lambda: {
@@ -394,7 +394,7 @@ def main() -> None:
     """Tune, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problem", nargs="?", choices=["digits", "text"], default="digits")
-    parser.add_argument("--preset", default="small", help="of the text's model")
+    parser.add_argument("--preset", default="nano", help="of the text's model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only the tables of what is stored")
