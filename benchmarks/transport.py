@@ -1,6 +1,6 @@
 """Does transport pay on the small GPT? Against the best β₁, Nesterov's momentum and no transport, at equal evaluations.
 
-    python benchmarks/transport.py                                        # 0.4 M weights, two cores: 15 minutes
+    python benchmarks/transport.py                                        # 0.1 M weights, two cores: 5 minutes
     python benchmarks/transport.py --preset small --device cuda --workers 4 --together 8    # or 10m
     python benchmarks/transport.py --report                               # tables into RESULTS.md
     python benchmarks/transport.py --quick                                # seconds, to try it
@@ -47,7 +47,7 @@ RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 SEEDS, TUNING_SEED, LONGER = (0, 1, 2, 3, 4), 1000, 1.25
 COMMON = Settings(batch=16, context=128, steps=1875, warmup=75, beta2=0.999, clip_radius=1e-3, validation=512)
 PRESETS = {
-    "tiny": replace(COMMON, preset="tiny", batch=8, context=64, steps=600, warmup=24, validation=256),
+    "nano": replace(COMMON, preset="nano", batch=8, context=64, steps=600, warmup=24, validation=256),
     "small": replace(COMMON, preset="small"),
     "10m": replace(COMMON, preset="10m", steps=1250, warmup=50),
 }
@@ -355,7 +355,7 @@ def report(results: Path, page: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
+    parser.add_argument("--preset", choices=list(PRESETS), default="nano")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None, help="float32, or bf16 (of a GPU, unless it is given)")
     parser.add_argument("--workers", type=int, default=2)
