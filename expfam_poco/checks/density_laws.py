@@ -26,6 +26,7 @@ from expfam_poco.checks.specimens import (
     holds,
     size_of,
 )
+from expfam_poco.family import quadrature, supports
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.derived import _flatten, fisher
 from expfam_poco.rule.estimators import available
@@ -316,7 +317,17 @@ def entropy(s: Specimen) -> Findings:
             def surprise(theta: Tensor, at: Any = state) -> Tensor:
                 return -s.family.log_prob(at, theta)
 
-            yield s.averaged("entropy against −E_q[log q]", number, surprise, value)
+            yield s.averaged("entropy against −E_q[log q]", number, surprise, value, allowed=_by_draws(s, number))
+
+
+def _by_draws(s: Specimen, number: int) -> Tensor | float:
+    """How far an entropy may be off whose E_q[log h] is a mean over draws."""
+    family = s.family
+    base = ExponentialFamily.log_base_measure, ExponentialFamily.expected_log_base_measure
+    written, own = (getattr(type(family), f.__name__) is not f for f in base)
+    if not written or own or type(family).entropy is not ExponentialFamily.entropy or quadrature.is_known(family):
+        return 0.0
+    return SIGMAS * family.log_base_measure(s.draws(number)).std(0) / supports.DRAWS**0.5
 
 
 def kl(s: Specimen) -> Findings:

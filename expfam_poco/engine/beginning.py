@@ -18,6 +18,7 @@ def initial_posterior(block: Block) -> Any:
     Raises:
         ValueError: where finite weights are no centre of a member, as negative ones of a family of positive weights.
     """
+    block.fit()  # the model may have moved
     settings, strength = block.settings, None
     if settings.hess_init is not None:
         strength = settings.ess * (settings.hess_init + settings.weight_decay)

@@ -50,9 +50,15 @@ def fisher(family: ExponentialFamily, nat: Any) -> Tensor:
     def log_partition(vector: Tensor) -> Tensor:
         return family.log_partition(_unflatten(family, vector, shapes)).sum()
 
-    gradient = torch.func.grad(log_partition)
-    rows = torch.func.vmap(torch.func.jacrev(gradient))(flat.reshape(-1, flat.shape[-1]))
-    return rows.reshape(*flat.shape, flat.shape[-1])
+    # One derivative of all weights' gradients for each statistic, and no `vmap` over weights, which would take the
+    # family's own tensors, with a number for every weight, for those of one.
+    _, pull, *_ = torch.func.vjp(torch.func.grad(log_partition), flat)
+    count = flat.shape[-1]
+    if count == 1:
+        return torch.as_tensor(pull(torch.ones_like(flat))[0].unsqueeze(-1))
+    basis = torch.eye(count, dtype=flat.dtype, device=flat.device).reshape(count, *(1,) * (flat.ndim - 1), count)
+    rows = torch.func.vmap(lambda row: pull(row.expand(flat.shape))[0])(basis)
+    return rows.movedim(0, -2)
 
 
 @differentiating
