@@ -307,11 +307,6 @@ def judge(law: Any, specimens: Sequence[Any]) -> LawResult:
 def raised(law: Any, error: Exception) -> LawResult:
     """The outcome of a law that met an exception."""
     text = " ".join(str(error).split()) or "no message"
-    if text.startswith("vmap:"):
-        text = (
-            "some method branches on values or calls .item(), where torch.func cannot follow; use torch.where, and let "
-            "log_partition be infinite or NaN outside of its domain, not raise"
-        )
     return LawResult(law.name, math.inf, 0.0, False, f"raised {type(error).__name__}: {text}")
 
 

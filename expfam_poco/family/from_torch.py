@@ -110,6 +110,7 @@ class _Member:
                 "a class (docs/add-a-family.md)."
             )
         self.kind, self.fixed, self.free = kind, dict(fixed), free
+        self._known: dict[Any, tuple[Tensor, Any]] = {}
         self.size = len(free)
         self.middle = torch.zeros(self.size, dtype=torch.float64)
 
@@ -127,9 +128,15 @@ class _Member:
         return tuple(self.at(eta)._natural_params)
 
     def log_prob(self, eta: Tensor, x: Tensor) -> Tensor:
-        """log p(x; η)."""
-        value: Tensor = self.at(eta.to(x)).log_prob(x)
-        return value
+        """log p(x; η). Making a member takes longer than some thousand densities: those asked for again are kept."""
+        if torch.compiler.is_compiling():
+            value: Tensor = self.at(eta.to(x)).log_prob(x)
+            return value
+        key = (id(eta), x.dtype, x.device)
+        if key not in self._known:
+            with torch.inference_mode(False):
+                self._known[key] = eta, self.at(eta.to(x))  # η is kept, too, so that its id stays its own
+        return torch.as_tensor(self._known[key][1].log_prob(x))
 
     def moved(self, number: int) -> Tensor:
         """η with one parameter elsewhere."""
