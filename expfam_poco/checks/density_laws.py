@@ -144,6 +144,8 @@ def samples(s: Specimen) -> Findings:
         theta = family.sample(state, epsilon)
         yield s.shaped("sample", theta, (8, *s.shape))
         again = family.sample(state, epsilon)
+        kind = f"sample gives {theta.dtype} for a state and noise of {s.dtype}; make new tensors with their dtype"
+        yield holds(kind, theta.dtype == s.dtype)
         yield holds("sample changes when called again with the same noise", torch.equal(theta, again))
         if not s.sampling:
             continue
@@ -401,6 +403,9 @@ def _minimal(statistics: Tensor, matrix: Tensor, family: ExponentialFamily) -> F
         "is singular; drop the others, or write fisher_solve",
         enough,
     )
+    if ranks[1] == 0:
+        yield Unverified("all draws of a member were one value, which says nothing of ∇²A; see to centred_at")
+        return
     basis = torch.linalg.svd(centred, full_matrices=False).Vh[..., : ranks[1], :] / scale
     values = torch.linalg.eigvalsh(basis @ matrix @ basis.mT)
     ratio = float((values[..., 0] / values[..., -1]).min())

@@ -119,7 +119,7 @@ class Specimen:
             return transform_to(self.family.support)(numbers)
         except NotImplementedError:
             middle = self.family.centred_at(self.family.reference_like(numbers[0]))
-            return self.family.sample(middle, self.noise(count, MEMBERS, step))
+            return self.family.sample(middle, self.noise(count, MEMBERS, step)).to(self.dtype)
 
     def with_members(self) -> Specimen:
         """This specimen with members: centres × strengths, two moved along the statistics, and the middle one."""
