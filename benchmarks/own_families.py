@@ -169,9 +169,9 @@ def run(name: str, method: str, rate: float, seed: int, budget: int) -> float:
 def measured(quick: bool) -> dict[str, Any]:
     """Every task, method, rate and seed."""
     torch.set_num_threads(1)
-    seeds, budget = (SEEDS[:1], 60) if quick else (SEEDS, BUDGET)
+    seeds, budget = (SEEDS[:1], 35) if quick else (SEEDS, BUDGET)
     found: dict[str, Any] = {}
-    for name in TASKS:
+    for name in list(TASKS)[:: 5 if quick else 1]:
         found[name] = {
             method: [[run(name, method, rate, seed, budget) for seed in seeds] for rate in RATES] for method in METHODS
         }

@@ -135,6 +135,32 @@ def test_a_written_family_trains_and_is_known_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
+    "made",
+    [
+        lambda: poco.family_from(name="Rayleigh", **RAYLEIGH),
+        lambda: poco.from_torch(torch.distributions.Gumbel, scale=0.5),  # its bound is declared nowhere
+        lambda: poco.from_torch(torch.distributions.Geometric),
+    ],
+)
+def test_random_steps_leave_no_domain(made: Any) -> None:
+    """40 weights, 3 steps each at rates up to 10, as large as the coordinates: A stays finite, and draws possible.
+
+    (A thousand steps of each take a minute, and leave none either.)
+    """
+    family, generator = made(), torch.Generator().manual_seed(0)
+    state = start = family.centred_at(torch.full((40,), 1.0))
+    for _ in range(3):
+        site = family.Site(*(torch.randn(v.shape, generator=generator) * v.abs().clamp_min(0.1) for v in state))
+        rate = 10.0 * float(torch.rand((), generator=generator))
+        with torch.no_grad():
+            moved = family.retract(state, site, family.per_block(rate, rate))
+            assert family.in_domain(moved) and torch.isfinite(family.log_partition(moved)).all()
+            draws = family.sample(moved, torch.rand(1, 40, generator=generator))
+        assert torch.isfinite(draws).all()
+        state = type(moved)(*(torch.where(b.abs() > 1e3, a, b) for a, b in zip(start, moved, strict=True)))
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"support": constraints.real_vector}, "weights that are one number each"),
