@@ -223,3 +223,39 @@ def test_weights_in_double_precision_have_tensors_in_it() -> None:
     optimizer = poco.PosteriorCorrected([("w", weight)], RelativeWidth(WIDTHS), lr=1e-3, ess=10.0, seed=0)
     optimizer.step(lambda: weight.sum())
     assert optimizer.posterior()["w"].sample().dtype == torch.float64
+
+
+def test_a_float_field_compiles_to_what_the_literal_compiles_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same graph for the compiler, so that a field costs nothing in a large model's step."""
+    graphs: list[list[str]] = []
+
+    def kept(graph: Any, inputs: Any) -> Any:
+        graphs[-1].append(graph.print_readable(print_output=False))
+        return graph
+
+    class Literal(RelativeWidth):
+        """The number in place of the field."""
+
+        def log_partition(self, nat):
+            size = torch.as_tensor(0.0625 * math.sqrt(2.0 * math.pi))
+            return 0.5 * (0.0625 * nat.log) ** 2 + size.log()
+
+        def sample(self, state, noise):
+            return torch.exp(0.0625**2 * state.log + 0.0625 * noise)
+
+        def point(self, state):
+            return torch.exp(0.0625**2 * state.log)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=kept))
+    monkeypatch.setattr(backends, "_COMPILED", {})
+    for family in (Literal(0.0625), RelativeWidth(0.0625)):
+        graphs.append([])
+        weight = torch.nn.Parameter(torch.ones(COUNT))
+        optimizer = poco.PosteriorCorrected(
+            [("w", weight)], family, lr=1e-3, ess=100.0, alpha=0.0, seed=0, backend="compiled"
+        )
+        optimizer.step(lambda w=weight: ((w - 2.0) ** 2).sum())
+    literal, field = graphs
+    assert len(literal) == len(field) > 0
+    for one, other in zip(literal, field, strict=True):
+        assert [line.split("#")[0] for line in one.splitlines()] == [line.split("#")[0] for line in other.splitlines()]
