@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -24,11 +25,17 @@ def initial_posterior(block: Block) -> Any:
         strength = settings.ess * (settings.hess_init + settings.weight_decay)
     weights, family = block.read(), block.family
     finite = bool(torch.isfinite(weights).all())
-    if finite:
+    if finite and not family.event_dim:  # rows of a simplex, or unit vectors, are so up to rounding: see below
         _check_support(block, weights)
-    state = family.centred_at(weights, strength)
+    try:
+        state = family.centred_at(weights, strength)
+    except Exception:
+        if finite:
+            _check_support(block, weights)
+        raise
     check_point(block, state, weights)
     if finite and not (bool(family.in_domain(state)) and _is_centre(family, state, weights)):
+        _check_support(block, weights)
         raise ValueError(
             f"params: {block.name!r} holds weights on which no {type(family).__name__} can be centred "
             f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {family.support}."
@@ -42,10 +49,10 @@ def _check_support(block: Block, weights: Tensor) -> None:
     Raises:
         ValueError: names the parameter, a weight, the support and what to do.
     """
-    family = block.family
-    if family.levels is not None:
+    family, bound = block.family, block.family.support
+    around = (getattr(bound, "lower_bound", None), getattr(bound, "upper_bound", None)) == (-math.pi, math.pi)
+    if family.levels is not None or around:  # angles come round
         return
-    bound = family.support
     if bound.is_discrete:  # a parameter is the mean of integers
         low, high = getattr(bound, "lower_bound", None), getattr(bound, "upper_bound", None)
         inside = torch.ones_like(weights, dtype=torch.bool)
