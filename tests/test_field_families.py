@@ -204,9 +204,8 @@ def test_hyperparameters_that_cannot_be_told_apart_are_refused() -> None:
     for family, sentence in (
         (Forgets(2.0), "keeps no attribute of this name"),
         (Anything(a=1), r"takes \*options"),
-        (OwnInit(torch.ones(2)), "OwnInit.scale is a Tensor"),
         (OwnInit([1.0]), "OwnInit.scale is a list"),
-        (Field(torch.tensor(1.0)), "Field.scale is a Tensor"),
+        (Field(torch.tensor(1.0).numpy()), "Field.scale is a ndarray"),
     ):
         with pytest.raises(TypeError, match=sentence):
             poco.PosteriorCorrected([torch.nn.Parameter(torch.ones(3))], family, lr=0.1, ess=10.0)

@@ -55,6 +55,27 @@ def test_an_integral_that_does_not_converge_is_infinite(float64: None) -> None:
     assert torch.isfinite(quadrature.log_partition(family, nat)).tolist() == [True, False, False]
 
 
+def test_tables_are_as_exact_as_they_say(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against quadrature itself, over five powers of ten of λ; a bound that nothing keeps leaves all to quadrature."""
+    family = poco.family_from(T={"theta": lambda x: x}, log_h=lambda x: -(x**4), name="Quartic")
+    nat = family.Nat(torch.tensor([0.1, 0.4, -3.0, 50.0, -1e4, 1e5]))
+    u = torch.tensor([1e-9, 0.02, 0.5, 0.9, 1.0 - 2.0**-33])[:, None].expand(-1, 6)
+    tables, exact = family.tables, quadrature.cumulants(family, nat)  # type: ignore[attr-defined]
+    found = torch.stack([tables.cumulant(nat.theta, order) for order in range(4)])
+    torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-9)
+    x, slopes = quadrature.quantile(family, nat, u)
+    looked_up, inner = tables.quantile(nat.theta, u), slice(1, 4)
+    deviation = exact[2].sqrt()
+    assert ((looked_up[0] - x).abs()[inner] <= 1e-8 * deviation).all() and ((looked_up[0] - x).abs() <= 1e-2).all()
+    torch.testing.assert_close(looked_up[1][inner], slopes[0][inner], rtol=1e-6, atol=0.0)
+    assert sum(len(cells._parts) for cells in tables._draws) == 5
+    grads = torch.func.grad(lambda v: torch.func.grad(lambda w: family.log_partition(family.Nat(w)).sum())(v).sum())
+    torch.testing.assert_close(grads(nat.theta), exact[2], rtol=1e-8, atol=0.0)
+    monkeypatch.setattr("expfam_poco.family.tables.BOUND", 0.0)
+    other = poco.family_from(T={"theta": lambda x: x}, log_h=lambda x: -(x**4), name="Quartic")
+    assert torch.equal(other.tables.quantile(nat.theta, u)[0], x)  # type: ignore[attr-defined]
+
+
 def test_integers_are_summed(float64: None) -> None:
     family = Poisson()
     nat = family.Nat(torch.tensor([0.01, 1.0, 50.0, 2000.0]).log())
@@ -111,6 +132,32 @@ def test_a_written_family_trains_and_is_known_by_its_name() -> None:
         optimizer.step(lambda: (weight - 3.0).square().sum())
     assert weight.detach().mean() > 1.2 and (weight > 0.0).all()
     assert optimizer.state_dict()["param_groups"][0]["family"]["name"].endswith(":Rayleigh")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: poco.family_from(name="Rayleigh", **RAYLEIGH),
+        lambda: poco.from_torch(torch.distributions.Gumbel, scale=0.5),  # its bound is declared nowhere
+        lambda: poco.from_torch(torch.distributions.Geometric),
+    ],
+)
+def test_random_steps_leave_no_domain(made: Any) -> None:
+    """40 weights, 3 steps each at rates up to 10, as large as the coordinates: A stays finite, and draws possible.
+
+    (A thousand steps of each take a minute, and leave none either.)
+    """
+    family, generator = made(), torch.Generator().manual_seed(0)
+    state = start = family.centred_at(torch.full((40,), 1.0))
+    for _ in range(3):
+        site = family.Site(*(torch.randn(v.shape, generator=generator) * v.abs().clamp_min(0.1) for v in state))
+        rate = 10.0 * float(torch.rand((), generator=generator))
+        with torch.no_grad():
+            moved = family.retract(state, site, family.per_block(rate, rate))
+            assert family.in_domain(moved) and torch.isfinite(family.log_partition(moved)).all()
+            draws = family.sample(moved, torch.rand(1, 40, generator=generator))
+        assert torch.isfinite(draws).all()
+        state = type(moved)(*(torch.where(b.abs() > 1e3, a, b) for a, b in zip(start, moved, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -243,13 +290,6 @@ class TooMuchNoise(Exponential):
     noise_dims = (2,)
 
 
-class Branches(Exponential):
-    def log_partition(self, nat):
-        if bool((nat.theta >= 0.0).any()):
-            raise RuntimeError("outside")
-        return super().log_partition(nat)
-
-
 class Twice(NamedTuple):
     theta: Tensor
     twice: Tensor
@@ -279,7 +319,6 @@ class Redundant(poco.ExponentialFamily):
     [
         (ScalarOfVector, "declarations", "declare statistic_dims = (0,)"),
         (TooMuchNoise, "noise", "K × P × noise_dims, with noise_dims = (2,)"),
-        (Branches, "fisher", "branches on values"),
         (Redundant, "fisher", "not minimal: of 2 entries only 1 are independent"),
     ],
 )

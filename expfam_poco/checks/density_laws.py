@@ -26,6 +26,7 @@ from expfam_poco.checks.specimens import (
     holds,
     size_of,
 )
+from expfam_poco.family import quadrature, supports
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.derived import _flatten, fisher
 from expfam_poco.rule.estimators import available
@@ -143,6 +144,8 @@ def samples(s: Specimen) -> Findings:
         theta = family.sample(state, epsilon)
         yield s.shaped("sample", theta, (8, *s.shape))
         again = family.sample(state, epsilon)
+        kind = f"sample gives {theta.dtype} for a state and noise of {s.dtype}; make new tensors with their dtype"
+        yield holds(kind, theta.dtype == s.dtype)
         yield holds("sample changes when called again with the same noise", torch.equal(theta, again))
         if not s.sampling:
             continue
@@ -316,7 +319,17 @@ def entropy(s: Specimen) -> Findings:
             def surprise(theta: Tensor, at: Any = state) -> Tensor:
                 return -s.family.log_prob(at, theta)
 
-            yield s.averaged("entropy against −E_q[log q]", number, surprise, value)
+            yield s.averaged("entropy against −E_q[log q]", number, surprise, value, allowed=_by_draws(s, number))
+
+
+def _by_draws(s: Specimen, number: int) -> Tensor | float:
+    """How far an entropy may be off whose E_q[log h] is a mean over draws."""
+    family = s.family
+    base = ExponentialFamily.log_base_measure, ExponentialFamily.expected_log_base_measure
+    written, own = (getattr(type(family), f.__name__) is not f for f in base)
+    if not written or own or type(family).entropy is not ExponentialFamily.entropy or quadrature.is_known(family):
+        return 0.0
+    return SIGMAS * family.log_base_measure(s.draws(number)).std(0) / supports.DRAWS**0.5
 
 
 def kl(s: Specimen) -> Findings:
@@ -390,6 +403,9 @@ def _minimal(statistics: Tensor, matrix: Tensor, family: ExponentialFamily) -> F
         "is singular; drop the others, or write fisher_solve",
         enough,
     )
+    if ranks[1] == 0:
+        yield Unverified("all draws of a member were one value, which says nothing of ∇²A; see to centred_at")
+        return
     basis = torch.linalg.svd(centred, full_matrices=False).Vh[..., : ranks[1], :] / scale
     values = torch.linalg.eigvalsh(basis @ matrix @ basis.mT)
     ratio = float((values[..., 0] / values[..., -1]).min())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from expfam_poco.checks.learning_laws import estimate, retracted
 from expfam_poco.checks.specimens import SLACK, STEPS, Specimen, as_fields, holds, name_of, nudge, size_of
 from expfam_poco.family import fields
 from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.hyperparameters import mapped
 from expfam_poco.rule.estimators import available
 
 
@@ -127,7 +129,8 @@ def spans(s: Specimen) -> Findings:
         return value.flatten(lead, lead + dims - 1).narrow(lead, weights // 2, weights - weights // 2)
 
     inputs = _inputs(s, len(s.states) - 3)  # a member whose weights differ in all their parameters
-    whole, part = outputs(s, inputs), outputs(s, {name: rows(name, value) for name, value in inputs.items()})
+    half = replace(s, family=mapped(s.family, lambda value: rows("family", value)))
+    whole, part = outputs(s, inputs), outputs(half, {name: rows(name, value) for name, value in inputs.items()})
     response = _response(s, inputs, whole, s.eps)  # a kernel's vectors and their remainders round differently
     estimator = available(s.family)[s.family.default_estimator]
     for name, value in whole.items():

@@ -17,6 +17,8 @@ from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.domains import is_sphere
 from expfam_poco.family.noise import NoiseKey, noise
 
+LOST = 1e-3  # the share of proposals at which a density may be no number
+
 
 class Reference(NamedTuple):
     """Points θ_j (J × P) whose weights (J × batch, log) represent q without drawing from it.
@@ -82,8 +84,10 @@ def _integers(member: Member, seen: Tensor) -> Reference:
     values = values[member.family.support.check(values)]
     values = values.reshape(-1, *(1,) * len(member.batch)).expand(-1, *member.shape)
     log_weight = member.family.log_prob(member.state, values)
-    ends = float(torch.stack((log_weight[0], log_weight[-1])).exp()[int(values[0].min() == 0.0) :].max())
-    return Reference(values, log_weight, exact=True, missing=1e-6 + 100.0 * min(ends, 1.0))
+    # What lies beyond an end is about as likely as the end, unless the support ends there as well.
+    beyond = member.family.support.check(torch.stack((values[0] - 1.0, values[-1] + 1.0)))
+    ends = torch.where(beyond, torch.stack((log_weight[0], log_weight[-1])).exp(), 0.0)
+    return Reference(values, log_weight, exact=True, missing=1e-6 + 100.0 * min(float(ends.max()), 1.0))
 
 
 def _importance(member: Member, draws: Tensor, key: NoiseKey) -> Reference | None:
@@ -116,6 +120,9 @@ def _importance(member: Member, draws: Tensor, key: NoiseKey) -> Reference | Non
     inside = inside & member.family.support.check(theta).reshape(*lead, -1).all(-1)
     theta = torch.where(inside.reshape(*lead, *(1,) * member.family.event_dim), theta, draws[:1])
     log_weight = member.family.log_prob(member.state, theta) + jacobian - log_proposal
+    # Some of the proposals furthest out may be matrices so near to singular that log h is no number.
+    lost = log_weight.isnan() & inside
+    inside = inside & ~(lost & (lost.sum(0) <= LOST * len(lost)))
     log_weight = torch.where(inside, log_weight, -torch.inf)
     return Reference(theta, log_weight, exact=False, coordinates=flat, transform=transform)
 

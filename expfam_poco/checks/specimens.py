@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from expfam_poco.checks.references import Member, Reference, represent, unseen
-from expfam_poco.family import fields
+from expfam_poco.family import fields, hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.derived import fisher
 from expfam_poco.family.noise import NoiseKey, noise, quantile
@@ -119,7 +119,7 @@ class Specimen:
             return transform_to(self.family.support)(numbers)
         except NotImplementedError:
             middle = self.family.centred_at(self.family.reference_like(numbers[0]))
-            return self.family.sample(middle, self.noise(count, MEMBERS, step))
+            return self.family.sample(middle, self.noise(count, MEMBERS, step)).to(self.dtype)
 
     def with_members(self) -> Specimen:
         """This specimen with members: centres × strengths, two moved along the statistics, and the middle one."""
@@ -151,8 +151,9 @@ class Specimen:
     def like(self, dtype: torch.dtype, device: torch.device) -> Specimen:
         """The same members in another dtype or on another device."""
         cast = tuple(fields.map_fields(lambda value: value.to(device, dtype), state) for state in self.states)
-        twin = Specimen(self.family, self.shape, dtype, device, self.seed, cast, False, self)
-        return twin
+        return Specimen(
+            fitted(self.family, self.shape, dtype, device), self.shape, dtype, device, self.seed, cast, False, self
+        )
 
     def _with(self, states: tuple[Any, ...]) -> Specimen:
         return Specimen(self.family, self.shape, self.dtype, self.device, self.seed, states)
@@ -263,11 +264,12 @@ class Specimen:
         function: Callable[[Tensor], Tensor],
         expected: Tensor,
         spread: Tensor | None = None,
+        allowed: Any = 0.0,
     ) -> Finding:
         """E_q[f(θ)] at member `number` against its expectation: summed over a discrete θ's values, or by sampling."""
         reference = self.represented(number)
         if reference is None or not reference.exact or len(reference.theta) > 16:
-            return self.sampled(what, function(self.draws(number)), expected, spread=spread)
+            return self.sampled(what, function(self.draws(number)), expected, spread=spread, allowed=allowed)
         values = function(reference.theta)
         weight = torch.softmax(reference.log_weight, 0)
         mean = (weight.reshape(*weight.shape, *(1,) * (values.ndim - weight.ndim)) * values).sum(0)
@@ -282,6 +284,13 @@ class Specimen:
         """A mean over the first axis of `values` against its expectation, in standard errors."""
         error = standard_errors(values, expected, spread=spread, allowed=allowed, rare=True)
         return Finding(f"{what} (standard errors of {len(values)} draws)", error, SIGMAS)
+
+
+def fitted(family: ExponentialFamily, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> ExponentialFamily:
+    """The family with its own tensors, if there are any, for a tensor of this shape."""
+    batch = shape[: len(shape) - family.event_dim]
+    own: ExponentialFamily = hyperparameters.fitted(family, batch, f"shape={tuple(shape)}", dtype=dtype, device=device)
+    return own
 
 
 def standard_errors(

@@ -20,9 +20,10 @@ from torch.distributions import constraints
 from expfam_poco.checks import curved_laws, density_laws, fit_law, learning_laws, noiseless_laws, output_laws
 from expfam_poco.checks.compiled_law import COMPILED
 from expfam_poco.checks.density_laws import Law
-from expfam_poco.checks.specimens import Finding, Specimen, Unverified
+from expfam_poco.checks.specimens import Finding, Specimen, Unverified, fitted
 from expfam_poco.errors import LawError
 from expfam_poco.family.base import ExponentialFamily
+from expfam_poco.family.hyperparameters import is_per_weight, tensors
 from expfam_poco.family.registry import resolve_family
 
 LAWS: tuple[Law, ...] = (
@@ -261,7 +262,7 @@ def specimens_of(
     size = torch.Size(shape) if shape is not None else default_shape(family)
     places = places or [torch.device(device) for device in _devices()]
     twins = [(dtype, place) for place in places for dtype in sorted(dtypes, key=_digits, reverse=True)]
-    first = Specimen(family, size, *twins[0], seed).with_members()
+    first = Specimen(fitted(family, size, *twins[0]), size, *twins[0], seed).with_members()
     return [first, *(first.like(dtype, place) for dtype, place in twins[1:])]
 
 
@@ -276,6 +277,9 @@ def default_shape(family: ExponentialFamily) -> torch.Size:
             return torch.Size((2, sum(family.support.lengths)))
         event = (8 if family.joint and family.curved else 3,) * family.event_dim
         return torch.Size(event if family.joint else (2, *event))
+    own = [value.shape for name, value in tensors(family).items() if is_per_weight(family, name)]
+    if own and not family.joint:
+        return torch.broadcast_shapes(*own)
     return torch.Size((3,) if family.joint else (2, 3))
 
 
@@ -303,11 +307,6 @@ def judge(law: Any, specimens: Sequence[Any]) -> LawResult:
 def raised(law: Any, error: Exception) -> LawResult:
     """The outcome of a law that met an exception."""
     text = " ".join(str(error).split()) or "no message"
-    if text.startswith("vmap:"):
-        text = (
-            "some method branches on values or calls .item(), where torch.func cannot follow; use torch.where, and let "
-            "log_partition be infinite or NaN outside of its domain, not raise"
-        )
     return LawResult(law.name, math.inf, 0.0, False, f"raised {type(error).__name__}: {text}")
 
 

@@ -28,7 +28,7 @@ from expfam_poco.engine import fused, kernels, passes
 from expfam_poco.engine.fused import Pass, Places, Programs
 from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
 from expfam_poco.engine.triton_code import Unprintable
-from expfam_poco.family import fields, recording
+from expfam_poco.family import fields, hyperparameters, recording
 from expfam_poco.family.ahead import Ahead
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import TILE, Address, NoiseKey, address_of, traced
@@ -246,7 +246,11 @@ class Backend:
             argument.packed(out.device) if isinstance(argument, Numbers | Pair) else argument for argument in arguments
         )
         kinds = tuple(map(_kind_of, arguments))
-        known = (constants, _identity(constants.family), _identity(constants.estimator))
+        family, own = hyperparameters.lifted(constants.family)
+        if own:
+            constants, kernel = dataclasses.replace(constants, family=family), _LIFTED[kernel]
+            arguments = own, *arguments
+        known = (constants, _identity(family), _identity(constants.estimator))
         return self._compiled((name, *known, out.dtype, dtype, out.ndim, kinds), kernel, constants, dtype)(
             out, *arguments
         )
@@ -423,6 +427,20 @@ def _square(
     site = kernels.without_gaps(found.site, real)
     values = [getattr(site, name) for name in constants.family.momentum_block]
     return torch.stack([(value * value).sum(dtype=torch.float64) for value in values]).sum()
+
+
+def _with_tensors(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of families with tensors of their own, which it gets as an argument."""
+
+    def run(constants: Constants, dtype: torch.dtype, out: Tensor, own: dict[str, Tensor], *arguments: Any) -> Any:
+        family = hyperparameters.given(constants.family, own)
+        return kernel(dataclasses.replace(constants, family=family), dtype, out, *arguments)
+
+    run.__name__ = kernel.__name__
+    return run
+
+
+_LIFTED = {kernel: _with_tensors(kernel) for kernel in (_draw, _collect, _advance, _square)}
 
 
 def _noise(kind: str, out: Tensor, address: Address) -> None:

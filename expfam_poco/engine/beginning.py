@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -16,22 +17,57 @@ def initial_posterior(block: Block) -> Any:
     """q centred at the model's weights, of precision ess·(hess_init + weight_decay) or the family's own.
 
     Raises:
-        ValueError: where finite weights are no centre of a member, as negative ones of a family of positive weights.
+        ValueError: where finite weights are outside the support, or no centre of a member.
     """
+    block.fit()  # the model may have moved
     settings, strength = block.settings, None
     if settings.hess_init is not None:
         strength = settings.ess * (settings.hess_init + settings.weight_decay)
-    weights = block.read()
-    state = block.family.centred_at(weights, strength)
+    weights, family = block.read(), block.family
+    finite = bool(torch.isfinite(weights).all())
+    if finite and not family.event_dim:  # rows of a simplex, or unit vectors, are so up to rounding: see below
+        _check_support(block, weights)
+    try:
+        state = family.centred_at(weights, strength)
+    except Exception:
+        if finite:
+            _check_support(block, weights)
+        raise
     check_point(block, state, weights)
-    if not (bool(block.family.in_domain(state)) and _is_centre(block.family, state, weights)) and bool(
-        torch.isfinite(weights).all()
-    ):
+    if finite and not (bool(family.in_domain(state)) and _is_centre(family, state, weights)):
+        _check_support(block, weights)
         raise ValueError(
-            f"params: {block.name!r} holds weights on which no {type(block.family).__name__} can be centred "
-            f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {block.family.support}."
+            f"params: {block.name!r} holds weights on which no {type(family).__name__} can be centred "
+            f"(smallest {float(weights.min()):.3g}); initialise it inside the support, {family.support}."
         )
     return state
+
+
+def _check_support(block: Block, weights: Tensor) -> None:
+    """Refuse weights where the density is zero; those of few values are rounded to them, and means of integers pass.
+
+    Raises:
+        ValueError: names the parameter, a weight, the support and what to do.
+    """
+    family, bound = block.family, block.family.support
+    around = (getattr(bound, "lower_bound", None), getattr(bound, "upper_bound", None)) == (-math.pi, math.pi)
+    if family.levels is not None or around:  # angles come round
+        return
+    if bound.is_discrete:  # a parameter is the mean of integers
+        low, high = getattr(bound, "lower_bound", None), getattr(bound, "upper_bound", None)
+        inside = torch.ones_like(weights, dtype=torch.bool)
+        inside = inside if low is None else inside & (weights >= low)
+        inside = inside if high is None else inside & (weights <= high)
+    else:
+        inside = bound.check(weights)
+    if bool(inside.all()):
+        return
+    first = weights.reshape(-1, *weights.shape[inside.ndim :])[~inside.flatten()][0]
+    shown = f"{float(first):.3g}" if first.ndim == 0 else str([round(v, 3) for v in first.flatten()[:4].tolist()])
+    raise ValueError(
+        f"params: {block.name!r} holds {shown}, which is outside the support of {type(family).__name__}, {bound}; "
+        "initialise it inside, for example with family.reference_like(weights), or choose another family."
+    )
 
 
 def check_point(block: Block, state: Any, weights: Tensor) -> None:

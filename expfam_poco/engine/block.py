@@ -17,7 +17,7 @@ from expfam_poco.engine.backend import plainly
 from expfam_poco.engine.fused import Programs
 from expfam_poco.engine.settings import Settings
 from expfam_poco.errors import NonFiniteError
-from expfam_poco.family import fields
+from expfam_poco.family import fields, hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.family.transfer import Answer, all_of, are_near, told
@@ -137,6 +137,7 @@ class Block:
         if shard is None:
             return
         self.shard, self.offset, self.share, self.is_part = shard, shard.offset, shard.share, True
+        self.fit()
         family, needs = self.family, self.settings.estimator.needs
         if not self.batch:
             raise ValueError(
@@ -160,6 +161,17 @@ class Block:
             self.family = settings.family if joint else settings.family.for_shape(self.tensors[0].shape)
             self.shape = torch.Size([self.numel]) if joint else self.tensors[0].shape
             self.batch = self.shape[: len(self.shape) - self.family.event_dim]
+            self.fit()
+
+    def fit(self) -> None:
+        """Have the family's own tensors, if there are any, in the block's shape and where its parameters are."""
+        if not hyperparameters.tensors(self.family):
+            return
+        family = self._fitted if self._fitted is None or self._fitted.joint else self._fitted.for_shape(self.shape)
+        whole = self.batch if self.family.joint else self.params[0].shape[: len(self.batch)]
+        family = hyperparameters.fitted(family, whole, self.name, dtype=self.dtype, device=self.device)
+        self.family = hyperparameters.mapped(family, self.part_of)
+        self.constants.clear()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -341,10 +353,10 @@ class Block:
         count = self.batch.numel()
         # An odd stride, or it would meet the same columns again and again.
         stride = 1 if count <= WHOLE else max(SPARSE, count // LOOKED_AT + 1 | 1)
-        (p,), some, present = self.tensors, state, self.tensors[0].detach()
+        (p,), some, present, family = self.tensors, state, self.tensors[0].detach(), self.family
         if stride > 1:
-            some, present = self._every(state, stride), self._every(present, stride)
-        point = self.family.point(some).to(p.dtype)
+            some, present, family = (self._every(values, stride) for values in (state, present, family))
+        point = family.point(some).to(p.dtype)
         return are_near(present, point, 16 * torch.finfo(p.dtype).eps, 0.0)  # a compiled kernel may round otherwise
 
     def _every(self, values: Any, stride: int) -> Any:
@@ -356,6 +368,8 @@ class Block:
                 return value
             return value.reshape(-1, *value.shape[dims:])[self._looks % stride :: stride]
 
+        if isinstance(values, ExponentialFamily):
+            return hyperparameters.mapped(values, some)
         return fields.map_leaves(some, values)
 
     def reconcile(self, state: Any) -> Any:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from expfam_poco.correction.base import Corrected, Correction
-from expfam_poco.family import fields
+from expfam_poco.family import fields, hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Draws, Estimator
 from expfam_poco.family.noise import Address, traced
@@ -64,6 +64,11 @@ class Constants:
     watched: bool = False
     largest: float = math.inf
 
+    def on(self, tile: Any) -> Constants:
+        """Those of a tile: with the family's own tensors cut, if it has any."""
+        family = tile.of(self.family)
+        return self if family is self.family else replace(self, family=family)
+
     def noise_of(self, source: Tensor | Address, like: Tensor) -> Tensor:
         """ε for the weights `like`: `source` is the noise itself, or the address to look it up."""
         if self.noise == "zero":
@@ -82,8 +87,9 @@ class Constants:
 
 
 def is_flat(family: ExponentialFamily) -> bool:
-    """Whether every number of a posterior, and of the noise, belongs to one entry of the parameter."""
-    return family.event_dim == 0 and not any(family.statistic_dims) and not family.noise_dims
+    """Whether every number of a posterior, and of the noise, belongs to one entry, and the family has none itself."""
+    own = family.event_dim or any(family.statistic_dims) or family.noise_dims
+    return not own and not hyperparameters.tensors(family)
 
 
 def numbers_of(family: ExponentialFamily) -> int:

@@ -150,6 +150,6 @@ def write_point(block: Block, state: Any) -> None:
     else:
         with block.rewritten() as out:
             for tile in tiles(block, tile_size("eager", block.device)):
-                tile.cut(out).copy_(block.family.point(tile.cut(state)))
+                tile.cut(out).copy_(tile.of(block.family).point(tile.cut(state)))
     for member in block.members:
         member.at_point = True

@@ -163,11 +163,10 @@ def _copy_of(block: Block, record: Record, longest: int) -> tuple[Block, Record]
         if record[role] is not None  # type: ignore[literal-required]
     }
     weights = torch.zeros(tile.shape, dtype=block.params[0].dtype, device=block.device)
-    settings = block.settings
+    settings = replace(block.settings, family=tile.of(block.family))
     if settings.prior is not None:
         settings = replace(settings, prior=tile.cut(spread(prior_of(block), record["posterior"], block)))
     made = Block([Parameter(weights)], settings, block.index, block.name, block.group_number)
     made.record = new_record(None)
     made.record.update(own)  # type: ignore[typeddict-item]
-    made.family = block.family
     return made, made.record

@@ -329,7 +329,7 @@ def holds_draw(block: Block, record: Record, plan: NoisePlan, backend: Backend) 
     for tile in trial.tiles():
         drawn = torch.empty(tile.shape, dtype=p.dtype, device=p.device)
         source = trial.source(tile, constants, 0)
-        backend.draw(constants, drawn, block.dtype, tile.cut(trial.state), None, trial.numbers, source)
+        backend.draw(constants.on(tile), drawn, block.dtype, tile.cut(trial.state), None, trial.numbers, source)
         if not torch.allclose(drawn, tile.cut(present), rtol=1e-4, atol=1e-6):
             return False
     return True

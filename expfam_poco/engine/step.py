@@ -94,7 +94,7 @@ class Step:
         values = []
         for tile, weights, first, second in self._measured():
             arguments = (weights, first, second, self.numbers, self._real(tile))
-            values.append(self.first.runner.square(self.constants, self.first.like(tile), *arguments))
+            values.append(self.first.runner.square(self.constants.on(tile), self.first.like(tile), *arguments))
         return torch.stack(values).sum()
 
     @plainly
@@ -220,7 +220,8 @@ class Step:
             for tile, weights, first, second in self._measured():
                 after = None if following is None else following.source(tile, self.constants, 0)
                 arguments = (weights, first, second, self.numbers, real, after)
-                unsound.append(self.first.runner.advance(self.constants, tile.cut(out), block.dtype, *arguments))
+                own = self.constants.on(tile)
+                unsound.append(self.first.runner.advance(own, tile.cut(out), block.dtype, *arguments))
                 self.begun = True
         counts = unsound[0] if len(unsound) == 1 else torch.stack(unsound).sum()
         self.unsound = Unsound(block, counts, TILE, block.settings.lr_given)
@@ -236,6 +237,7 @@ class Step:
         family, only, share = self.block.family, None, self.share
         if self.first.in_place:
             only, share = self._looked_at()
+            family = only.of(family)
         ((like, weights, *pair, found),) = self._sites(only)
         real, correction, memory = self._real(only), self.constants.correction, weights.memory
         mean = None if pair[1] is None else correction.mean(memory)
@@ -282,9 +284,9 @@ class Step:
 
     def _sites(self, only: Any = None) -> Iterator[tuple[Any, ...]]:
         for tile, weights, first, second in self._measured(only):
-            like = self.first.like(tile)
-            pair = kernels.site_pair(self.constants, weights, first, second, self.numbers, like)
-            found = kernels.corrected(self.constants, weights, *pair, self.numbers, like, self.anchor)
+            like, own = self.first.like(tile), self.constants.on(tile)
+            pair = kernels.site_pair(own, weights, first, second, self.numbers, like)
+            found = kernels.corrected(own, weights, *pair, self.numbers, like, self.anchor)
             yield like, weights, *pair, found
 
     def _measured(self, only: Any = None) -> Iterator[tuple[Any, Weights, Any, Any]]:
@@ -439,7 +441,8 @@ def remember(trial: Trial, record: Record) -> Any:
         new = fields.map_leaves(lambda value: _taken(spent, value), old)
         for tile in tiles(trial.block, tile_size("eager", trial.block.device)):
             cut = tile.cut
-            made = fields.leaves(correction.after_refresh(family, cut(old), cut(record["posterior"]), cut(mean), how))
+            there = correction.after_refresh(tile.of(family), cut(old), cut(record["posterior"]), cut(mean), how)
+            made = fields.leaves(there)
             written = fields.leaves(cut(new))
             places = {place.data_ptr() for place in written}
             for place, value in zip(written, [v.clone() if v.data_ptr() in places else v for v in made], strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expfam_poco.engine.block import Block
-from expfam_poco.family import fields
+from expfam_poco.family import fields, hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.noise import TILE as BLOCKS
 
@@ -58,6 +58,11 @@ class Tile(NamedTuple):
             return None
         return fields.map_leaves(self._cut, values)
 
+    def of(self, family: ExponentialFamily) -> ExponentialFamily:
+        """The family with those of its own tensors' values that belong to the tile."""
+        cut: ExponentialFamily = hyperparameters.mapped(family, self._cut)
+        return cut
+
     def _cut(self, value: Tensor) -> Tensor:
         dims = len(self.batch)
         if value.shape[:dims] != self.batch:
@@ -78,6 +83,10 @@ class Whole:
     def cut(self, values: Any) -> Any:
         """All of them."""
         return values
+
+    def of(self, family: ExponentialFamily) -> ExponentialFamily:
+        """The family itself."""
+        return family
 
 
 def tiles(block: Block, size: int, most: int | None = None) -> Iterator[Tile]:

@@ -238,7 +238,7 @@ class Trial:
         with self.block.rewritten() as flat:
             for tile in self.tiles():
                 source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
-                self.runner.draw(constants, tile.cut(flat), self.block.dtype, *own, self.numbers, source)
+                self.runner.draw(constants.on(tile), tile.cut(flat), self.block.dtype, *own, self.numbers, source)
 
     def _draw_fused(self, out: Sequence[Tensor], draw: int) -> bool:
         """Put a draw into one tensor for each parameter, if there is a kernel for that."""
@@ -260,7 +260,7 @@ class Trial:
         for tile in self.tiles():
             source, own = self.source(tile, constants, draw), (tile.cut(self.state), tile.cut(self.memory))
             drawn = torch.zeros(tile.shape, dtype=present.dtype, device=present.device)
-            self.runner.draw(constants, drawn, self.block.dtype, *own, self.numbers, source)
+            self.runner.draw(constants.on(tile), drawn, self.block.dtype, *own, self.numbers, source)
             if isinstance(self.block, FlatBlock):
                 drawn = torch.where(tile.cut(self.block.real), drawn, 0.0)
             near.append(_are_near(drawn, tile.cut(present)))
@@ -368,9 +368,10 @@ class Trial:
             grad = self._raw_gradient(tile)
             if grad is None:
                 break
-            where = constants.where(tile.cut(self.state), tile.cut(self.memory), self.numbers.share)
+            here = constants.on(tile)
+            where = here.where(tile.cut(self.state), tile.cut(self.memory), self.numbers.share)
             evidence = Evidence(self.source(tile, constants, draw), grad, self.losses[0])
-            arguments = (constants, where, evidence, tile.cut(self.total), self.weight)
+            arguments = (here, where, evidence, tile.cut(self.total), self.weight)
             self.runner.collect(*arguments, self.numbers.ess, self.like(tile))
         self.raw, self.losses = (), []
 
@@ -492,6 +493,7 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
 @plainly
 def empty_site(block: Block, state: Any) -> Any:
     """A site of zeros for the whole block."""
-    first = next(tiles(block, TILE, most=1)).cut(state)
-    example = block.family.kl_gradient(first, first)
+    tile = next(tiles(block, TILE, most=1))
+    first = tile.cut(state)
+    example = tile.of(block.family).kl_gradient(first, first)
     return fields.map_fields(lambda value: value.new_zeros(*block.batch, *value.shape[1:]), example)

@@ -1,7 +1,7 @@
 r"""The one abstract class of the library: an exponential family.
 
 A family is a set of densities  q_λ(θ) = h(θ) exp(⟨λ, T(θ)⟩ − A(λ)).  It is a frozen dataclass that holds its
-hyperparameters and no tensors, and it sees one tensor at a time: a parameter, whose every entry (or trailing
+hyperparameters, and it sees one tensor at a time: a parameter, whose every entry (or trailing
 `event_dim` axes) is one weight with its own λ, or, for a `joint` family, the flat vector of a whole group.
 
 Four kinds of values are traded, all NamedTuples of tensors:
@@ -55,6 +55,7 @@ class ExponentialFamily(ABC):
     * `levels`: the values of a weight where they are finitely many, else None;
     * `support`: the constraint on θ; `domain`: constraints on fields of `State`. A missing field is real, but may be
       bounded together with others: the derived step asks A. `constraints.real` says that it is free.
+    * `per_weight`: where a weight has several entries, hyperparameters that are tensors with values for each weight.
     * `noise_kind`: "normal", "logistic" or "uniform", the standardised noise that `sample` transforms.
     * `noise_dims`: further axes of the noise of one entry of θ, for samples that need several numbers each.
     * `delta_method`: natural gradients at the noise's median are those of the delta method; else the family learns its
@@ -94,6 +95,7 @@ class ExponentialFamily(ABC):
     domain: ClassVar[Mapping[str, constraints.Constraint]] = {}
     levels: ClassVar[tuple[float, ...] | None] = None
     fixed_point: ClassVar[bool] = False
+    per_weight: ClassVar[tuple[str, ...]] = ()
     noise_kind: ClassVar[str] = "normal"
     noise_dims: ClassVar[tuple[int, ...]] = ()
     delta_method: ClassVar[bool] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from expfam_poco.family.draws import Draws
 
 Call = TypeVar("Call", bound=Callable[..., Any])
+PATIENCE, STALLED = 6, 0.01  # Newton steps without progress, and the share of √tolerance that does then
 RUNGS = 4  # shorter steps that `retracted` tries, each an eighth of the one before
 
 
@@ -50,9 +52,15 @@ def fisher(family: ExponentialFamily, nat: Any) -> Tensor:
     def log_partition(vector: Tensor) -> Tensor:
         return family.log_partition(_unflatten(family, vector, shapes)).sum()
 
-    gradient = torch.func.grad(log_partition)
-    rows = torch.func.vmap(torch.func.jacrev(gradient))(flat.reshape(-1, flat.shape[-1]))
-    return rows.reshape(*flat.shape, flat.shape[-1])
+    # One derivative of all weights' gradients for each statistic, and no `vmap` over weights, which would take the
+    # family's own tensors, with a number for every weight, for those of one.
+    _, pull, *_ = torch.func.vjp(torch.func.grad(log_partition), flat)
+    count = flat.shape[-1]
+    if count == 1:
+        return torch.as_tensor(pull(torch.ones_like(flat))[0].unsqueeze(-1))
+    basis = torch.eye(count, dtype=flat.dtype, device=flat.device).reshape(count, *(1,) * (flat.ndim - 1), count)
+    rows = torch.func.vmap(lambda row: pull(row.expand(flat.shape))[0])(basis)
+    return rows.movedim(0, -2)
 
 
 @differentiating
@@ -299,7 +307,8 @@ def invert_mean(
 ) -> Any:
     """Solve ∇A(λ) = μ for all weights at once: Newton steps on the concave ⟨λ, μ⟩ − A(λ), halved until they rise.
 
-    They begin at `start`, a `Nat`; None: at the member in the middle of the support.
+    They begin at `start`, a `Nat`; None: at the member in the middle of the support. Where A is a sum with errors of
+    its own (`quadrature`), steps end before the residual is one of rounding: `STALLED` of it is enough then.
 
     Raises:
         ValueError: if some weight has not converged, which means that its μ is outside the mean domain.
@@ -309,9 +318,13 @@ def invert_mean(
     if start is None:
         start = family.to_nat(family.centred_at(family.middle(mean)))
     current, _ = _flatten(family, start)
+    least, since = math.inf, 0
     for _ in range(iterations):
         residual = target - _flatten(family, family.to_mean(_unflatten(family, current, shapes)))[0]
-        if bool((residual.abs() <= tolerance * (1.0 + target.abs())).all()):
+        worst = float((residual.abs() / (1.0 + target.abs())).max()) if residual.numel() else 0.0
+        since = 0 if worst < 0.5 * least else since + 1
+        least = min(least, worst)
+        if worst <= tolerance or (since > PATIENCE and worst <= STALLED * tolerance**0.5):
             return _unflatten(family, current, shapes)
         matrix = fisher(family, _unflatten(family, current, shapes))
         step, fault = torch.linalg.solve_ex(matrix, residual)

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 
-class PositiveDefinite(type(constraints.positive_definite)):  # type: ignore[misc]
+class Named:
+    """A constraint that is shown by its name; torch leaves out the first letter."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class PositiveDefinite(Named, type(constraints.positive_definite)):  # type: ignore[misc]
     """As torch's, without branches.
 
     Example:
@@ -26,7 +33,7 @@ class PositiveDefinite(type(constraints.positive_definite)):  # type: ignore[mis
         return symmetric & (torch.linalg.cholesky_ex(value).info == 0)
 
 
-class Sphere(constraints.Constraint):
+class Sphere(Named, constraints.Constraint):
     """Unit vectors along the last axis.
 
     Example:
@@ -44,7 +51,7 @@ class Sphere(constraints.Constraint):
         return (value.square().sum(-1).sqrt() - 1.0).abs() <= slack
 
 
-class Directed(constraints.Constraint):
+class Directed(Named, constraints.Constraint):
     """Vectors λ whose direction is that of the posterior: any; steps turn them, but do not turn them round.
 
     Example:

@@ -47,6 +47,8 @@ READY: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "Laplace": ("laplace", {"loc": "location"}),
     "Wishart": ("wishart", {}),
 }
+# Those whose support always depends on the parameters, and which say so by properties.
+MOVING = ("Uniform", "GeneralizedPareto")
 PLACES, MEMBERS, RANK = 40, 14, 1e-9
 
 
@@ -75,8 +77,19 @@ def from_torch(distribution: type[Distribution], **fixed: float) -> ExponentialF
     if ready is not None and distribution.__module__.startswith("torch.") and set(fixed) == set(ready[1]):
         made = get_family(ready[0])
         return made(**{ready[1][name]: value for name, value in fixed.items()})
+    if distribution.__name__ in MOVING:
+        raise ValueError(
+            f"{distribution.__name__} is not an exponential family: its support depends on its parameters; choose a "
+            "family of a fixed support, such as Beta of an interval."
+        )
     member = _Member(distribution, fixed)
-    _check(member)
+    try:
+        _check(member)
+    except (TypeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"distribution={distribution.__name__}: it cannot be made of its parameters {sorted(member.free)} "
+            f"({' '.join(str(error).split())}); fix others by name, or write a class (docs/add-a-family.md)."
+        ) from error
     torchs_own = issubclass(distribution, TorchFamily) and not fixed
     formulas = _stated(member) if torchs_own and len(member.natural(member.middle)) == member.size else _ratios(member)
     shown = ", ".join(f"{name}={value:g}" for name, value in fixed.items())
@@ -110,6 +123,7 @@ class _Member:
                 "a class (docs/add-a-family.md)."
             )
         self.kind, self.fixed, self.free = kind, dict(fixed), free
+        self._known: dict[Any, tuple[Tensor, Any]] = {}
         self.size = len(free)
         self.middle = torch.zeros(self.size, dtype=torch.float64)
 
@@ -127,9 +141,15 @@ class _Member:
         return tuple(self.at(eta)._natural_params)
 
     def log_prob(self, eta: Tensor, x: Tensor) -> Tensor:
-        """log p(x; η)."""
-        value: Tensor = self.at(eta.to(x)).log_prob(x)
-        return value
+        """log p(x; η). Making a member takes longer than some thousand densities: those asked for again are kept."""
+        if torch.compiler.is_compiling():
+            value: Tensor = self.at(eta.to(x)).log_prob(x)
+            return value
+        key = (id(eta), x.dtype, x.device)
+        if key not in self._known:
+            with torch.inference_mode(False):
+                self._known[key] = eta, self.at(eta.to(x))  # η is kept, too, so that its id stays its own
+        return torch.as_tensor(self._known[key][1].log_prob(x))
 
     def moved(self, number: int) -> Tensor:
         """η with one parameter elsewhere."""
@@ -143,7 +163,13 @@ def _check(member: _Member) -> None:
     name, middle = member.kind.__name__, member.at(member.middle)
     if middle.event_shape or middle.batch_shape:
         raise ValueError(f"{name}: its members are not single numbers; write a class (docs/add-a-family.md).")
-    transform = quadrature.coordinates(middle.support)
+    try:
+        transform = quadrature.coordinates(middle.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"{name}: its values, {middle.support}, are not a line, a half line, an interval or integers; take a "
+            "family of few values, such as 'bernoulli' or 'categorical', or write a class (docs/add-a-family.md)."
+        ) from None
     x = transform(torch.linspace(-4.0, 4.0, PLACES, dtype=torch.float64))
     if quadrature.is_integer(middle.support):
         x = x.round().unique()

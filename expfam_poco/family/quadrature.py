@@ -6,7 +6,7 @@ For weights that are one number each, in coordinates x in which the support is t
 
 is taken to have one mode. Its mode is found by golden sections, the places where g has fallen by `DROP` by bisection,
 and between them lie `PANELS` panels with `NODES` Gauss–Legendre nodes each: what is left out has a mass of e^−56. Of
-integers the `WINDOW` values around the mode are summed instead.
+integers up to `WINDOW` values around the mode are summed instead.
 
 From the nodes follow A(λ) with its derivatives (the nodes held fixed, ∇A = Σ p T and ∇²A = Σ p (T − μ)(T − μ)ᵀ), any
 expectation, and draws by inversion, θ = F⁻¹(u), with the derivative of the draw by the implicit function theorem,
@@ -121,20 +121,34 @@ def log_partition(family: ExponentialFamily, nat: Any) -> Tensor:
     wide = type(nat)(*(value.double() for value in nat))
     at = points(family, wide)
     terms = log_unnormalised(family, wide, at.theta) + at.log_measure
-    value = torch.logsumexp(terms, 0)
-    inside = terms.detach()
-    ends = torch.maximum(_ended(family, inside[0], at.theta[0], "lower_bound"),
-                         _ended(family, inside[-1], at.theta[-1], "upper_bound"))  # fmt: skip
-    peak = inside.amax(0)
-    still = type(wide)(*(value.detach() for value in wide))
-    like = torch.broadcast_tensors(*still)[0]
-    grid = _coarse(like)
+    return torch.where(_lost(family, wide, at, terms.detach()), torch.inf, torch.logsumexp(terms, 0)).to(nat[0].dtype)
+
+
+def _lost(family: ExponentialFamily, nat: Any, at: Points, terms: Tensor) -> Tensor:
+    """Whether some of the mass lies elsewhere than at the points."""
+    ends = torch.maximum(_ended(family, terms[0], at.theta[0], "lower_bound"),
+                         _ended(family, terms[-1], at.theta[-1], "upper_bound"))  # fmt: skip
+    peak = terms.amax(0)
+    still = type(nat)(*(value.detach() for value in nat))
+    grid = _coarse(torch.broadcast_tensors(*still)[0])
     if is_integer(family.support):
         elsewhere = log_unnormalised(family, still, coordinates(family.support)(grid)).amax(0)
     else:
         elsewhere = _log_density(family, still)(grid).amax(0)  # a hump that the nodes do not see
-    lost = (ends > peak - 0.5 * DROP) | (peak > OVERFLOW) | (elsewhere > peak + DROP)
-    return torch.where(lost, torch.inf, value).to(nat[0].dtype)
+    return (ends > peak - 0.5 * DROP) | (peak > OVERFLOW) | (elsewhere > peak + DROP)
+
+
+def cumulants(family: ExponentialFamily, nat: Any) -> Tensor:
+    """Of a family of one statistic: A(λ) and the first three cumulants of T, along a new first axis."""
+    at = points(family, nat)
+    terms = log_unnormalised(family, nat, at.theta) + at.log_measure
+    weight = terms.softmax(0)
+    (statistic,) = family.statistics(at.theta)
+    known = torch.where(weight > 0.0, statistic, 0.0)
+    mean = (weight * known).sum(0)
+    away = torch.where(weight > 0.0, known - mean, 0.0)
+    found = torch.stack((torch.logsumexp(terms, 0), mean, *((weight * away**n).sum(0) for n in (2, 3))))
+    return torch.where(_lost(family, nat, at, terms), torch.inf, found)
 
 
 def _ended(family: ExponentialFamily, term: Tensor, theta: Tensor, bound: str) -> Tensor:
@@ -232,13 +246,30 @@ def _log_density(family: ExponentialFamily, nat: Any) -> Any:
 def _integers(family: ExponentialFamily, nat: Any) -> Points:
     """The integers around the mode; those beyond the support weigh nothing."""
     transform = coordinates(family.support)
-    mode = transform(_mode(lambda x: log_unnormalised(family, nat, transform(x)), torch.broadcast_tensors(*nat)[0]))
-    first = (mode.round() - WINDOW // 2).clamp_min(family.support.lower_bound)  # type: ignore[attr-defined]
-    theta = first + torch.arange(WINDOW, dtype=mode.dtype, device=mode.device).reshape(-1, *(1,) * mode.ndim)
+    like = torch.broadcast_tensors(*nat)[0]
+    mode = transform(_mode(lambda x: log_unnormalised(family, nat, transform(x)), like)).round()
+    size = _window(lambda theta: log_unnormalised(family, nat, theta), family.support, mode)
+    first = (mode - size // 2).clamp_min(family.support.lower_bound)  # type: ignore[attr-defined]
+    theta = first + torch.arange(size, dtype=mode.dtype, device=mode.device).reshape(-1, *(1,) * mode.ndim)
     high = getattr(family.support, "upper_bound", None)
     outside = torch.zeros_like(theta, dtype=torch.bool) if high is None else theta > high
     last = theta if high is None else theta.clamp_max(high)
     return Points(last, torch.where(outside, -torch.inf, torch.zeros_like(theta)))
+
+
+def _window(log_density: Any, support: Any, mode: Tensor) -> int:
+    """How many integers to sum: as few of 64, 128, … as reach where the densities have fallen by e^DROP."""
+    if torch.compiler.is_compiling() or not mode.is_cpu:
+        return WINDOW
+    goal, size = log_density(mode) - DROP, 64
+    while size < WINDOW:
+        ends = [log_density((mode + side * size // 2).clamp(support.lower_bound, getattr(support, "upper_bound", None))
+                            ) < goal for side in (-1, 1)]  # fmt: skip
+        inside = mode - size // 2 <= support.lower_bound, mode + size // 2 > getattr(support, "upper_bound", math.inf)
+        if all(bool((end | there).all()) for end, there in zip(ends, inside, strict=True)):
+            break
+        size *= 2
+    return size
 
 
 # ---- draws ----------------------------------------------------------------------------------------------------
@@ -272,7 +303,7 @@ def _lattice_quantile(family: ExponentialFamily, nat: Any, u: Tensor) -> Tensor:
     at = points(family, nat)
     log_weight = log_unnormalised(family, nat, at.theta) + at.log_measure
     whole = log_weight.softmax(0).cumsum(0)
-    number = (whole.unsqueeze(1) < u).sum(0).clamp_max(WINDOW - 1)
+    number = (whole.unsqueeze(1) < u).sum(0).clamp_max(len(whole) - 1)
     theta = at.theta.gather(0, number)
     lost = (torch.logsumexp(log_weight, 0) - family.log_partition(nat)).abs() > 1e-4
     return torch.where(lost, torch.nan, theta)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.distributions import constraints, transform_to
 from expfam_poco.family import derived, quadrature
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.inversion import implicit, increasing_root
+from expfam_poco.family.tables import Tables, cumulant
 
 CENTRE_TRIES, ROOT_STEPS, INTEGER_STEPS = 40, 60, 64
 _HERMITE = np.polynomial.hermite_e.hermegauss(24)
@@ -51,7 +52,29 @@ class Written(ExponentialFamily):
     def log_partition(self, nat: Any) -> Tensor:
         """A(λ)."""
         given = self.formulas["A"]
-        return quadrature.log_partition(self, nat) if given is None else given(nat)
+        if given is not None:
+            return torch.as_tensor(given(nat))
+        if self._has_tables(nat):
+            (value,) = nat
+            return cumulant(value.double(), self.tables, 0).to(value.dtype)
+        return quadrature.log_partition(self, nat)
+
+    def _has_tables(self, nat: Any) -> bool:
+        """Whether integrals are looked up: one statistic, on a CPU, eagerly."""
+        return len(nat) == 1 and nat[0].is_cpu and not torch.compiler.is_compiling()
+
+    @cached_property
+    def tables(self) -> Tables:
+        """Those of this family, for as long as it is."""
+
+        def quantile(nat: Tensor, u: Tensor) -> Tensor:
+            x, slopes = quadrature.quantile(self, self.Nat(nat), u)
+            return torch.stack((x, slopes[0]))
+
+        def cumulants(nat: Tensor) -> Tensor:
+            return quadrature.chunked(lambda parts: quadrature.cumulants(self, self.Nat(*parts)), [nat])
+
+        return Tables(self.domain.get(self.Nat._fields[0]), cumulants, quantile)
 
     def sample(self, state: Any, noise: Tensor) -> Tensor:
         """F⁻¹(u), rounded into the support."""
@@ -69,7 +92,12 @@ class Written(ExponentialFamily):
 
     def _inverted(self, nat: Any, u: Tensor) -> Tensor:
         """From the density alone."""
-        x, slopes = quadrature.quantile(self, self.Nat(*(value.detach() for value in nat)), u)
+        still = self.Nat(*(value.detach() for value in nat))
+        if self._has_tables(nat) and not quadrature.is_integer(self.support):
+            found = self.tables.quantile(still[0], u)
+            x, slopes = found[0], found[1:]
+        else:
+            x, slopes = quadrature.quantile(self, still, u)
         if quadrature.is_integer(self.support):
             return x
         moved = x

@@ -22,7 +22,7 @@ from expfam_poco.engine.block import Block, Record
 from expfam_poco.engine.flips import Flips
 from expfam_poco.engine.settings import HYPERPARAMETERS, check_group, python_number
 from expfam_poco.errors import CheckpointError
-from expfam_poco.family import fields
+from expfam_poco.family import fields, hyperparameters
 from expfam_poco.family.base import ExponentialFamily
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.noise import NoiseKey
@@ -61,7 +61,7 @@ def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:
 def describe(thing: ExponentialFamily | Estimator | Correction) -> dict[str, Any]:
     """The registered name (or import path) and the hyperparameters of a family or an estimator."""
     name = name_of(thing) if isinstance(thing, ExponentialFamily) else type(thing).__name__
-    settings = {f.name: python_number(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+    settings = {f.name: python_number(hyperparameters.plain(getattr(thing, f.name))) for f in dataclasses.fields(thing)}
     return {"name": name, "settings": settings}
 
 
@@ -128,6 +128,7 @@ def plain_of(values: Any) -> Any:
 
 def decode_state(block: Block, plain: Any, correction: Correction) -> Record | None:
     """The inverse of `encode_state` on the block's device and in its dtype, checked; None has not begun."""
+    block.fit()  # the model may have moved
     family, where = block.family, f"state_dict: the state of {block.name!r}"
     if block.shard is not None and isinstance(plain, Mapping):
         plain = _of_tensors(block.part_of, plain) | {"ages": block.shard.cut(plain["ages"], 1)}

@@ -423,6 +423,11 @@ def _check(
 ) -> None:
     arguments.module(model)
     arguments.instance("optimizer", optimizer, torch.optim.Optimizer, "give the optimizer that trains the model")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer=LBFGS: it evaluates its closure many times a step, along a line of its own; give one that steps "
+            "with the gradients it finds, such as torch.optim.SGD."
+        )
     if not callable(closure_of):
         raise TypeError("closure_of: give a function from a mini-batch to a closure.")
     for name in arguments.listed("corrections", corrections, f"give a tuple of {', '.join(NAMES)}"):
