@@ -272,21 +272,19 @@ def run(
 
 
 def table(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> str:
-    """Means over seeds, their standard errors, and the difference from straight-through + Adam in points."""
-    lines = ["| task | method | gradients | steps | accuracy, mean ± s.e. | points above STE | seconds |",
-             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    """Means over seeds, their standard errors, and points above straight-through + Adam with the same seeds."""
+    lines = ["| task | method | gradients | steps | seeds | accuracy, mean ± s.e. | points above STE | seconds |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for name, methods in found.items():
-        base = statistics.mean(
-            run["accuracy"] for run in methods.get(next(iter(METHODS)), next(iter(methods.values())))
-        )
+        first = methods.get(STE, next(iter(methods.values())))
         for method, runs in methods.items():
             values = [run["accuracy"] for run in runs]
-            mean = statistics.mean(values)
+            mean, base = statistics.mean(values), statistics.mean(run["accuracy"] for run in first[: len(runs)])
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             seconds = statistics.median(run["seconds"] for run in runs)
             lines.append(
-                f"| {name} | {method} | {runs[0]['gradients']} | {runs[0]['steps']} | {mean:.4f} ± {error:.4f} | "
-                f"{100 * (mean - base):+.2f} | {seconds:.1f} |"
+                f"| {name} | {method} | {runs[0]['gradients']} | {runs[0]['steps']} | {len(runs)} | "
+                f"{mean:.4f} ± {error:.4f} | {100 * (mean - base):+.2f} | {seconds:.1f} |"
             )
     return "\n".join(lines)
 

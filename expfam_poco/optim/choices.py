@@ -66,6 +66,17 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def scaled(params: Any, *, own: bool) -> Any:
+    """The parameters, where groups have an `OwnRateScale`: as a number, or 1 where all weights have one rate."""
+    if not isinstance(params, list | tuple) or not any(isinstance(group, dict) for group in params):
+        return params
+    name, found = "lr_convention", []
+    for group in params:
+        scaled = isinstance(group, dict) and isinstance(group.get(name), OwnRateScale)
+        found.append({**group, name: float(group[name]) if own else 1.0} if scaled else group)
+    return found
+
+
 class Named(PosteriorCorrected):
     """A named optimizer: a `PosteriorCorrected` with other defaults.
 

@@ -14,7 +14,7 @@ from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.registry import get_family
-from expfam_poco.optim.choices import CHOICES, IVON_OPT, ONE_RATE, PUBLISHED, STRENGTH, Named, OwnRateScale
+from expfam_poco.optim.choices import CHOICES, IVON_OPT, ONE_RATE, PUBLISHED, STRENGTH, Named, scaled
 
 
 class VSGDPoCo(Named):
@@ -318,7 +318,7 @@ class BayesBiNNPoCo(Named):
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1")
         usual = ONE_RATE if square_momentum is None else {"strength": STRENGTH, **self.chosen}
-        params = _scaled(params, own=square_momentum is not None)
+        params = scaled(params, own=square_momentum is not None)
         choices = {"lr_scale": usual["lr_scale"], **choices, "square_momentum": square_momentum}
         choices["kl_weight"] = usual["kl_weight"] if kl_weight is None else kl_weight
         strength = usual["strength"] if strength is None else strength
@@ -336,17 +336,6 @@ class BayesBiNNPoCo(Named):
             raise ValueError(f"temperature={temperature}: only the relaxed estimator has one, not {curvature!r}.")
         choices.update(momentum=beta1, mc_samples=mc_samples)
         super().__init__(params, lr, ess, member=member, curvature=curvature, alpha=alpha, **choices)
-
-
-def _scaled(params: Any, *, own: bool) -> Any:
-    """The parameters, where groups have an `OwnRateScale`: as a number, or 1 where all weights have one rate."""
-    if not isinstance(params, list | tuple) or not any(isinstance(group, dict) for group in params):
-        return params
-    name, found = "lr_convention", []
-    for group in params:
-        scaled = isinstance(group, dict) and isinstance(group.get(name), OwnRateScale)
-        found.append({**group, name: float(group[name]) if own else 1.0} if scaled else group)
-    return found
 
 
 class BayesBiNN(BayesBiNNPoCo):
