@@ -49,7 +49,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 import expfam_poco as poco  # noqa: E402
-from expfam_poco.families import Categorical  # noqa: E402
+from expfam_poco.tools.few_levels import few_levels  # noqa: E402
 
 RESULTS, PAGE = HERE / "results" / "binary-defaults.json", HERE / "RESULTS.md"
 TRIED = HERE / "results" / "binary-search.json"
@@ -58,11 +58,10 @@ SEARCHED = 100  # seeds from here on choose
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # of straight-through + Adam; where nothing normalises, 0.0003, too
 CHOOSING = ("digits-mlp", "digits-cnn", "mnist-mlp", "digits-plain")
 SETTINGS: tuple[dict[str, float], ...] = (
-    {"strength": 30.0, "lr": 0.01}, {"strength": 20.0, "lr": 0.01}, {"strength": 50.0, "lr": 0.01},
-    {"strength": 30.0, "lr": 0.006},
+    {"strength": 10.0, "lr": 0.01}, {"strength": 10.0, "lr": 0.02}, {"strength": 10.0, "lr": 0.005},
+    {"strength": 5.0, "lr": 0.01}, {"strength": 20.0, "lr": 0.01},
 )  # fmt: skip
-# Of few levels: log-odds of neighbours change by `sharp` over a gap, a step moves the mean by `reach` of half the
-# range, and T is as given.
+# Of few levels, see `few_levels`.
 FEW: tuple[dict[str, float], ...] = tuple(
     {"sharp": sharp, "reach": reach, "kl_weight": kl}
     for sharp in (16.0, 64.0) for reach in (0.03, 0.1) for kl in (0.004, 0.0001)
@@ -92,15 +91,15 @@ class Task:
 
 TASKS = {
     "digits-mlp": Task("digits", "mlp", 1000, 0.03),
-    "digits-cnn": Task("digits", "cnn", 800, 0.1),
+    "digits-cnn": Task("digits", "cnn", 800, 0.003),
     "mnist-mlp": Task("mnist", "mlp", 1500, 0.03),
-    "mnist-cnn": Task("mnist", "cnn", 500, 0.03),
-    "binary_network.py": Task("digits", "mlp", 2076, 0.03),
-    "quantised_network.py": Task("digits", "100", 1000, 0.03, 50),
+    "mnist-cnn": Task("mnist", "cnn", 500, 0.003),
+    "binary_network.py": Task("digits", "mlp", 2076, 0.003),
+    "quantised_network.py": Task("digits", "100", 1000, 0.01, 50),
     "digits-plain": Task("digits", "plain", 1000, 0.003),
-    "mnist-plain": Task("mnist", "plain", 1500, 0.003),
+    "mnist-plain": Task("mnist", "plain", 1500, 0.0003),
     "ternary": Task("digits", "100", 1000, 0.1, 50, "ternary"),
-    "4 bits": Task("digits", "100", 1000, 0.1, 50, "4 bits"),
+    "4 bits": Task("digits", "100", 1000, 0.03, 50, "4 bits"),
 }
 
 
@@ -189,20 +188,8 @@ class Ste:
         return made
 
 
-def few_levels(levels: Sequence[float], sharp: float, reach: float, kl_weight: float) -> dict[str, Any]:
-    """A group's family, rate and T, see `FEW`."""
-    gap = 2.0 / (len(levels) - 1)
-    strength = sharp / gap**2
-    size = math.sqrt(statistics.mean((gap * k) ** 2 for k in range(1, len(levels))))  # of λ's change with the mean
-    return {
-        "family": Categorical(tuple(levels), strength=strength),
-        "lr": reach * size * strength / 100.0,
-        "kl_weight": kl_weight,
-    }
-
-
 class Rule:
-    """The Bayesian learning rule with the library's defaults, or `choices` over them; few levels have one of `FEW`."""
+    """The Bayesian learning rule with the library's defaults, or `choices` over them."""
 
     def __init__(
         self, model: nn.Module, task: Task, count: int, seed: int, *, poco_: bool = False, **choices: Any
@@ -210,9 +197,10 @@ class Rule:
         self.model = model
         with warnings.catch_warnings():  # of what has no normalisation
             warnings.simplefilter("ignore")
-            groups = poco.binarize_groups(model, gaussian=choices.pop("gaussian", None))
-        if task.levels is not None:
-            groups[0] |= few_levels(LEVELS[task.levels], **{name: choices.pop(name, FEW[0][name]) for name in FEW[0]})
+            levels = None if task.levels is None else LEVELS[task.levels]
+            groups = poco.binarize_groups(model, levels=levels, gaussian=choices.pop("gaussian", None))
+        if levels is not None and "sharp" in choices:
+            groups[0] |= few_levels(levels, **{name: choices.pop(name) for name in FEW[0]})
         kind = poco.BayesBiNNPoCo if poco_ else poco.BayesBiNN
         self.optimizer = kind(groups, ess=choices.pop("examples", 1) * count, seed=seed, **choices)
 
@@ -284,21 +272,19 @@ def run(
 
 
 def table(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> str:
-    """Means over seeds, their standard errors, and the difference from straight-through + Adam in points."""
-    lines = ["| task | method | gradients | steps | accuracy, mean ± s.e. | points above STE | seconds |",
-             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    """Means over seeds, their standard errors, and points above straight-through + Adam with the same seeds."""
+    lines = ["| task | method | gradients | steps | seeds | accuracy, mean ± s.e. | points above STE | seconds |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for name, methods in found.items():
-        base = statistics.mean(
-            run["accuracy"] for run in methods.get(next(iter(METHODS)), next(iter(methods.values())))
-        )
+        first = methods.get(STE, next(iter(methods.values())))
         for method, runs in methods.items():
             values = [run["accuracy"] for run in runs]
-            mean = statistics.mean(values)
+            mean, base = statistics.mean(values), statistics.mean(run["accuracy"] for run in first[: len(runs)])
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             seconds = statistics.median(run["seconds"] for run in runs)
             lines.append(
-                f"| {name} | {method} | {runs[0]['gradients']} | {runs[0]['steps']} | {mean:.4f} ± {error:.4f} | "
-                f"{100 * (mean - base):+.2f} | {seconds:.1f} |"
+                f"| {name} | {method} | {runs[0]['gradients']} | {runs[0]['steps']} | {len(runs)} | "
+                f"{mean:.4f} ± {error:.4f} | {100 * (mean - base):+.2f} | {seconds:.1f} |"
             )
     return "\n".join(lines)
 
@@ -311,11 +297,12 @@ def report(found: Mapping[str, Any], page: Path = PAGE) -> None:
     page.write_text(f"{before}<!-- table binary-defaults -->\n\n{table(found)}\n<!-- end -->{after}", encoding="utf-8")
 
 
-def candidates(name: str) -> list[tuple[str, dict[str, float]]]:
-    """What a search tries on a task."""
+def candidates(name: str, methods: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
+    """What a search tries on a task, of these methods."""
     rule = SETTINGS if TASKS[name].levels is None else FEW
     rates = (0.0003, *RATES[:-1]) if TASKS[name].model == "plain" else RATES
-    return [(STE, {"lr": rate}) for rate in rates] + [(RULE, setting) for setting in rule]
+    both = [(STE, {"lr": rate}) for rate in rates] + [(RULE, setting) for setting in rule]
+    return [one for one in both if one[0] in methods]
 
 
 def chosen(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -332,11 +319,13 @@ def chosen(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return {"ste": {name: best([name], STE) for name in found}, "rule": best(signs, RULE), "few": best(few, RULE)}
 
 
-def search(names: Sequence[str], seeds: int, share: float, folder: Path, workers: int) -> dict[str, Any]:
+def search(
+    names: Sequence[str], methods: Sequence[str], seeds: int, share: float, folder: Path, workers: int
+) -> dict[str, Any]:
     """Mean validation accuracies of all candidates, and what is chosen by them."""
     jobs = [
         ((name, method, SEARCHED + seed), {"validation": True, "share": share, "choices": choices})
-        for name in names for method, choices in candidates(name) for seed in range(seeds)
+        for name in names for method, choices in candidates(name, methods) for seed in range(seeds)
     ]  # fmt: skip
     runs: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for (positional, named), one in results(run, longest_first(jobs), folder, workers):
@@ -380,7 +369,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.runs or Path(scratch)
         if options.search:
-            tried = search(names, seeds, share, folder, options.workers)
+            tried = search(names, options.methods, seeds, share, folder, options.workers)
             print(json.dumps(tried["chosen"], indent=1), flush=True)
             if options.out or not options.short:
                 (options.out or TRIED).write_text(json.dumps(tried, indent=1) + "\n", encoding="utf-8")

@@ -327,14 +327,15 @@ def corrupted(whole: bytes, header: int, random: Random) -> bytes:
     return random.choice(kinds)()
 
 
-def test_corrupted_files_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
-    """400 random ones, half of them in the header."""
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_corrupted_files_are_refused_and_nothing_is_changed(count: int, tmp_path: Path) -> None:
+    """Random ones, half of them in the header."""
     model, opt = trained()
     path, hurt = tmp_path / "model.safetensors", tmp_path / "hurt"
     poco.save_binary(path, model, opt)
     whole = path.read_bytes()
     header, random = 8 + int.from_bytes(whole[:8], "little"), Random(0)
-    for _ in range(400):
+    for _ in range(count):
         damaged = corrupted(whole, header, random)
         if damaged != whole:
             hurt.write_bytes(damaged)

@@ -1,5 +1,6 @@
 """A rate of its own for every weight (`square_momentum`) and a KL of its own weight: what a step then is."""
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import expfam_poco as poco
 from expfam_poco import blr
 from expfam_poco.families import Bernoulli, Categorical
+from expfam_poco.tools.few_levels import few_levels
 
 F64 = torch.float64
 ZERO = {"curvature": "straight_through", "noise": "zero", "beta1": 0.9, "seed": 0}
@@ -78,7 +80,7 @@ def test_a_weight_without_any_gradient_goes_to_its_prior_and_no_step_is_not_fini
     opt = poco.BayesBiNN([("w", weight)], ess=10.0, beta1=0.0, curvature="straight_through", noise="zero", seed=0)
     opt.step(lambda: (weight * torch.tensor([1.0, 0.0, -1.0])).sum())
     moved = theta(opt)
-    assert moved[1] == 0.0 and 0.0 < moved[0] < 3.0 < moved[2]
+    assert moved[1] == 0.0 and 0.0 < moved[0] < 10.0 < moved[2]
     opt.param_groups[0]["lr"] = 0.0
     opt.step(lambda: (weight * torch.tensor([1.0, 0.0, -1.0])).sum())
     assert torch.equal(theta(opt), moved)
@@ -202,6 +204,43 @@ def test_a_network_without_any_normalisation_trains_with_the_defaults() -> None:
         trained_on(model, opt, x[:1200], y[:1200], 200)
         found[name] = float((model(x[1200:]).argmax(-1) == y[1200:]).float().mean())
     assert found["own"] > 0.75 and found["one"] < 0.2  # chance is 0.1
+
+
+def test_steps_are_shorter_where_nothing_normalises_and_scales_are_of_own_rates_alone() -> None:
+    layers = [nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20)]
+    found = {}
+    for name, model in (("plain", nn.Sequential(*layers)), ("normalised", nn.Sequential(*layers, nn.BatchNorm1d(20)))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if name == "normalised" else "ignore")
+            groups = [poco.binarize_groups(model, levels=levels) for levels in (None, None, (-1, 0, 1), (-1, 0, 1))]
+        own = [poco.BayesBiNN(g, ess=10.0).param_groups[0] for g in groups[::2]]
+        one = [poco.BayesBiNN(g, 0.1, 10.0, square_momentum=None).param_groups[0] for g in groups[1::2]]
+        assert [group["lr_convention"] for group in one] == [1.0, 1.0]
+        assert all(type(group["lr_convention"]) is float for group in own)
+        found[name] = [group["lr_convention"] for group in own]
+    assert found["plain"][0] == 30.0 and found["normalised"][0] == 100.0 and found["plain"][1] == found["normalised"][1]
+    kept = poco.BayesBiNN([{"params": [nn.Parameter(torch.ones(2))], "lr_convention": 5.0}], 0.1, 10.0,
+                          square_momentum=None)  # fmt: skip
+    assert kept.param_groups[0]["lr_convention"] == 5.0
+
+
+@pytest.mark.parametrize("levels", [(-1.0, 0.0, 1.0), torch.linspace(-3.0, 3.0, 16).tolist()])
+def test_a_step_of_few_levels_moves_the_grid_s_gaussian_by_its_reach(levels: Any) -> None:
+    """λ stays that of a Gaussian on the grid, whose mean has moved by 0.03 of half the range at the first step."""
+    half, start = 0.5 * (levels[-1] - levels[0]), torch.tensor([0.11, -0.32, 0.05], dtype=F64)
+    weight = nn.Parameter(half * start)
+    group = {"params": [("w", weight)], **few_levels(levels), "curvature": "straight_through"}
+    opt = poco.BayesBiNN([group], ess=1e12, beta1=0.0, noise="zero", seed=0)
+    family = opt.param_groups[0]["family"]
+    opt.step(lambda: (weight * torch.tensor([5.0, -1e-3, 0.1], dtype=F64)).sum())
+    expected = family.centred_at(half * (start - 0.03 * torch.tensor([1.0, -1.0, 1.0], dtype=F64))).level
+    torch.testing.assert_close(opt.posterior_states()["w"].level, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_levels_that_are_no_grid_are_refused() -> None:
+    for levels in ((-1.0, 0.0, 3.0), (1.0,), (1.0, 0.0)):
+        with pytest.raises(ValueError, match=r"^levels="):
+            few_levels(levels)
 
 
 def test_a_next_task_with_the_defaults_forgets_less() -> None:

@@ -284,3 +284,21 @@ def test_a_kernel_that_cannot_be_built_is_told_once(monkeypatch: pytest.MonkeyPa
                 for _ in range(2):
                     torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-5)
         assert len(seen) == 1 and words in str(seen[0].message) and "install a compiler" in str(seen[0].message)
+
+
+def test_an_onnx_file_holds_the_bits_and_onnxruntime_unpacks_them(tmp_path: Path) -> None:
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)), torch.randn(3, 512)
+    for layer in (model[0], model[2]):
+        layer.weight.data.sign_()
+    path = tmp_path / "model.onnx"
+    small = poco.pack_weights(model).eval()
+    torch.onnx.export(small, (x,), path, dynamo=True, external_data=False, verbose=False)
+    assert path.stat().st_size < 4 * sum(p.numel() for p in model.parameters()) / 8
+    bits = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.UINT8]
+    assert [list(t.dims) for t in bits] == [[512, 64]]
+    session = runtime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.tensor(found), model(x).detach(), rtol=1e-5, atol=1e-4)

@@ -24,10 +24,25 @@ _SIGNS = {
     "family": "bernoulli", "curvature": "straight_through", "momentum": 0.9, "prior_in_momentum": True,
     "square_momentum": 0.999, "lr_scale": 100.0, "kl_weight": 0.004,
 }  # fmt: skip
-# λ is of size 3, not 1/√n as real weights are: counted in hundreds, `lr` has Adam's range. Where one rate is for all,
+# λ is of size 10, not 1/√n as real weights are: counted in hundreds, `lr` has Adam's range. Where one rate is for all,
 # lr is the rule's.
-STRENGTH = 3.0
+STRENGTH, SIGNS_LR = 10.0, 0.01
 ONE_RATE: Mapping[str, Any] = {"lr_scale": 1.0, "kl_weight": 1.0, "strength": 1.0}
+
+
+class OwnRateScale(float):
+    """A group's `lr_convention` where weights have rates of their own; with one rate for all it is 1.
+
+    Example:
+        >>> from expfam_poco.optim.choices import OwnRateScale
+        >>> OwnRateScale(30.0)
+        30.0
+    """
+
+
+# Of binary weights whose sums nothing normalises: a step that flips a share f of n of them changes a sum of size √n by
+# f n, and the next layer's by that much more. Longer steps do not settle.
+UNNORMALISED = OwnRateScale(30.0)
 # What Meng et al. 2020 have, with the rate and temperature of their code to be given; `BayesBiNN.as_published`.
 PUBLISHED: Mapping[str, Any] = {"square_momentum": None, "curvature": "relaxed", "strength": 10.0}
 # What `ivon-opt` has where nothing is said; `IVON.like_ivon_opt`.
@@ -49,6 +64,17 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
     "BayesBiNN": {**_SIGNS, "alpha": 0.0},  # Meng et al. 2020
     "BayesBiNNPoCo": {**_SIGNS, "alpha": "mega_batch"},  # PC Eq. 13, 18
 }
+
+
+def scaled(params: Any, *, own: bool) -> Any:
+    """The parameters, where groups have an `OwnRateScale`: as a number, or 1 where all weights have one rate."""
+    if not isinstance(params, list | tuple) or not any(isinstance(group, dict) for group in params):
+        return params
+    name, found = "lr_convention", []
+    for group in params:
+        scaled = isinstance(group, dict) and isinstance(group.get(name), OwnRateScale)
+        found.append({**group, name: float(group[name]) if own else 1.0} if scaled else group)
+    return found
 
 
 class Named(PosteriorCorrected):

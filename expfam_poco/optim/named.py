@@ -14,7 +14,7 @@ from expfam_poco.correction.snapshot import Alpha
 from expfam_poco.engine.settings import estimator_of, precision_rate
 from expfam_poco.family.draws import Estimator
 from expfam_poco.family.registry import get_family
-from expfam_poco.optim.choices import CHOICES, IVON_OPT, ONE_RATE, PUBLISHED, STRENGTH, Named
+from expfam_poco.optim.choices import CHOICES, IVON_OPT, ONE_RATE, PUBLISHED, STRENGTH, Named, scaled
 
 
 class VSGDPoCo(Named):
@@ -283,7 +283,7 @@ class BayesBiNNPoCo(Named):
         kl_weight: T of N E_q[ℓ] + T KL(q ‖ p₀); None: 1/250, colder than Bayes' posterior, for the accuracy of the
             signs (1 with `square_momentum=None`). After `next_task` it is 1, since the prior then has seen data.
         mc_samples: draws per evaluation.
-        strength: |λ| at first; None: 3 (1 with `square_momentum=None`). The published code has 10, which float32
+        strength: |λ| at first; None: 10 (1 with `square_momentum=None`). The published code has 10, which float32
             does not bear at small τ.
         initial: "sign" of the model's weights, or "value" (λ = strength · weight: from a trained float network).
         stale_mean: of the relaxed estimator, which it chooses: divide by 1 − μ² of the λ before the last step, as the
@@ -311,13 +311,14 @@ class BayesBiNNPoCo(Named):
     chosen = CHOICES["BayesBiNNPoCo"]
 
     def __init__(
-        self, params: Any, lr: float = 3e-3, ess: float | None = None, *, temperature: float | None = None,
+        self, params: Any, lr: float = 1e-2, ess: float | None = None, *, temperature: float | None = None,
         beta1: float = 0.9, square_momentum: float | None = 0.999, kl_weight: float | None = None, mc_samples: int = 1,
         strength: float | None = None, initial: str = "sign", stale_mean: bool = False,
         curvature: str | Estimator | None = None, alpha: Alpha | None = None, **choices: Any,
     ) -> None:  # fmt: skip
         self._refuse(choices, momentum="beta1")
         usual = ONE_RATE if square_momentum is None else {"strength": STRENGTH, **self.chosen}
+        params = scaled(params, own=square_momentum is not None)
         choices = {"lr_scale": usual["lr_scale"], **choices, "square_momentum": square_momentum}
         choices["kl_weight"] = usual["kl_weight"] if kl_weight is None else kl_weight
         strength = usual["strength"] if strength is None else strength

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from expfam_poco import arguments
 from expfam_poco.engine.settings import translate
 from expfam_poco.errors import CheckpointError
+from expfam_poco.optim.choices import UNNORMALISED
 from expfam_poco.optim.optimizer import PosteriorCorrected
+from expfam_poco.tools.few_levels import few_levels
 from expfam_poco.tools.files import written_aside
 from expfam_poco.tools.packed import pack_weights
 from expfam_poco.tools.predict import remind_of_recalibration
@@ -45,6 +47,7 @@ def binarize_groups(
     keep: Iterable[str] = (),
     keep_first: bool = False,
     keep_last: bool = False,
+    levels: Sequence[float] | None = None,
     binary: Mapping[str, Any] | None = None,
     gaussian: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -54,7 +57,7 @@ def binarize_groups(
     kept stay real. Parameters that require no gradient are left out. Whether activations are binary is the model's
     choice. Other modules with matrices of weights (`nn.MultiheadAttention`, whose q, k and v are no `nn.Linear`,
     `nn.LSTM`) stay real, and a warning names them; so does one where binary layers follow each other in a model
-    without any normalisation.
+    without any normalisation: there a step is three tenths as long (`lr_convention` 30 in place of 100).
 
     Args:
         model: the network. Names are those within wrappers (`torch.compile`, `DataParallel`), or those with them.
@@ -63,6 +66,8 @@ def binarize_groups(
         keep: names of layers, of modules that contain some, or of their weights, which stay real.
         keep_first: the first of those layers stays real.
         keep_last: the last of those layers stays real.
+        levels: evenly spaced values in place of −1 and 1, such as (−1, 0, 1) or `torch.linspace(-1, 1, 16).tolist()`
+            for 4 bits: the binary group then has a `Categorical` family, and `few_levels`' settings for it.
         binary: hyperparameters of the binary group, over those of the optimizer.
         gaussian: hyperparameters of the real group, in IVON's names, over lr=0.1, hess_init=1, beta1=0.9,
             beta2=0.9999, weight_decay=1e-4.
@@ -71,7 +76,7 @@ def binarize_groups(
         one or two groups for `BayesBiNN` or `BayesBiNNPoCo`.
 
     Raises:
-        ValueError: if no weight would be binary, or a name in `keep` is unknown.
+        ValueError: if no weight would be binary, a name in `keep` is unknown, or `levels` are no grid.
 
     Example:
         >>> import torch, expfam_poco as poco
@@ -114,8 +119,10 @@ def binarize_groups(
             "model: none of its trainable weights would be binary; give other `layers`, or keep fewer of them."
         )
     _warn_of_what_stays_real(modules, chosen, kept, layers)
-    _warn_of_missing_normalisation(modules, chosen)
-    groups: list[dict[str, Any]] = [{"params": signs, **(binary or {})}]  # of the optimizer's own Bernoulli family
+    few = {} if levels is None else few_levels(levels)  # without: of the optimizer's own Bernoulli family
+    if _lacks_normalisation(modules, chosen):
+        few = {"lr_convention": UNNORMALISED, **few}
+    groups: list[dict[str, Any]] = [{"params": signs, **few, **(binary or {})}]
     if rest:
         usual, own = dict(GAUSSIAN), dict(gaussian or {})
         translate(usual)
@@ -202,20 +209,22 @@ def _terms(weight: Tensor) -> int:
     return weight[0].numel() if weight.ndim > 1 and len(weight) else 0
 
 
-def _warn_of_missing_normalisation(modules: Mapping[str, nn.Module], chosen: set[int]) -> None:
-    """Two binary layers or more of long sums, and nothing known to bring these back to size 1."""
+def _lacks_normalisation(modules: Mapping[str, nn.Module], chosen: set[int]) -> bool:
+    """Whether two binary layers or more of long sums have nothing known to bring these back to size 1; it is said."""
     weights = {name: _weights_of(module).values() for name, module in modules.items()}
     binary = [name for name, own in weights.items() if any(id(p) in chosen and _terms(p) >= FEW for p in own)]
     scaling = any(isinstance(module, NORMALISATIONS) for module in modules.values())
     leaves = [module for module in modules.values() if not any(True for _ in module.children())]
     unknown = any(not type(module).__module__.startswith("torch.") for module in leaves)  # it may hold a factor
-    if len(binary) > 1 and not scaling and not unknown:
+    lacks = len(binary) > 1 and not scaling and not unknown
+    if lacks:
         warnings.warn(
             f"model: its binary layers ({binary[0]!r} to {binary[-1]!r}) have no normalisation after them; a sum of n "
-            "terms of size 1 has size √n, and training then often stays at chance. Put nn.BatchNorm1d (BatchNorm2d) "
-            "after each, or divide by √n in `forward`.",
+            "terms of size 1 has size √n, so steps are shorter and the accuracy is lower. Put nn.BatchNorm1d "
+            "(BatchNorm2d) after each, or divide by √n in `forward`.",
             stacklevel=3,
         )
+    return lacks
 
 
 def level_names(model: nn.Module, optimizer: PosteriorCorrected) -> dict[str, tuple[float, ...]]:
