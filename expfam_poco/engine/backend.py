@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from expfam_poco.arguments import choice
-from expfam_poco.engine import fused, kernels, passes
+from expfam_poco.engine import fused, inner_loop, kernels, passes
 from expfam_poco.engine.fused import Pass, Places, Programs
-from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
+from expfam_poco.engine.inner_loop import Batches, Kind
+from expfam_poco.engine.kernels import Constants, Evidence, Moved, Numbers, Weights
 from expfam_poco.engine.triton_code import Unprintable
 from expfam_poco.family import fields, recording
 from expfam_poco.family.ahead import Ahead
@@ -131,6 +132,20 @@ class Backend:
         dtypes = tuple(value.dtype for value in (out, *arguments) if isinstance(value, Tensor))
         key = (kernel.__name__, *constants, out.device.type, *dtypes)
         return self._compiled(key, kernel, *constants)(out, *arguments)
+
+    def loop(
+        self, kind: Kind, weights: Weights, x: Tensor, y: Tensor, batches: Batches, *, compiled: bool
+    ) -> tuple[Moved, Tensor]:
+        """An inner loop (`inner_loop`), step by step or as one C++ function."""
+        if not compiled:
+            return inner_loop.eager(kind, weights, x, y, batches)
+        constants = kind.constants
+        known = (kind, _identity(constants.family), _identity(constants.estimator), x.dtype, weights.memory is None)
+        numbers = batches._replace(numbers=inner_loop.packed(batches.numbers))
+        with torch._inductor.config.patch(cpp_wrapper=True):
+            run = self._compiled(("inner loop", *known), inner_loop.scanned, kind)
+            values, losses = run(x, y, weights, numbers)
+        return Moved(*inner_loop.replaced(kind, weights, values)[:3]), losses
 
     # ---- passes over a whole block as kernels of their own ------------------------------------------------------
 
