@@ -139,12 +139,12 @@ class Backend:
         """An inner loop (`inner_loop`), step by step or as one C++ function."""
         if not compiled:
             return inner_loop.eager(kind, weights, x, y, batches)
-        constants = kind.constants
+        constants, noise = kind.constants, batches.noise
+        drawn = noise[0] if constants.noise == "zero" else torch.stack(list(noise))
         known = (kind, _identity(constants.family), _identity(constants.estimator), x.dtype, weights.memory is None)
-        numbers = batches._replace(numbers=inner_loop.packed(batches.numbers))
         with torch._inductor.config.patch(cpp_wrapper=True):
             run = self._compiled(("inner loop", *known), inner_loop.scanned, kind)
-            values, losses = run(x, y, weights, numbers)
+            values, losses = run(x, y, weights, batches.rows, inner_loop.packed(batches.numbers), drawn)
         return Moved(*inner_loop.replaced(kind, weights, values)[:3]), losses
 
     # ---- passes over a whole block as kernels of their own ------------------------------------------------------

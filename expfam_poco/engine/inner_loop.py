@@ -51,11 +51,11 @@ class Kind:
 
 
 class Batches(NamedTuple):
-    """The loop's mini-batches: M × B row numbers, M packed `Numbers`, and M × K × P noises."""
+    """M mini-batches: their row numbers (M × B), and each one's `Numbers` and noise (K × P)."""
 
     rows: Tensor
-    numbers: Any
-    noise: Tensor
+    numbers: Sequence[Numbers]
+    noise: Sequence[Tensor]
 
 
 def site_of(kind: Kind, state: Any, noise: Tensor, prior: Any, ess: Any, theta: Tensor, found: Measured) -> Any:
@@ -92,27 +92,41 @@ def step(kind: Kind, weights: Weights, x: Tensor, y: Tensor, numbers: Any, noise
 
 
 def eager(kind: Kind, weights: Weights, x: Tensor, y: Tensor, batches: Batches) -> tuple[Moved, Tensor]:
-    """The loop, step by step; `batches.numbers` are a list of `Numbers`."""
+    """The loop, step by step."""
     losses = []
-    for rows, numbers, noise in zip(batches.rows.unbind(), batches.numbers, batches.noise.unbind(), strict=True):
+    for rows, numbers, noise in zip(batches.rows.unbind(), batches.numbers, batches.noise, strict=True):
         moved, loss = step(kind, weights, x[rows], y[rows], numbers, noise)
         weights = Weights(*moved, weights.prior)
         losses.append(loss)
     return Moved(*weights[:3]), torch.stack(losses)
 
 
-def scanned(kind: Kind, x: Tensor, y: Tensor, weights: Weights, batches: Batches) -> tuple[list[Tensor], Tensor]:
-    """The same as a `scan` over packed numbers, to be compiled: what steps change, as a list, and the losses."""
+def scanned(
+    kind: Kind, x: Tensor, y: Tensor, weights: Weights, rows: Tensor, numbers: Tensor, noise: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The same as a `scan`, to be compiled: what steps change, as a list, and the losses.
+
+    Args:
+        kind: of the loop.
+        x: N × d.
+        y: N.
+        weights: at its beginning.
+        rows: M × B.
+        numbers: `packed`.
+        noise: M × K × P; K × P where it is zero, for a scan would lay out the copies at every step.
+    """
     from torch._higher_order_ops.scan import scan
 
-    def one(carry: list[Tensor], batch: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
-        rows, numbers, noise = batch
-        moved, loss = step(kind, replaced(kind, weights, carry), x[rows], y[rows], numbers, noise)
+    same = kind.constants.noise == "zero"
+
+    def one(carry: list[Tensor], batch: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        own = noise if same else batch[2]
+        moved, loss = step(kind, replaced(kind, weights, carry), x[batch[0]], y[batch[0]], batch[1], own)
         new = carried(kind, Weights(*moved, weights.prior))
         return [value.clone() if value is old else value for value, old in zip(new, carry, strict=True)], loss
 
     carry = [value.clone() for value in carried(kind, weights)]
-    found: tuple[list[Tensor], Tensor] = scan(one, carry, tuple(batches))
+    found: tuple[list[Tensor], Tensor] = scan(one, carry, [rows, numbers] if same else [rows, numbers, noise])
     return found
 
 
@@ -136,4 +150,6 @@ def replaced(kind: Kind, weights: Weights, values: Sequence[Tensor]) -> Weights:
 
 def packed(numbers: Sequence[Numbers]) -> Tensor:
     """The loop's numbers, one row for each step, in float64."""
-    return torch.tensor([[*own.known(), own.factor] for own in numbers], dtype=torch.float64)
+    if all([own is numbers[0] for own in numbers]):
+        return torch.tensor([[*numbers[0].known(), 1.0]], dtype=torch.float64).repeat(len(numbers), 1)
+    return torch.tensor([[*own.known(), 1.0] for own in numbers], dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expfam_poco import arguments
 from expfam_poco.closures.linear import GeneralisedLinear
-from expfam_poco.correction.alpha import Pace, refreshed
+from expfam_poco.correction.alpha import MegaBatchAlpha, Pace, refreshed
 from expfam_poco.correction.snapshot import alpha_at
 from expfam_poco.engine import inner_loop
 from expfam_poco.engine.backend import plainly
@@ -23,7 +23,7 @@ from expfam_poco.engine.noise_plan import Part
 from expfam_poco.engine.round import Pair, Round
 from expfam_poco.engine.step import begin, domain_error
 from expfam_poco.engine.trial import Trial
-from expfam_poco.engine.width import check_reach
+from expfam_poco.engine.width import PATIENCE, check_reach
 from expfam_poco.errors import NonFiniteError
 from expfam_poco.family import fields
 from expfam_poco.optim.base import Shell
@@ -132,11 +132,13 @@ class Looping(Shell):
         if refresh:
             self._refresh_from(block, data)
         first, last = clock["step"] + 1, clock["step"] + len(batches)
-        alphas = [alpha_at(block.settings.alpha, number, Pace.of(clock, number)) for number in range(first, last + 1)]
+        alphas = self._alphas_of(block, first, last)
         self._alphas = {block.name: alphas[-1]}
         asked = self.correction.compares and any(map(any, alphas))
         self._stale.check(asked, last - clock["refreshed"])
-        numbers = [_numbers(block, i, alpha) for i, alpha in enumerate(alphas)]
+        numbers = [_numbers(block, 0, alphas[0])] * len(alphas)
+        if block.settings.averages or len(set(alphas)) > 1:
+            numbers = [_numbers(block, i, alpha) for i, alpha in enumerate(alphas)]
         weights = Weights(record["posterior"], record["momentum"], record["memory"], prior_of(block))
         kind = _kind(self._trial(block, numbers[0], first), data, asked and self._memory_is_of([block]))
         found = Batches(batches, numbers, self._noises(block, numbers, first))
@@ -155,19 +157,25 @@ class Looping(Shell):
                 record["stamp"] = clock["memory"]
             clock["step"] = last
         self._skips.stepped()
-        for number in range(first, last + 1):
-            check_reach(number, [block])
+        if first <= PATIENCE <= last:
+            check_reach(PATIENCE, [block])
         return losses
 
     def _trial(self, block: Block, numbers: Numbers, step: int) -> Trial:
         return self._plan(None).at_present(block, block.record, numbers, step, _nothing, Part(0, 1.0, None, False))
 
-    def _noises(self, block: Block, numbers: Sequence[Numbers], first: int) -> Tensor:
-        """M × K × P: every step's noise, as ordinary steps have it."""
+    def _alphas_of(self, block: Block, first: int, last: int) -> list[Pair]:
+        """α of every step."""
+        alpha, clock = block.settings.alpha, self._clock
+        if not callable(alpha) and not isinstance(alpha, MegaBatchAlpha):
+            return [alpha_at(alpha, first)] * (last - first + 1)
+        return [alpha_at(alpha, number, Pace.of(clock, number)) for number in range(first, last + 1)]
+
+    def _noises(self, block: Block, numbers: Sequence[Numbers], first: int) -> list[Tensor]:
+        """Every step's noise (K × P), as ordinary steps have it."""
         if self.noise == "zero":
-            same = self._trial(block, numbers[0], first).noise()
-            return same.expand(len(numbers), *same.shape)
-        return torch.stack([self._trial(block, own, first + i).noise() for i, own in enumerate(numbers)])
+            return [self._trial(block, numbers[0], first).noise()] * len(numbers)
+        return [self._trial(block, own, first + i).noise() for i, own in enumerate(numbers)]
 
     def _refresh_from(self, block: Block, data: GeneralisedLinear) -> None:
         """q_out from all data as one chunk."""
