@@ -1,0 +1,192 @@
+"""Seconds and passes of L2-regularised logistic regression to a gap, against scikit-learn's dedicated solvers.
+
+    python benchmarks/convex.py                 # all three data sets, some minutes; writes results/convex.json
+    python benchmarks/convex.py --light         # breast cancer alone, eagerly, one repeat (what the tests run)
+    python benchmarks/convex.py --tune digits   # the grid from which SETTINGS are taken, on seeds from 1000 on
+
+CPU seconds of one thread from θ = 0, the data and their labels in memory, without the gap's evaluation: medians of
+REPEATS runs, the methods taking turns. saga and lbfgs run anew for every level, with just the iterations that reach it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import expfam_poco as poco
+from expfam_poco.compare.report import versions
+from expfam_poco.compare.tasks import Task, load_task
+
+HERE = Path(__file__).resolve().parent
+LEVELS = (1e-6, 1e-12)
+REPEATS = 7
+LONGEST = {1e-6: 20.0, 1e-12: 20.0}  # CPU seconds after which a run has not got there
+
+
+class Setting(NamedTuple):
+    """What is tuned: η, the batch, steps between two refreshes in passes, and η of the precision (Newton alone)."""
+
+    lr: float
+    batch: int
+    inner: float
+    first: float = 1.0  # of the precision's own curvature: hess_init
+
+
+Point = tuple[float, float, np.ndarray]
+"""Passes, seconds and θ."""
+Method = Callable[[Task, int], Iterator[Point]]
+
+# Tuned for seconds to 1e-6 (`--tune`); SVRG and VON-PoCo as optimizers run with the same.
+SETTINGS: dict[str, dict[str, Setting]] = {
+    "SVRG": {
+        "breast-cancer": Setting(1.5, 20, 2.0),
+        "digits": Setting(1.0, 20, 2.0),
+        "synthetic": Setting(1.0, 50, 0.5),
+    },
+    "VON-PoCo": {
+        "breast-cancer": Setting(0.5, 100, 1.0, 0.1),
+        "digits": Setting(0.5, 300, 1.0, 0.1),
+        "synthetic": Setting(0.7, 2000, 0.5, 0.1),
+    },
+}
+GRID: dict[str, dict[str, Sequence[Any]]] = {
+    "SVRG": {"lr": (0.5, 0.7, 1.0, 1.5, 2.0, 3.0), "batch": (10, 20, 50), "inner": (1.0, 2.0, 4.0)},
+    "VON-PoCo": {"lr": (0.3, 0.5, 0.7, 0.9), "batch": (0.05, 0.1, 0.25), "inner": (0.5, 1.0), "first": (0.01, 0.1)},
+}
+
+
+def load(name: str) -> Task:
+    """A data set of the table, standardised or scaled, with an intercept."""
+    if name == "breast-cancer":
+        return load_task(name)
+    if name == "digits":
+        task = load_task(name)
+        return Task("digits", task.features, task.labels % 2, ("even", "odd"), task.delta)
+    random = np.random.default_rng(0)
+    x = np.column_stack([random.normal(size=(20000, 100)), np.ones(20000)])
+    chance = 1.0 / (1.0 + np.exp(-x[:, :100] @ random.normal(size=100) / 5.0))
+    return Task("synthetic", x, (random.random(20000) < chance).astype(np.int64), ("0", "1"), 1e-3)
+
+
+def made(name: str, task: Task, setting: Setting) -> tuple[torch.nn.Parameter, Any]:
+    """The weights, and one of our optimizers for them."""
+    weight = torch.nn.Parameter(torch.zeros(task.shape, dtype=torch.float64))
+    if name == "SVRG":
+        return weight, poco.SVRG([weight], lr=setting.lr, weight_decay=task.delta, stale_after=None)
+    ess, first = 100.0 * task.size, setting.first
+    return weight, poco.VONPoCo(
+        [weight], lr=setting.lr, ess=ess, weight_decay=task.delta, hess_init=first, noise="zero", stale_after=None
+    )  # fmt: skip
+
+
+def ours(name: str, how: str, settings: dict[str, Setting]) -> Method:
+    """One of our methods: by ordinary "steps", or in "eager" or "compiled" inner loops."""
+
+    def run(task: Task, seed: int) -> Iterator[Point]:
+        setting = settings[task.name]
+        data = poco.GeneralisedLinear(torch.from_numpy(task.features), torch.from_numpy(task.labels))
+        weight, optimizer = made(name, task, setting)
+        orders = np.random.default_rng(seed)
+        steps = max(1, round(setting.inner * task.size / setting.batch))
+        passes = spent = 0.0
+        while True:
+            begun = time.process_time()
+            rows = np.concatenate([_epoch(orders, task.size, setting.batch) for _ in range(int(setting.inner) + 1)])
+            batches = torch.from_numpy(rows[:steps])
+            if how == "steps":
+                optimizer.refresh([lambda: data.mean_loss(weight)])
+                for own in batches:
+                    optimizer.step(lambda own=own: data.mean_loss(weight, own))
+            else:
+                optimizer.inner_loop(data, batches, refresh=True, compiled=how == "compiled")
+            spent += time.process_time() - begun
+            passes += 1.0 + 2.0 * batches.numel() / task.size
+            yield passes, spent, weight.detach().numpy()
+
+    return run
+
+
+def _epoch(orders: np.random.Generator, size: int, batch: int) -> np.ndarray:
+    """One epoch's mini-batches, without the incomplete last one."""
+    return orders.permutation(size)[: size // batch * batch].reshape(-1, batch)
+
+
+def solver(name: str) -> Method:
+    """A solver of scikit-learn, from the start with ever more iterations: every point's seconds are a whole run's."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    def run(task: Task, seed: int) -> Iterator[Point]:
+        for count in itertools.count(1):
+            model = LogisticRegression(
+                C=1.0 / (task.delta * task.size), solver=name, max_iter=count, tol=1e-14 if name == "lbfgs" else 0.0,
+                fit_intercept=False, random_state=seed,
+            )  # fmt: skip
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                begun = time.process_time()
+                model.fit(task.features, task.labels)
+                spent = time.process_time() - begun
+            yield float(model.n_iter_[0]), spent, model.coef_[0]
+
+    return run
+
+
+def reached(method: Method, task: Task, seed: int, levels: Sequence[float] = LEVELS) -> dict[float, tuple[float, float]]:
+    """Passes and seconds at the first point whose gap is at most each level; levels not reached are left out."""
+    found: dict[float, tuple[float, float]] = {}
+    try:
+        for passes, seconds, weight in method(task, seed):
+            gap = task.gap(weight)
+            found.update({level: (passes, seconds) for level in levels if gap <= level and level not in found})
+            if len(found) == len(levels) or not gap < 1e6 or seconds > 20.0 or passes > 3000:
+                break
+    except (FloatingPointError, ValueError):
+        pass  # diverged
+    return found
+
+
+METHODS: dict[str, Method] = {
+    "saga (scikit-learn)": solver("saga"),
+    "lbfgs (scikit-learn)": solver("lbfgs"),
+    **{
+        f"{name}, {label}": ours(name, how, SETTINGS[name])
+        for name in SETTINGS
+        for label, how in (("optimizer", "steps"), ("inner loop", "eager"), ("inner loop, compiled", "compiled"))
+    },
+}
+
+
+def tune(name: str) -> None:
+    """Print the best settings of both methods, by the worst of two seeds' seconds to 1e-6, in compiled loops."""
+    task = load(name)
+    for method, grid in GRID.items():
+        rows = []
+        for values in itertools.product(*grid.values()):
+            setting = Setting(**dict(zip(grid, values, strict=True)))
+            if setting.batch < 1:
+                setting = setting._replace(batch=int(setting.batch * task.size))
+            run = ours(method, "compiled", {name: setting})
+            for seed in (1000, 1001):
+                found = reached(run, task, seed)
+                rows.append((*(found.get(level, (0.0, 99.0))[1] for level in LEVELS), setting))
+        worst = {setting: max(row[:2] for row in rows if row[2] == setting) for *_, setting in rows}
+        for setting, (first, second) in sorted(worst.items(), key=lambda item: item[1])[:6]:
+            print(f"{name} {method}: {1e3 * first:.1f} ms, {1e3 * second:.1f} ms to 1e-12, {setting}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--tune"]:
+        for chosen in sys.argv[2:]:
+            tune(chosen)
