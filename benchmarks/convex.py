@@ -11,8 +11,6 @@ REPEATS runs, the methods taking turns. saga and lbfgs run anew for every level,
 from __future__ import annotations
 
 import itertools
-import json
-import statistics
 import sys
 import time
 import warnings
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 
 import expfam_poco as poco
-from expfam_poco.compare.report import versions
 from expfam_poco.compare.tasks import Task, load_task
 
 HERE = Path(__file__).resolve().parent
@@ -95,30 +92,35 @@ def ours(name: str, how: str, settings: dict[str, Setting]) -> Method:
     def run(task: Task, seed: int) -> Iterator[Point]:
         setting = settings[task.name]
         data = poco.GeneralisedLinear(torch.from_numpy(task.features), torch.from_numpy(task.labels))
+        each = 1.0 + 2.0 * inner_batches(task, setting, seed, 1).numel() / task.size
         weight, optimizer = made(name, task, setting)
-        orders = np.random.default_rng(seed)
-        steps = max(1, round(setting.inner * task.size / setting.batch))
-        passes = spent = 0.0
-        while True:
-            begun = time.process_time()
-            rows = np.concatenate([_epoch(orders, task.size, setting.batch) for _ in range(int(setting.inner) + 1)])
-            batches = torch.from_numpy(rows[:steps])
-            if how == "steps":
+        spent = 0.0
+        for count in itertools.count(1):
+            if how == "steps":  # goes on
+                begun = time.process_time()
+                (*_, batches) = inner_batches(task, setting, seed, count)
                 optimizer.refresh([lambda: data.mean_loss(weight)])
                 for own in batches:
                     optimizer.step(lambda own=own: data.mean_loss(weight, own))
-            else:
-                optimizer.inner_loop(data, batches, refresh=True, compiled=how == "compiled")
-            spent += time.process_time() - begun
-            passes += 1.0 + 2.0 * batches.numel() / task.size
-            yield passes, spent, weight.detach().numpy()
+                spent += time.process_time() - begun
+            else:  # anew, in one call
+                begun = time.process_time()
+                weight, optimizer = made(name, task, setting)
+                loops = inner_batches(task, setting, seed, count)
+                optimizer.inner_loop(data, loops, refresh=True, compiled=how == "compiled")
+                spent = time.process_time() - begun
+            yield each * count, spent, weight.detach().numpy()
 
     return run
 
 
-def _epoch(orders: np.random.Generator, size: int, batch: int) -> np.ndarray:
-    """One epoch's mini-batches, without the incomplete last one."""
-    return orders.permutation(size)[: size // batch * batch].reshape(-1, batch)
+def inner_batches(task: Task, setting: Setting, seed: int, count: int) -> torch.Tensor:
+    """The mini-batches of `count` inner loops, R × M × B: reshuffled epochs without the incomplete last mini-batch."""
+    orders, steps = np.random.default_rng(seed), max(1, round(setting.inner * task.size / setting.batch))
+    whole = task.size // setting.batch
+    epochs = [orders.permutation(task.size)[: whole * setting.batch] for _ in range(-(-count * steps // whole))]
+    rows = np.concatenate(epochs).reshape(-1, setting.batch)[: count * steps]
+    return torch.from_numpy(rows.reshape(count, steps, setting.batch))
 
 
 def solver(name: str) -> Method:
@@ -142,7 +144,9 @@ def solver(name: str) -> Method:
     return run
 
 
-def reached(method: Method, task: Task, seed: int, levels: Sequence[float] = LEVELS) -> dict[float, tuple[float, float]]:
+def reached(
+    method: Method, task: Task, seed: int, levels: Sequence[float] = LEVELS
+) -> dict[float, tuple[float, float]]:
     """Passes and seconds at the first point whose gap is at most each level; levels not reached are left out."""
     found: dict[float, tuple[float, float]] = {}
     try:

@@ -188,7 +188,8 @@ class GeneralisedLinear:
 
 
 def _sum(a: Measured, b: Measured) -> Measured:
-    return Measured(a.loss + b.loss, a.grad + b.grad, None if a.hessian is None else a.hessian + b.hessian)
+    both = None if a.hessian is None or b.hessian is None else a.hessian + b.hessian
+    return Measured(a.loss + b.loss, a.grad + b.grad, both)
 
 
 def measure(loss: Loss, theta: Tensor, x: Tensor, y: Tensor, curvature: str) -> Measured:

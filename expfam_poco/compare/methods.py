@@ -198,7 +198,7 @@ METHODS: dict[str, Method] = {
             "SGD-cosine",
             "the same, its rate annealed to 0 by a cosine",
             _sgd,
-            _rates(0.05, 0.15, 0.15),
+            _rates(0.2, 0.45, 0.45),
             {"schedule": "cosine"},
         ),
         Method(
@@ -282,7 +282,18 @@ METHODS: dict[str, Method] = {
     )
 }
 
-DEFAULT_METHODS = ("SGD", "SGD-cosine", "SVRG", "IVON", "IVON-PoCo-literal", "IVON-PoCo", "VON", "VON-PoCo", "saga", "lbfgs")
+DEFAULT_METHODS = (
+    "SGD",
+    "SGD-cosine",
+    "SVRG",
+    "IVON",
+    "IVON-PoCo-literal",
+    "IVON-PoCo",
+    "VON",
+    "VON-PoCo",
+    "saga",
+    "lbfgs",
+)
 
 
 def default_methods(task: Task) -> list[str]:

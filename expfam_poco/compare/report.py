@@ -124,8 +124,8 @@ class Report:
             f"known to a gradient of {self.task.minimum.gradient:.0e}. Median (lowest … highest) over seeds.",
             "Passes count every gradient evaluation, of mini-batches, of θ_out and of mega-batches, in units of "
             f"N = {self.task.size}; 'Hessians' are evaluations of second derivatives, in the same unit, not in them.",
-            "Seconds are those of one thread, without the gap's evaluation; saga's at every pass are a whole run's of so "
-            "many, and lbfgs counts evaluations of all data as passes. Both are dedicated to such losses.",
+            "Seconds are those of one thread, without the gap's evaluation; saga's are whole runs', and lbfgs counts "
+            "evaluations of all data as passes. Both are dedicated to such losses.",
             f"ess = {self.ess:g} = {multiple:g} N: at ess = N the best diagonal q itself has its mean above the "
             "minimum (by 1.7e-3 on breast-cancer), and that falls as 1/ess², so the default is 100 N.",
         ]

@@ -48,7 +48,7 @@ def saga(task: Task, seed: int, passes: float) -> Iterator[Point]:
 
 def lbfgs(task: Task, seed: int, passes: float) -> Iterator[Point]:
     """Liu and Nocedal 1989 as SciPy has it: an evaluation is a pass; the points are those of its iterations."""
-    from scipy.optimize import fmin_l_bfgs_b
+    from scipy.optimize import fmin_l_bfgs_b  # type: ignore[import-untyped]
 
     evaluations, begun, aside = 0, time.process_time(), 0.0
     found: list[Point] = []

@@ -145,7 +145,9 @@ def replaced(kind: Kind, weights: Weights, values: Sequence[Tensor]) -> Weights:
 
     state, momentum = fields.map_leaves(other, weights.state), fields.map_leaves(other, weights.momentum)
     follows = kind.constants.correction.follows_steps
-    return Weights(state, momentum, fields.map_leaves(other, weights.memory) if follows else weights.memory, weights.prior)
+    return Weights(
+        state, momentum, fields.map_leaves(other, weights.memory) if follows else weights.memory, weights.prior
+    )
 
 
 def packed(numbers: Sequence[Numbers]) -> Tensor:

@@ -47,20 +47,20 @@ class Looping(Shell):
 
         Args:
             data: examples and loss; d is the number of weights.
-            batches: M × B numbers of rows, one mini-batch a line.
-            refresh: begin by making q_out from all data.
-            compiled: let the loop be one C++ function, made by `torch.compile` at the first loop of its kind (10 to 60 s,
-                from the disk cache 1 to 10 s; `diagnostics()["compile_seconds"]`), for steps that take microseconds.
+            batches: M × B numbers of rows, one mini-batch a line; R × M × B for R loops, one after the other.
+            refresh: begin each loop by making q_out from all data.
+            compiled: let the loop be one C++ function, for steps that take microseconds. `torch.compile` makes it at the
+                first loop of its kind, which takes seconds (`diagnostics()["compile_seconds"]`); for CPUs.
 
         Returns:
-            the M losses of the mini-batches, at the sampled weights.
+            the losses of the mini-batches at the sampled weights, M or R × M.
 
         Raises:
             TypeError, ValueError: for arguments that do not fit, and for what no loop does: several blocks of weights,
                 estimators without gradients or with products, noise="independent" or "fixed", an adaptive α,
                 max_grad_norm, other anchors, several processes.
-            NonFiniteError: if the loop would end outside of the domain or the finite numbers. Nothing but a q_out that
-                was asked for has changed then; with nonfinite="skip" the whole loop is skipped.
+            NonFiniteError: if a loop would end outside of the domain or the finite numbers. None of its steps is taken
+                then; with nonfinite="skip" it is skipped as a whole.
 
         Example:
             >>> import torch, expfam_poco as poco
@@ -69,10 +69,10 @@ class Looping(Shell):
             >>> data = poco.GeneralisedLinear(x, x.sum(1), "squared")
             >>> weight = torch.nn.Parameter(torch.zeros(3))
             >>> opt = poco.SVRG([weight], lr=0.1)
-            >>> for epoch in range(10):
-            ...     losses = opt.inner_loop(data, torch.randperm(64).view(16, 4), refresh=True)
+            >>> batches = torch.stack([torch.randperm(64).view(16, 4) for epoch in range(10)])
+            >>> losses = opt.inner_loop(data, batches, refresh=True)
             >>> losses.shape, bool((weight - 1.0).abs().max() < 1e-3)
-            (torch.Size([16]), True)
+            (torch.Size([10, 16]), True)
         """
         arguments.instance("data", data, GeneralisedLinear, "give a poco.GeneralisedLinear(x, y, loss)")
         arguments.flag("refresh", refresh)
@@ -84,7 +84,9 @@ class Looping(Shell):
         self._check_loop(blocks, data, compiled)
         try:
             with self._weights_restored(blocks):
-                return self._loop(blocks[0], data, batches, refresh, compiled)
+                if batches.ndim == 2:
+                    return self._loop(blocks[0], data, batches, refresh, compiled)
+                return torch.stack([self._loop(blocks[0], data, own, refresh, compiled) for own in batches])
         finally:
             self._layout.recover()
 
@@ -99,7 +101,7 @@ class Looping(Shell):
         estimator, instead = block.settings.estimator, "or call step(closure)"
         if block.numel != data.x.shape[1] or block.is_part:
             raise ValueError(
-                f"data: {data.x.shape[1]} columns for the {block.numel} weights of {block.name!r}; give one column each."
+                f"data: {data.x.shape[1]} columns for the {block.numel} weights of {block.name!r}; give one for each."
             )
         if block.device != data.x.device or block.dtype != data.x.dtype:
             raise ValueError(
@@ -219,19 +221,20 @@ def _check_end(block: Block, moved: Moved, losses: Tensor) -> None:
     """Refuse the end of a loop that has left the domain or the finite numbers on its way: both stay left."""
     if not bool(torch.isfinite(losses).all()):
         raise NonFiniteError(
-            f"lr={block.settings.lr_given}: the loss of a mini-batch in the inner loop is not finite; lower lr. None of "
-            "its steps was taken."
+            f"lr={block.settings.lr_given}: the loss of a mini-batch in the inner loop is not finite; lower lr. None "
+            "of the loop's steps was taken."
         )
     if not bool(block.family.in_domain(moved.state).all()) or not bool(fields.all_finite(moved.momentum or (losses,))):
         raise domain_error(block, moved.state)
 
 
 def _check_batches(batches: Tensor, data: GeneralisedLinear) -> None:
-    arguments.instance("batches", batches, Tensor, "give a tensor of row numbers, M × B")
+    arguments.instance("batches", batches, Tensor, "give a tensor of row numbers, M × B or R × M × B")
     whole = not batches.is_floating_point() and not batches.is_complex() and batches.dtype.itemsize > 1
-    if batches.ndim != 2 or not batches.numel() or not whole:
+    if batches.ndim not in (2, 3) or not batches.numel() or not whole:
         raise ValueError(
-            f"batches: {batches.dtype} of shape {tuple(batches.shape)}; give the numbers of rows, M × B integers."
+            f"batches: {batches.dtype} of shape {tuple(batches.shape)}; give the numbers of rows, M × B (or R × M × B) "
+            "integers."
         )
     low, high = int(batches.min()), int(batches.max())
     if low < 0 or high >= len(data):
