@@ -49,8 +49,8 @@ class Looping(Shell):
             data: examples and loss; d is the number of weights.
             batches: M × B numbers of rows, one mini-batch a line; R × M × B for R loops, one after the other.
             refresh: begin each loop by making q_out from all data.
-            compiled: let the loop be one C++ function, for steps that take microseconds. `torch.compile` makes it at the
-                first loop of its kind, which takes seconds (`diagnostics()["compile_seconds"]`); for CPUs.
+            compiled: let the loop be one C++ function, for steps that take microseconds. `torch.compile` makes it at
+                the first loop of its kind, which takes seconds (`diagnostics()["compile_seconds"]`); for CPUs.
 
         Returns:
             the losses of the mini-batches at the sampled weights, M or R × M.
@@ -94,8 +94,8 @@ class Looping(Shell):
         """Refuse what no loop does."""
         if len(blocks) != 1:
             raise ValueError(
-                f"params: {len(blocks)} blocks of weights; an inner loop has one, so give one parameter (an intercept is "
-                "a column of ones in x), or call step(closure)."
+                f"params: {len(blocks)} blocks of weights; an inner loop has one, so give one parameter (an intercept "
+                "is a column of ones in x), or call step(closure)."
             )
         (block,) = blocks
         estimator, instead = block.settings.estimator, "or call step(closure)"
