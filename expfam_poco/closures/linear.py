@@ -45,11 +45,13 @@ class Loss:
 
     def slope(self, margin: Tensor, target: Tensor) -> Tensor:
         """ℓ′: the derivative by the margin."""
-        return torch.func.jvp(lambda z: self.value(z, target), (margin,), (torch.ones_like(margin),))[1]
+        slope: Tensor = torch.func.grad(lambda z: self.value(z, target).sum())(margin)
+        return slope
 
     def bend(self, margin: Tensor, target: Tensor) -> Tensor:
         """ℓ″."""
-        return torch.func.jvp(lambda z: self.slope(z, target), (margin,), (torch.ones_like(margin),))[1]
+        bend: Tensor = torch.func.grad(lambda z: self.slope(z, target).sum())(margin)
+        return bend
 
     def check(self, target: Tensor) -> None:
         """Refuse targets that the loss is not made for."""

@@ -123,7 +123,7 @@ def scanned(
         own = noise if same else batch[2]
         moved, loss = step(kind, replaced(kind, weights, carry), x[batch[0]], y[batch[0]], batch[1], own)
         new = carried(kind, Weights(*moved, weights.prior))
-        return [value.clone() if value is old else value for value, old in zip(new, carry, strict=True)], loss
+        return [value.clone() if any([value is old for old in carry]) else value for value in new], loss
 
     carry = [value.clone() for value in carried(kind, weights)]
     found: tuple[list[Tensor], Tensor] = scan(one, carry, [rows, numbers] if same else [rows, numbers, noise])

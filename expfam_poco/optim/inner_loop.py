@@ -133,6 +133,10 @@ class Looping(Shell):
         begin(block, record, self.correction, in_place=False)
         if refresh:
             self._refresh_from(block, data)
+        elif self._follows and len(batches) > 1 and not self._memory_is_of([block]):
+            # The first step of all makes a memory that the next ones compare with.
+            parts = batches[:1], batches[1:]
+            return torch.cat([self._loop(block, data, part, False, compiled) for part in parts])
         first, last = clock["step"] + 1, clock["step"] + len(batches)
         alphas = self._alphas_of(block, first, last)
         self._alphas = {block.name: alphas[-1]}
@@ -154,7 +158,7 @@ class Looping(Shell):
             record["posterior"], record["momentum"], record["memory"] = moved
             record["step"] = record["step"] + len(batches) if record["momentum"] else 0
             block.at_point, block.drawn = False, None
-            if self.correction.follows_steps and self.correction.compares and not self._memory_is_of([block]):
+            if self._follows and not self._memory_is_of([block]):
                 clock["memory"] += 1
                 record["stamp"] = clock["memory"]
             clock["step"] = last
@@ -162,6 +166,11 @@ class Looping(Shell):
         if first <= PATIENCE <= last:
             check_reach(PATIENCE, [block])
         return losses
+
+    @property
+    def _follows(self) -> bool:
+        """Whether steps make the memory that later ones compare with."""
+        return self.correction.follows_steps and self.correction.compares
 
     def _trial(self, block: Block, numbers: Numbers, step: int) -> Trial:
         return self._plan(None).at_present(block, block.record, numbers, step, _nothing, Part(0, 1.0, None, False))
