@@ -122,7 +122,10 @@ def test_a_loss_of_the_users_own() -> None:
     assert far(steps[:2], loop[:2]) <= 1e-12 and far(loop[:1], trained("VONPoCo", data, "eager")[:1]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["SVRG, momentum", "VONPoCo", "IVONPoCo", "recursive"])
+@compiles
+@pytest.mark.parametrize(
+    "name", ["recursive", *[pytest.param(n, marks=pytest.mark.slow) for n in ("SVRG, momentum", "VONPoCo", "IVONPoCo")]]
+)
 def test_the_scan_is_the_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled, run by the compiler's front end alone."""
     data, kept = problem(), {}
