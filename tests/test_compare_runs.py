@@ -72,7 +72,7 @@ def test_hessians_are_counted_beside(wine: Task) -> None:
 
 
 def test_budget_is_never_exceeded_and_the_gap_is_recorded_often(wine: Task) -> None:
-    for name in METHODS:
+    for name in (name for name, method in METHODS.items() if not method.solver):
         curve = run(wine, name, passes=5.0)
         assert 4.7 < curve.passes[-1] <= 5.0, name
         steps_between = np.diff(curve.steps)
