@@ -63,12 +63,12 @@ class Result:
         """At every record of `median_curve`, the median over seeds of the CPU seconds until then."""
         longest = max(len(curve.passes) for curve in self.curves)
         whole = [curve.times for curve in self.curves if len(curve.times) == longest]
-        return np.median(np.array(whole), axis=0)
+        return np.median(np.array(whole), axis=0) if whole else np.full(longest, math.nan)
 
     def seconds_to(self, level: float) -> float | None:
         """CPU seconds until the median gap is at or below a level for the first time; None: never."""
         there = np.flatnonzero(self.median_curve()[2] <= level)
-        return float(self.times()[there[0]]) if len(there) else None
+        return _finite(self.times()[there[0]]) if len(there) else None
 
     def passes_to(self, level: float) -> float | None:
         """Passes until the median gap is at or below a level for the first time; None: never."""
