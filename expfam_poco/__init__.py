@@ -11,6 +11,7 @@ Example:
 from expfam_poco import blr, checks, correction, estimators, family, gradient_model, noise
 from expfam_poco.checks import check_correction, check_family
 from expfam_poco.closures.batched import BatchedDraws, PerExample
+from expfam_poco.closures.linear import GeneralisedLinear
 from expfam_poco.closures.rows import Rows
 from expfam_poco.correction.alpha import AdaptiveAlpha, BurnIn, CosineAlpha, LinearAlpha, MegaBatchAlpha
 from expfam_poco.errors import CheckpointError, LawError, NonFiniteError
@@ -76,6 +77,7 @@ __all__ = [
     "BatchedDraws",
     "PerExample",
     "Rows",
+    "GeneralisedLinear",
     "megabatches",
     "find_lr",
     "LearningRates",

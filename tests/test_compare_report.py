@@ -82,10 +82,11 @@ def test_csv_has_a_line_for_every_record(done: tuple[Path, Report, str, str]) ->
     last = [row for row in rows if row["method"] == "SVRG" and row["seed"] == "1"][-1]
     curve = report.results[1].curves[1]
     assert float(last["gap"]) == pytest.approx(curve.gaps[-1], rel=1e-8)
+    assert float(last["seconds"]) == pytest.approx(curve.times[-1], rel=1e-5)
     assert (int(last["steps"]), float(last["passes"])) == (curve.steps[-1], pytest.approx(curve.passes[-1], rel=1e-5))
 
 
-def test_picture_has_two_panels_with_all_methods(done: tuple[Path, Report, str, str]) -> None:
+def test_picture_has_three_panels_with_all_methods(done: tuple[Path, Report, str, str]) -> None:
     from matplotlib.image import imread
 
     folder, _, _, _ = done
@@ -129,6 +130,16 @@ def test_passes_to_reach_a_level_are_those_of_the_median() -> None:
     assert [result.passes_to(level) for level in (1e-2, 1e-3, 1e-5, 1e-7)] == [1.0, 1.0, 2.0, None]
     summary = result.summary()
     assert (summary["median_gap"], summary["lowest_gap"], summary["highest_gap"]) == (1e-6, 1e-9, 1e-5)
+
+
+def test_seconds_to_a_level_are_those_of_its_record() -> None:
+    curves = [
+        Curve("SGD", k, passes=[0.0, 1.0], steps=[0, 5], gaps=[1.0, 1e-3], hessians=[0.0, 0.0], times=[0.0, 2.0 + k])
+        for k in range(3)
+    ]
+    result = Result("SGD", {}, curves)
+    assert result.seconds_to(1e-2) == 3.0 and result.seconds_to(1e-4) is None
+    assert result.summary()["seconds_to"]["1e-03"] == 3.0
 
 
 def test_a_diverged_seed_counts_as_infinite() -> None:

@@ -72,7 +72,7 @@ def test_hessians_are_counted_beside(wine: Task) -> None:
 
 
 def test_budget_is_never_exceeded_and_the_gap_is_recorded_often(wine: Task) -> None:
-    for name in METHODS:
+    for name in (name for name, method in METHODS.items() if not method.solver):
         curve = run(wine, name, passes=5.0)
         assert 4.7 < curve.passes[-1] <= 5.0, name
         steps_between = np.diff(curve.steps)
@@ -249,3 +249,42 @@ def test_score_prefers_the_earlier_of_those_at_machine_precision() -> None:
     late = Curve("a", 0, passes=[1.0, 2.0, 3.0], gaps=[1.0, 1e-9, 1e-40])
     lost = Curve("a", 0, passes=[1.0], gaps=[1e-30], reason="diverged")
     assert score([early]) < score([late]) < score([lost])
+
+
+# ---- dedicated solvers ------------------------------------------------------------------------------------------
+
+
+def test_solvers_minimise_the_same_loss(breast: Task) -> None:
+    saga, lbfgs = run(breast, "saga", passes=5.5), run(breast, "lbfgs", passes=30.0)
+    assert saga.passes == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and saga.steps[-1] == 5 * breast.size
+    assert saga.gaps == sorted(saga.gaps, reverse=True) and saga.gaps[-1] < 0.05 * saga.gaps[0]
+    assert lbfgs.gaps[-1] < 1e-10 and lbfgs.passes[-1] <= 30.0
+    assert saga.times == sorted(saga.times) and lbfgs.times == sorted(lbfgs.times)
+
+
+def test_solvers_do_several_classes(wine: Task) -> None:
+    assert run(wine, "lbfgs", passes=60.0).gaps[-1] < 1e-9
+    assert run(wine, "saga", passes=60.0).gaps[-1] < 1e-3
+
+
+def test_solvers_need_scikit_learn(breast: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expfam_poco.compare.solvers.available", lambda: False)
+    assert default_methods(breast) == [name for name in DEFAULT_METHODS if name not in ("saga", "lbfgs")]
+    with pytest.raises(InputError, match="--methods saga: it needs scikit-learn"):
+        check_settings(METHODS["saga"], {})
+
+
+def test_a_cosine_anneals_the_rate_of_reshuffled_sgd(breast: Task) -> None:
+    annealed = run(breast, "SGD-cosine")
+    assert annealed.gaps[-1] < 0.25 * run(breast, "SGD").gaps[-1]
+    assert (
+        run(breast, "SGD-cosine", schedule="constant", passes=2.0).gaps == run(breast, "SGD", lr=0.2, passes=2.0).gaps
+    )
+    with pytest.raises(InputError, match="schedule=linear is not known"):
+        check_settings(METHODS["SGD-cosine"], {"schedule": "linear", "lr": 0.1})
+
+
+def test_seconds_are_those_of_steps(breast: Task) -> None:
+    curve = run(breast, "VON-PoCo", passes=4.0)
+    assert len(curve.times) == len(curve.gaps) and curve.times == sorted(curve.times)
+    assert 0.0 < curve.times[-1] and curve.times[0] == 0.0

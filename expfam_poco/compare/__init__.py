@@ -4,6 +4,7 @@
     table.py    a user's CSV file
     methods.py  names → optimizers and their default hyperparameters
     runner.py   one method on one seed: mini-batches, refreshes, what is counted
+    solvers.py  dedicated solvers, scikit-learn's saga and L-BFGS, beside them
     pool.py     many runs over worker processes
     tune.py     the same small grid for every method, on other seeds
     report.py   summary, terminal tables, results.json, results.csv

@@ -80,8 +80,9 @@ def compare(options: Options, out: Console, err: Console) -> Report:
         highlight=False,
         markup=False,
     )
-    tuned = _tune(task, chosen, budget, workers, err) if options.tune else {}
-    settings = [tuned[method.name].settings if tuned else plain for method, plain in chosen]
+    tunable = [pair for pair in chosen if not pair[0].solver]
+    tuned = _tune(task, tunable, budget, workers, err) if options.tune and tunable else {}
+    settings = [tuned[method.name].settings if method.name in tuned else plain for method, plain in chosen]
     names = [method.name for method, _ in chosen]
     runs = [Run(name, plain, seed) for name, plain in zip(names, settings, strict=True) for seed in seeds]
     # Dense methods take longest; started first, they leave no worker idle at the end.

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from expfam_poco.compare import solvers
 from expfam_poco.compare.tasks import Task
 from expfam_poco.errors import InputError
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
@@ -58,6 +59,7 @@ class Method:
         dense: whether it keeps a matrix of all pairs of weights.
         unitless: whether lr has no unit (Newton-like), so that it suits data of any scale.
         literal: whether `--noise` and `--curvature` leave it alone, because it stands for a printed algorithm.
+        solver: the dedicated solver that it is, if it is no optimizer (`solvers`).
     """
 
     name: str
@@ -70,9 +72,12 @@ class Method:
     dense: bool = False
     unitless: bool = False
     literal: bool = False
+    solver: str = ""
 
     def settings(self, task: Task, batch: int = TUNED_BATCH) -> Settings:
         """The default hyperparameters on a task; see "Other tasks" above for those that are not listed."""
+        if self.solver:
+            return {}
         known = task.name in self.tuned
         found = dict(self.tuned[task.name if known else "breast-cancer"])
         factor = 1.0
@@ -156,6 +161,10 @@ def _von_poco(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimize
     return made
 
 
+def _solved(weight: Parameter, s: Settings, seed: int) -> torch.optim.Optimizer:
+    raise TypeError("a solver has no optimizer")
+
+
 def _rates(*values: float) -> dict[str, Settings]:
     """lr on breast-cancer, wine and digits."""
     return {name: {"lr": value} for name, value in zip(("breast-cancer", "wine", "digits"), values, strict=True)}
@@ -178,12 +187,20 @@ def _von_rates(*values: tuple[float, float]) -> dict[str, Settings]:
     }
 
 
+SCHEDULES = ("cosine", "constant")
 CORRECTED: Settings = {"alpha": 1.0, "chunks": 20, "burn_in": 1.0, "inner": None}
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("SGD", "torch.optim.SGD", _sgd, _rates(0.05, 0.15, 0.15)),
+        Method(
+            "SGD-cosine",
+            "the same, its rate annealed to 0 by a cosine",
+            _sgd,
+            _rates(0.2, 0.45, 0.45),
+            {"schedule": "cosine"},
+        ),
         Method(
             "SVRG",
             "PC Alg. 1: isotropic Gaussian, delta method",
@@ -260,15 +277,30 @@ METHODS: dict[str, Method] = {
             dense=True,
             unitless=True,
         ),
+        Method("saga", "scikit-learn's solver: a table of gradients", _solved, {}, solver="saga"),
+        Method("lbfgs", "SciPy's L-BFGS, which scikit-learn's lbfgs is: all data at once", _solved, {}, solver="lbfgs"),
     )
 }
 
-DEFAULT_METHODS = ("SGD", "SVRG", "IVON", "IVON-PoCo-literal", "IVON-PoCo", "VON", "VON-PoCo")
+DEFAULT_METHODS = (
+    "SGD",
+    "SGD-cosine",
+    "SVRG",
+    "IVON",
+    "IVON-PoCo-literal",
+    "IVON-PoCo",
+    "VON",
+    "VON-PoCo",
+    "saga",
+    "lbfgs",
+)
 
 
 def default_methods(task: Task) -> list[str]:
-    """The default methods, without the dense ones where their matrix would be large."""
-    return [name for name in DEFAULT_METHODS if task.weights <= DENSE_LIMIT or not METHODS[name].dense]
+    """The default methods, without dense ones where their matrix would be large and solvers that are not installed."""
+    small, solved = task.weights <= DENSE_LIMIT, solvers.available()
+    chosen = [METHODS[name] for name in DEFAULT_METHODS]
+    return [own.name for own in chosen if (small or not own.dense) and (solved or not own.solver)]
 
 
 def find_methods(names: Iterable[str]) -> list[Method]:
@@ -297,6 +329,11 @@ def check_settings(method: Method, settings: Settings) -> None:
     Raises:
         InputError: naming the method, the argument and its value.
     """
+    if method.solver:
+        solvers.check(method.name)
+        return
+    if settings.get("schedule", "cosine") not in SCHEDULES:
+        raise InputError(f"{method.name}: schedule={settings['schedule']} is not known; choose from {SCHEDULES}.")
     bounds = {"lr": (0.0, math.inf), "burn_in": (0.0, math.inf), "chunks": (0.5, math.inf), "inner": (0.5, math.inf)}
     for name, (low, high) in bounds.items():
         value = settings.get(name)

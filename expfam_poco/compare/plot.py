@@ -1,4 +1,4 @@
-"""`curves.png`, in the manner of the paper's Fig. 3: log gap against passes and against steps."""
+"""`curves.png`, in the manner of the paper's Fig. 3: log gap against passes and steps, and against seconds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from expfam_poco.compare.methods import METHODS
 from expfam_poco.compare.report import Report, Result
 from expfam_poco.errors import InputError
 from expfam_poco.tools.files import written_aside
@@ -22,6 +23,9 @@ SHOWN_FLOOR = 1e-17
 STYLES: dict[str, tuple[str, str]] = {
     # Okabe & Ito's colours, told apart with colour blindness; corrected methods are solid, the others dashed.
     "SGD": ("#7F7F7F", "--"),
+    "SGD-cosine": ("#7F7F7F", "-."),
+    "saga": ("#009E73", "--"),
+    "lbfgs": ("#009E73", ":"),
     "SVRG": ("#000000", "-"),
     "alpha-SVRG": ("#000000", ":"),
     "VSGD-PoCo": ("#F0E442", "-"),
@@ -32,7 +36,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "VON": ("#56B4E9", "--"),
     "VON-PoCo": ("#0072B2", "-"),
 }
-OTHER = ("#009E73", "-.")
+OTHER = ("#CC79A7", "-.")
 
 
 def plotting_available() -> bool:
@@ -54,20 +58,26 @@ def draw(report: Report, path: Path) -> None:
         raise InputError(MISSING)
     from matplotlib.ticker import MaxNLocator
 
-    figure = empty_figure("compare's picture", 11.0, 4.8)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = empty_figure("compare's picture", 14.0, 4.8)
+    left, middle, right = figure.subplots(1, 3, sharey=True)
     _bars(left, report.results)
     for order, result in enumerate(report.results):
         passes, steps, median, low, high = result.median_curve()
         _line(left, result.method, passes, (median, low, high), order)
-        _line(right, result.method, steps, (median, low, high), order)
+        times = result.times()
+        _line(right, result.method, times[1:], (median[1:], low[1:], high[1:]), order)
+        if not METHODS[result.method].solver:
+            _line(middle, result.method, steps, (median, low, high), order)
     left.set_xlim(0.0, report.passes)
     left.xaxis.set_major_locator(MaxNLocator(integer=report.passes >= 4))
-    right.set_xlim(0, max(curve.steps[-1] for result in report.results for curve in result.curves))
+    counted = [result for result in report.results if not METHODS[result.method].solver]
+    middle.set_xlim(0, max((curve.steps[-1] for result in counted for curve in result.curves), default=1))
+    right.set_xscale("log")
     left.set_xlabel("effective passes (all gradient evaluations counted)")
-    right.set_xlabel("optimizer steps")
+    middle.set_xlabel("optimizer steps")
+    right.set_xlabel("CPU seconds, one thread")
     left.set_ylabel("gap to the minimum of the regularised loss")
-    _decorate((left, right), report.results)
+    _decorate((left, middle, right), report.results)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
     size = f"N = {report.task.size}, {report.task.weights} weights, δ = {report.task.delta:g}"
@@ -116,9 +126,9 @@ def _bars(axes: Axes, results: Sequence[Result]) -> None:
         axes.axvspan(begin, end, color="#E6E6E6", linewidth=0, zorder=0, label=label)
 
 
-def _decorate(both: Sequence[Axes], results: Sequence[Result]) -> None:
+def _decorate(panels: Sequence[Axes], results: Sequence[Result]) -> None:
     lowest = min(float(np.nanmin(_drawable(result.median_curve()[2]))) for result in results)
-    for axes in both:
+    for axes in panels:
         axes.set_yscale("log")
         axes.set_ylim(lowest / 3.0, 1.0)
         axes.grid(axis="y", color="#D0D0D0", linewidth=0.5, zorder=1)

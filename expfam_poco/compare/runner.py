@@ -4,6 +4,8 @@ A pass is N gradient evaluations of single examples, wherever they are spent: a 
 2B (θ_in and θ_out), antithetic draws twice that, a refresh the N examples of its mega-batch. The counter stands in
 the closure itself, so nothing escapes it. Second derivatives are counted beside, one for each example too.
 
+Dedicated solvers count as they do (`solvers`).
+
 Mini-batches come from reshuffled epochs, without the incomplete last batch. Shuffling, chunks and noise depend on the
 seed alone: every method sees the same mini-batches in the same order.
 """
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from expfam_poco.compare import solvers
 from expfam_poco.compare.methods import Method, Settings
 from expfam_poco.compare.tasks import Task
 
@@ -37,7 +40,8 @@ Progress = Callable[[float], None]
 class Curve:
     """What one run recorded: the gap at the posterior mean, and what had been spent by then.
 
-    `outer` holds (begin, end) in passes of every refresh. `reason` is empty, or says why the run ended early.
+    `times` are CPU seconds of steps and refreshes, without those of records; `outer` holds (begin, end) in passes of
+    every refresh. `reason` is empty, or says why the run ended early.
     """
 
     method: str
@@ -46,6 +50,7 @@ class Curve:
     steps: list[int] = field(default_factory=list)
     hessians: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     outer: list[tuple[float, float]] = field(default_factory=list)
     seconds: float = 0.0
     reason: str = ""
@@ -93,6 +98,8 @@ def train(
         budget: passes and batch size.
         progress: called with the passes spent so far, now and then.
     """
+    if method.solver:
+        return _solve(task, method, seed, budget, progress)
     weight = Parameter(torch.zeros(task.shape, dtype=torch.float64))
     optimizer: Any = method.build(weight, settings, seed)
     counter = _Counter(task, weight)
@@ -106,6 +113,22 @@ def train(
     return run.curve
 
 
+def _solve(task: Task, method: Method, seed: int, budget: Budget, progress: Progress) -> Curve:
+    """A solver's curve; its steps are those of one pass over the data by examples, or of one over all of them."""
+    curve, started = Curve(method.name, seed), time.perf_counter()
+    each = task.size if method.solver == "saga" else 1
+    start = solvers.Point(0.0, 0.0, np.zeros(task.shape))
+    for point in (start, *solvers.points(method.solver, task, seed, budget.passes)):
+        curve.passes.append(point.passes)
+        curve.steps.append(round(point.passes) * each)
+        curve.hessians.append(0.0)
+        curve.times.append(point.seconds)
+        curve.gaps.append(task.gap(point.weight))
+        progress(point.passes)
+    curve.seconds = time.perf_counter() - started
+    return curve
+
+
 @dataclass
 class _Run:
     task: Task
@@ -116,6 +139,7 @@ class _Run:
     optimizer: Any
     curve: Curve
     steps: int = 0
+    spent: float = 0.0
 
     @property
     def passes(self) -> float:
@@ -157,6 +181,10 @@ class _Run:
         return self.passes + cost <= self.budget.passes + 1e-9
 
     def _step(self, closure: Callable[[], Tensor]) -> None:
+        begun = time.process_time()
+        if self.settings.get("schedule") == "cosine":
+            share = min(1.0, self.passes / self.budget.passes)
+            self.optimizer.param_groups[0]["lr"] = self.settings["lr"] * 0.5 * (1.0 + math.cos(math.pi * share))
         if isinstance(self.optimizer, torch.optim.SGD):
             self.optimizer.zero_grad()
             closure().backward()
@@ -164,14 +192,16 @@ class _Run:
         else:
             self.optimizer.step(closure)
         self.steps += 1
+        self.spent += time.process_time() - begun
 
     def _refresh(self, order: np.random.Generator) -> None:
         """All examples in random chunks that weigh as many examples as they have."""
         self._record()
         parts = np.array_split(order.permutation(self.task.size), int(self.settings["chunks"]))
         chunks = [torch.from_numpy(part) for part in parts if len(part)]
-        begin = self.passes
+        begin, begun = self.passes, time.process_time()
         self.optimizer.refresh([self.counter.closure(c) for c in chunks], weights=[len(c) for c in chunks])
+        self.spent += time.process_time() - begun
         self.curve.outer.append((begin, self.passes))
         self._record()
 
@@ -181,6 +211,7 @@ class _Run:
             return
         curve.passes.append(self.passes)
         curve.steps.append(self.steps)
+        curve.times.append(self.spent)
         second = self.method.curvature_evaluations(self.settings)
         curve.hessians.append(self.passes if second else 0.0)
         curve.gaps.append(self.task.gap(self.counter.weight.detach().numpy()))

@@ -109,6 +109,10 @@ class Task:
         """θ*, found by damped Newton steps until the gradient no longer falls."""
         return _newton(self)
 
+    def evaluate(self, weight: np.ndarray) -> tuple[float, np.ndarray]:
+        """F(θ) and ∇F(θ)."""
+        return _evaluate(self, weight)
+
     def gap(self, weight: np.ndarray) -> float:
         """F(θ) − F(θ*); infinite where θ is not finite."""
         if not np.isfinite(weight).all():

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor
 
 from expfam_poco.arguments import choice
-from expfam_poco.engine import fused, kernels, passes
+from expfam_poco.engine import fused, inner_loop, kernels, passes
 from expfam_poco.engine.fused import Pass, Places, Programs
-from expfam_poco.engine.kernels import Constants, Evidence, Numbers, Weights
+from expfam_poco.engine.inner_loop import Batches, Kind
+from expfam_poco.engine.kernels import Constants, Evidence, Moved, Numbers, Weights
 from expfam_poco.engine.triton_code import Unprintable
 from expfam_poco.family import fields, hyperparameters, recording
 from expfam_poco.family.ahead import Ahead
@@ -131,6 +133,19 @@ class Backend:
         dtypes = tuple(value.dtype for value in (out, *arguments) if isinstance(value, Tensor))
         key = (kernel.__name__, *constants, out.device.type, *dtypes)
         return self._compiled(key, kernel, *constants)(out, *arguments)
+
+    def loop(
+        self, kind: Kind, weights: Weights, x: Tensor, y: Tensor, batches: Batches, *, compiled: bool
+    ) -> tuple[Moved, Tensor]:
+        """An inner loop (`inner_loop`), step by step or as one C++ function."""
+        if not compiled:
+            return inner_loop.eager(kind, weights, x, y, batches)
+        constants, noise = kind.constants, batches.noise
+        drawn = noise[0] if constants.noise == "zero" else torch.stack(list(noise))
+        known = (kind, _identity(constants.family), _identity(constants.estimator), x.dtype, weights.memory is None)
+        run = self._compiled(("inner loop", *known), inner_loop.scanned, kind)
+        values, losses = run(x, y, weights, batches.rows, inner_loop.packed(batches.numbers), drawn)
+        return Moved(*inner_loop.replaced(kind, weights, values)[:3]), losses
 
     # ---- passes over a whole block as kernels of their own ------------------------------------------------------
 
@@ -270,7 +285,7 @@ class Backend:
     def _first(self, key: tuple[Hashable, ...], compiled: Callable[..., Any], *arguments: Any) -> Any:
         """The call that compiles, timed; what the compiler warns of is about itself."""
         begun = time.perf_counter()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet("torch._inductor.ir"):
             warnings.simplefilter("ignore")
             result = compiled(*arguments)
         _COMPILED[key] = compiled
@@ -299,6 +314,18 @@ class Backend:
         )
 
 
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a logger say no more than errors."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _reason(error: Exception) -> str:
     """The compiler's complaint in one line."""
     cause = getattr(error, "inner_exception", error)
@@ -313,7 +340,8 @@ def _compile(kernel: Callable[..., Any], constants: tuple[Any, ...]) -> Callable
     # A code object of its own, for Dynamo counts recompilations by code object.
     name = f"{kernel.__name__}{len(_COMPILED)}"
     own = FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
-    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True)
+    options: dict[str, Any] = {"cpp_wrapper": True} if kernel is inner_loop.scanned else {}
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options=options)
 
     def run(*arguments: Any) -> Any:
         # The floats in reach are hyperparameters of the family, part of the kernel's key: constants, which nested

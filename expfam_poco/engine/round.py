@@ -198,10 +198,11 @@ class Round:
     def numbers(self, alphas: Sequence[Pair], rows: Sequence[Selection | None] | None = None) -> list[Numbers]:
         """The units' numbers at this step, with their αs (and, of local parameters, the rows that are used)."""
         triples = zip(self.units, alphas, rows or [None] * len(alphas), strict=True)
-        return [self._numbers(*unit, alpha, chosen) for unit, alpha, chosen in triples]
+        return [self.numbers_of(*unit, alpha, chosen) for unit, alpha, chosen in triples]
 
     @staticmethod
-    def _numbers(block: Block, record: Record, alpha: Pair, rows: Selection | None = None) -> Numbers:
+    def numbers_of(block: Block, record: Record, alpha: Pair, rows: Selection | None = None) -> Numbers:
+        """A block's numbers at the step after those that its record has seen."""
         settings, family = block.settings, block.family
         age: Any = age_of(block, record)
         if rows is not None and settings.averages:
@@ -236,7 +237,7 @@ class Round:
         self._rehearsal.of(self.units, self.plan, plain=False)
         trials: list[Trial] = []
         losses = []
-        numbers = [self._numbers(*unit, (0.0, 0.0)) for unit in self.units]
+        numbers = [self.numbers_of(*unit, (0.0, 0.0)) for unit in self.units]
         processes = None if evaluator.spread is not None else evaluator.processes
         with contextlib.nullcontext() if processes is None else processes.failing_together():
             for chunk, (closure, share) in enumerate(chunks, number):

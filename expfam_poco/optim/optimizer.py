@@ -46,13 +46,14 @@ from expfam_poco.family.draws import Estimator, require_draws
 from expfam_poco.family.noise import NoiseKey
 from expfam_poco.optim.base import without_hooks
 from expfam_poco.optim.captured import Capturing
+from expfam_poco.optim.inner_loop import Looping
 from expfam_poco.optim.inspection import Inspection
 from expfam_poco.optim.outer import Refreshing
 from expfam_poco.optim.records import CLOCK, Resuming
 from expfam_poco.optim.travelled import only_makes_state
 
 
-class PosteriorCorrected(Refreshing, Capturing, Inspection, Resuming, torch.optim.Optimizer):
+class PosteriorCorrected(Refreshing, Capturing, Looping, Inspection, Resuming, torch.optim.Optimizer):
     r"""The optimizer of any exponential family: the Bayesian learning rule with posterior correction.
 
         ĝ = ∇̃L_B(λ_in) − α [∇̃L_B(λ_out) − ḡ_out],      λ ← λ − η (∇̃KL(q_λ ‖ p₀) + N ĝ)     (PC Eq. 13, 18)
