@@ -8,15 +8,15 @@ Its source is `expfam_poco/reproduce/corpus.py`.
 import argparse
 
 from expfam_poco.reproduce.corpus import (
-    BytePairs,
-    Bytes,
-    Corpus,
     HELD_OUT,
     HELD_OUT_TOPICS,
     MEASUREMENT,
     MEGA_BATCH,
     SKIPPED,
     TRAINING,
+    BytePairs,
+    Bytes,
+    Corpus,
     Tokenizer,
     load,
     restored,
@@ -25,7 +25,23 @@ from expfam_poco.reproduce.corpus import (
     windows,
 )
 
-__all__ = ["BytePairs", "Bytes", "Corpus", "HELD_OUT", "HELD_OUT_TOPICS", "MEASUREMENT", "MEGA_BATCH", "SKIPPED", "TRAINING", "Tokenizer", "load", "restored", "stdlib_files", "texts", "windows"]
+__all__ = [
+    "BytePairs",
+    "Bytes",
+    "Corpus",
+    "HELD_OUT",
+    "HELD_OUT_TOPICS",
+    "MEASUREMENT",
+    "MEGA_BATCH",
+    "SKIPPED",
+    "TRAINING",
+    "Tokenizer",
+    "load",
+    "restored",
+    "stdlib_files",
+    "texts",
+    "windows",
+]
 
 
 def main() -> None:

@@ -206,9 +206,9 @@ def reproduce(
     ] = "small",
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default 5.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; default 2.")] = None,
-    output: Annotated[Path, typer.Option(help="Where every figure gets a folder; runs that lie there are kept.")] = Path(
-        "expfam-poco-figures"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Where every figure gets a folder; runs that lie there are kept.")
+    ] = Path("expfam-poco-figures"),
     tune: Annotated[
         bool, typer.Option("--tune", help="First search every method's learning rate, on a seed of its own.")
     ] = False,

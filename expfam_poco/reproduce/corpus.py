@@ -45,12 +45,15 @@ class Bytes:
     vocabulary = 256
 
     def encode(self, text: bytes) -> Tensor:
+        """The bytes."""
         return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """Text of bytes, where they are some."""
         return bytes(tokens).decode("utf-8", errors="replace")
 
     def saved(self) -> str:
+        """What it is."""
         return "bytes"
 
 
@@ -82,13 +85,16 @@ class BytePairs:
         return cls(model)
 
     def encode(self, text: bytes) -> Tensor:
+        """Line by line."""
         parts = self.model.encode_batch(_readable(text).splitlines(keepends=True))
         return torch.tensor([token for part in parts for token in part.ids], dtype=torch.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens."""
         return str(self.model.decode(list(tokens)))
 
     def saved(self) -> str:
+        """The model as JSON."""
         return str(self.model.to_str())
 
 

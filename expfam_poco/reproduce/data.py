@@ -42,7 +42,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """Pictures in two tensors; augmentation is a random shift by up to `padding` pixels, the same for a batch's rows."""
+    """Pictures in two tensors; augmentation shifts each by up to `padding` pixels, and may mirror it."""
 
     x: Tensor
     y: Tensor
@@ -111,5 +111,8 @@ def digits(name: str) -> Pictures:
             kept = (y >= first) & (y <= last)
             x, y, classes = x[kept], y[kept] - first, last - first + 1
     held_out = len(y) // 6
-    parts = [InMemory(x[part], y[part], 1) for part in torch.arange(len(y)).split([len(y) - 2 * held_out, held_out, held_out])]
+    parts = [
+        InMemory(x[part], y[part], 1)
+        for part in torch.arange(len(y)).split([len(y) - 2 * held_out, held_out, held_out])
+    ]
     return Pictures(parts[0], parts[1], parts[2], 1, classes)

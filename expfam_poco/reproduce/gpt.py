@@ -87,6 +87,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, angle: Tensor | None) -> Tensor:
+        """Values of earlier tokens, mixed."""
         rows, length, width = x.shape
         parts = self.inputs(x).view(rows, length, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
@@ -110,6 +111,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, angle: Tensor | None) -> Tensor:
+        """The residual stream after both."""
         x = x + self.dropout(self.attention(self.norm1(x), angle))
         return x + self.dropout(self.contract(functional.gelu(self.expand(self.norm2(x)))))
 
@@ -137,6 +139,7 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers) if adds else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token, at every token."""
         length = tokens.shape[1]
         if length > self.config.context:
             raise ValueError(f"tokens: {length} of them, and the context is {self.config.context}; give fewer.")

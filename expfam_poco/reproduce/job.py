@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from expfam_poco.reproduce.runs import Job, run_all
 from expfam_poco.reproduce.tune import TUNING_SEED, rates_of, tune
 
 SCALES = ("small", "paper")
+RANGE = re.compile(r" \[[^\]]*\]")
 SEEDS = 5
 
 
@@ -138,7 +140,7 @@ def one_step(scale: Scale) -> Scale:
     """One corrected step of every curve, after one mega-batch of two mini-batches."""
     curves = []
     for curve in scale.curves:
-        recipe = replace(curve.recipe, steps=1, burn_in=0, warmup=0, mega=min(curve.recipe.mega, 2), start=None)
+        recipe = replace(curve.recipe, steps=1, burn_in=0, mega=min(curve.recipe.mega, 2), start=None)
         curves.append(replace(curve, recipe=replace(recipe, validate_every=1)))
     return replace(scale, curves=tuple(curves))
 
@@ -148,10 +150,16 @@ def show(results: table.Results, out: Console) -> None:
     if results.scale.cells:
         out.print(_terminal(table.cell_rows(results), results.figure.title))
     out.print(_terminal(table.curve_rows(results), results.figure.title))
+    out.print("Medians over seeds; results.json has all.", style="dim", highlight=False)
     for row in table.claim_rows(results)[1:]:
         if row[0]:
             out.print(f"{row[5]}: {row[0]}", highlight=False, markup=False, soft_wrap=True)
-        out.print(f"    {row[1]}, at equal {row[2]}: better by {row[3]} on {row[4]} seeds", highlight=False, markup=False, soft_wrap=True)
+        out.print(
+            f"    {row[1]}, at equal {row[2]}: better by {row[3]} on {row[4]} seeds",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _terminal(rows: Sequence[Sequence[str]], title: str) -> Table:
@@ -159,5 +167,5 @@ def _terminal(rows: Sequence[Sequence[str]], title: str) -> Table:
     for number, name in enumerate(rows[0]):
         made.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows[1:]:
-        made.add_row(*row)
+        made.add_row(row[0], *(RANGE.sub("", cell) for cell in row[1:]))
     return made

@@ -71,11 +71,10 @@ VOCABULARY, END = 50_257, 50_256
 RANDOM_TOKENS = 20_000
 
 
-@dataclass(frozen=True)
 class Gpt2Tokens:
     """As `corpus.Tokenizer`: what a model needs to know of GPT-2's tokens."""
 
-    vocabulary: int = VOCABULARY
+    vocabulary = VOCABULARY
 
     def encode(self, text: bytes) -> Tensor:
         """By the package transformers."""
@@ -147,7 +146,7 @@ def _write(documents: Iterator[list[int]], path: Path) -> None:
 
 
 class PictureSet(NamedTuple):
-    """The side of its pictures as networks see them, its classes, torchvision's class ("": a folder), and the padding."""
+    """The side of its pictures as networks see them, classes, torchvision's class ("": a folder), the padding."""
 
     side: int
     classes: int
@@ -213,7 +212,9 @@ def pictures(name: str, source: Source) -> Pictures:
         folders = [root / name / part for part in ("train", "val")]
         for folder in folders:
             if not folder.is_dir():
-                raise InputError(f"--data {root}: {name} is not there; put it into {folder}, one folder for each class.")
+                raise InputError(
+                    f"--data {root}: {name} is not there; put it into {folder}, one folder for each class."
+                )
         train, test = (vision.datasets.ImageFolder(str(folder)) for folder in folders)
     numbers = np.random.default_rng(0).permutation(len(train)).tolist()
     cut = len(numbers) // 10

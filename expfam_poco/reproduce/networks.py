@@ -91,12 +91,12 @@ def bottlenecks(colours: int, classes: int, width: int = 8) -> nn.Sequential:
 
 
 def resnext(
-    colours: int, classes: int, width: int = 64, depths: Sequence[int] = (2, 2, 2), groups: int = 8, widen: int = 4
+    colours: int, classes: int, width: int = 64, depths: Sequence[int] = (1, 1, 1), groups: int = 8, widen: int = 4
 ) -> nn.Sequential:
-    """ResNeXt (Xie et al. 2017) with `groups` groups; 18 deep, of [64, 256, 512, 1024] channels at the defaults."""
+    """ResNeXt (Xie et al. 2017): three stages of [256, 512, 1024] channels in 8 groups of 64 at the first."""
 
     def block(channels: int, out: int, stride: int) -> Residual:
-        return bottleneck(channels, out, stride, groups, out // 2)
+        return bottleneck(channels, out, stride, groups, 2 * out)
 
     stem = [*convolution(colours, width, 3), nn.ReLU()]
     widths = [widen * width * 2**stage for stage in range(len(depths))]

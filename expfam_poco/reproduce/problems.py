@@ -31,8 +31,15 @@ EVALUATED_AT_ONCE = 256
 class Problem(Protocol):
     """A model, its data, its loss, and what is measured."""
 
-    model: nn.Module
-    size: int  # training examples, of which a pass has as many
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Training examples, of which a pass has as many."""
+        ...
 
     def batch(self, stream: int, index: int, rows: int) -> Batch:
         """A mini-batch."""
@@ -125,7 +132,7 @@ def _corpus(text: str, context: int) -> Corpus:
 
 
 class TextProblem:
-    """See `Text`. Windows are drawn with replacement, so that text counts as fresh: a pass has no meaning, size is 1."""
+    """See `Text`. Windows are drawn with replacement: a pass has no meaning, and size is 1."""
 
     size = 1
 
@@ -138,7 +145,9 @@ class TextProblem:
 
     def batch(self, stream: int, index: int, rows: int) -> Batch:
         """As `Problem` says."""
-        return (self.corpus.batch(self.declared.context, rows, seed=self.seed, stream=stream, index=index).to(self.device),)
+        return (
+            self.corpus.batch(self.declared.context, rows, seed=self.seed, stream=stream, index=index).to(self.device),
+        )
 
     def everything(self, chunks: int, index: int) -> list[Batch]:
         """Refused: text is endless."""

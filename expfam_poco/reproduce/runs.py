@@ -120,7 +120,13 @@ class Watch:
         self.costs = [cost(job.recipe) for job in jobs]
         self.shares = [0.0] * len(jobs)
         self.ended, self.began = 0, time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
     def __enter__(self) -> Watch:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expfam_poco.compare.report import versions
+from expfam_poco.compare.report import show_gap, versions
 from expfam_poco.reproduce.figure import SMALLER, Claim, Figure, Scale
 from expfam_poco.reproduce.runs import Content
 from expfam_poco.tools.files import written_aside
@@ -87,7 +87,8 @@ def verdict(results: Results, claim: Claim) -> str:
         return "holds per step only"
     if claim.better and separated(results, claim.better, claim.measure):
         return "holds with the better estimator"
-    return "does not hold here"
+    some = sum(separated(results, [pair], claim.measure) for pair in claim.steps)
+    return "does not hold here" + (f" (in {some} of {len(claim.steps)} pairs it does)" if some else "")
 
 
 def tested(results: Results, claim: Claim) -> bool:
@@ -110,7 +111,9 @@ def claim_rows(results: Results) -> list[list[str]]:
                 gains = compared(results, pair, claim.measure)
                 ahead = sum(gain is not None and gain > 0.0 for gain in gains)
                 at = kind.replace("steps", equal or "steps")
-                rows.append([text, f"{pair[0]} – {pair[1]}", at, gain_text(gains, claim.measure), f"{ahead}/{len(gains)}", told])
+                rows.append(
+                    [text, f"{pair[0]} – {pair[1]}", at, gain_text(gains, claim.measure), f"{ahead}/{len(gains)}", told]
+                )
                 text = told = ""
     return rows
 
@@ -141,7 +144,10 @@ def curve_rows(results: Results) -> list[list[str]]:
         last = {name: _median([run["points"][name][-1] for run in runs]) for name in COUNTED}
         numbers = [f"{last['step']:.0f}", f"{last['evaluations']:.0f}"]
         numbers += [f"{last['passes']:.1f}"] if "passes" in counted else []
-        measured = [spread_text(results.final(label, name), name) if name in runs[0]["points"] else "–" for name in results.measures]
+        measured = [
+            spread_text(results.final(label, name), name) if name in runs[0]["points"] else "–"
+            for name in results.measures
+        ]
         rows.append([label, f"{results.rates[label]:.3g}", *numbers, *measured, f"{last['seconds']:.1f}"])
     return rows
 
@@ -152,8 +158,11 @@ def spread_text(values: Sequence[float | None], measure: str) -> str:
     lost = len(values) - len(known)
     if not known:
         return "diverged"
-    style = ".1e" if measure == "gap" else f".{PLACES[measure]}f"
-    text = f"{statistics.median(known):{style}} [{known[0]:{style}}, {known[-1]:{style}}]"
+    shown = [
+        show_gap(value) if measure == "gap" else f"{value:.{PLACES[measure]}f}"
+        for value in (statistics.median(known), known[0], known[-1])
+    ]
+    text = f"{shown[0]} [{shown[1]}, {shown[2]}]"
     return text + (f", {lost} of {len(values)} diverged" if lost else "")
 
 
@@ -164,7 +173,9 @@ def cell_rows(results: Results) -> list[list[str]]:
     rows = [["accuracy (%)", *columns]]
     for name in dict.fromkeys(row for row, _ in cells.values()):
         by_column = {column: label for label, (row, column) in cells.items() if row == name and label in results.runs}
-        shown = [spread_text(results.final(by_column[c], "accuracy"), "accuracy") if c in by_column else "–" for c in columns]
+        shown = [
+            spread_text(results.final(by_column[c], "accuracy"), "accuracy") if c in by_column else "–" for c in columns
+        ]
         rows.append([name, *shown])
     return rows
 
@@ -205,7 +216,8 @@ def json_text(content: Mapping[str, Any]) -> str:
 def from_content(figure: Figure, content: Mapping[str, Any]) -> Results:
     """Results from what `content_of` wrote."""
     runs = {
-        label: [{**run, "settings": {"seed": run["seed"]}} for run in several] for label, several in content["runs"].items()
+        label: [{**run, "settings": {"seed": run["seed"]}} for run in several]
+        for label, several in content["runs"].items()
     }
     return Results(figure, content["scale"], figure.scale(content["scale"]), content["seeds"], content["rates"], runs)
 

@@ -1,7 +1,8 @@
 """The learning rate of every curve: the same number of rates, one seed that is never reported, its own held-out part.
 
-A grid whose best rate is its first or last is widened there by the ratio of its rates, up to `WIDENED` times, for every
-method alike. The rates that were found stand in `rates.json` beside this module and are used unless a folder has its own.
+A grid whose best rate is its first or last is widened there by the ratio of its rates, up to `WIDENED` times, for
+every method alike. The rates that were found stand in `rates.json` beside this module, and are used unless a folder
+has its own.
 """
 
 from __future__ import annotations
@@ -50,7 +51,13 @@ def stored_rates(folder: Path) -> Mapping[str, float]:
 
 
 def tune(
-    scale: Scale, measures: Mapping[str, str], folder: Path, source: Source, workers: int, err: Console, widened: int = WIDENED
+    scale: Scale,
+    measures: Mapping[str, str],
+    folder: Path,
+    source: Source,
+    workers: int,
+    err: Console,
+    widened: int = WIDENED,
 ) -> dict[str, float]:
     """Search, and write `rates.json` into the folder.
 
@@ -66,7 +73,7 @@ def tune(
     curves = {curve.label: curve for curve in scale.curves if curve.rates}
     tried: Tried = {label: {} for label in curves}
     todo = [(curve, rate) for curve in curves.values() for rate in curve.rates]
-    for turn in range(1 + widened):
+    for _ in range(1 + widened):
         jobs = [Job.of(curve, rate, TUNING_SEED, "tune") for curve, rate in todo]
         for job, content in zip(jobs, run_all(jobs, folder, source, workers, err, "tuning"), strict=True):
             tried[job.label][f"{job.recipe.lr:g}"] = final(content, measures[job.label])

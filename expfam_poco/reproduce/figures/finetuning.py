@@ -28,8 +28,9 @@ def _digits(data: str) -> Recipe:
 
 
 SENTENCES = Recipe(
-    Sentences(layers=2), "ivon", 0.1, steps=60, batch=8, options={**SMALL_IVON, "clip_radius": 0.1}, warmup=6, burn_in=20,
-    validate_every=10,
+    Sentences(layers=2), "ivon", 0.1, steps=60, batch=8, warmup=6,
+    options={**SMALL_IVON, "clip_radius": 0.1, "backend": "eager"},
+    burn_in=20, validate_every=10,
 )  # fmt: skip
 SMALL = {
     "5–9": _digits("digits 5-9"),

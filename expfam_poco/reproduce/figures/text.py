@@ -18,7 +18,7 @@ SMALL_IVON: Options = {
     "ess": 1e8, "hess_init": 1e-3, "beta2": 0.99, "weight_decay": 1e-6, "clip_radius": 1e-2, "rescale_lr": False,
 }  # fmt: skip
 SMALL_ADAMW: Options = {"betas": (0.9, 0.95), "weight_decay": 0.1}
-MOMENTUM: Options = {"rho1": 0.6, "rho2": 0.1}  # D.2
+MOMENTUM: dict[str, Any] = {"rho1": 0.6, "rho2": 0.1}  # D.2
 BASE = Recipe(Text(), "ivon", 0.6, steps=300, batch=8, options=SMALL_IVON, warmup=15, burn_in=150, validate_every=15)
 
 # Paper scale: D.2. α of Fig. 1 is not said; 0.7 is that of §4.4.
@@ -36,13 +36,19 @@ PAPER = Recipe(
 
 def corrected(recipe: Recipe, method: str = "ivon-pocomo", alpha: float = ALPHA, **changes: Any) -> Recipe:
     """The recipe's plain method with correction; `changes` are of the recipe, but ρ of the optimizer."""
-    more = {name: changes.pop(name) for name in ("rho1", "rho2") if name in changes}
+    more: dict[str, Any] = {name: changes.pop(name) for name in ("rho1", "rho2") if name in changes}
     return replace(recipe, method=method, options={**recipe.options, "alpha": alpha, **more}, **changes)
 
 
-def _fig1(base: Recipe, adamw: Recipe, starts: tuple[int, ...], rates: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[Curve, ...]:
+def _fig1(
+    base: Recipe, adamw: Recipe, starts: tuple[int, ...], rates: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[Curve, ...]:
     late = [
-        Curve(f"IVON-PoCoMo from {start}", corrected(base, **MOMENTUM, burn_in=start, every=20, mega=20), rate_of="IVON-PoCoMo")
+        Curve(
+            f"IVON-PoCoMo from {start}",
+            corrected(base, **MOMENTUM, burn_in=start, every=20, mega=20),
+            rate_of="IVON-PoCoMo",
+        )
         for start in starts
     ]
     return (
@@ -122,13 +128,12 @@ PAPER_ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def _continual(on: Recipe, adamw: Recipe, rates: tuple[tuple[float, ...], tuple[float, ...]]) -> list[Curve]:
-    momentum = {"rho1": 0.3, "rho2": 0.05}  # D.3
     return [
         Curve("AdamW", adamw, rates[0]),
         Curve("α-SVRG + AdamW", corrected(adamw, "adamw+alpha-svrg"), rates[0]),
         Curve("IVON", on, rates[1]),
         Curve("IVON-PoCo", corrected(on, "ivon-poco"), rates[1]),
-        Curve("IVON-PoCoMo", corrected(on, **momentum), rates[1]),
+        Curve("IVON-PoCoMo", corrected(on, rho1=0.3, rho2=0.05), rates[1]),
         Curve("AdamW, 3× batch", replace(adamw, later_batch=3), rates[0]),
         Curve("IVON, 3× batch", replace(on, later_batch=3), rates[1]),
     ]
@@ -164,7 +169,9 @@ def _loops(base: Recipe, mega: int, everies: tuple[int, ...], rates: tuple[float
     return made
 
 
-def _scale6(about: str, continual: list[Curve], ablation: tuple[list[Curve], dict[str, tuple[str, ...]]], loops: list[Curve]) -> Scale:
+def _scale6(
+    about: str, continual: list[Curve], ablation: tuple[list[Curve], dict[str, tuple[str, ...]]], loops: list[Curve]
+) -> Scale:
     labels, every = tuple(curve.label for curve in continual), tuple(curve.label for curve in loops)
     panels = (
         Panel("(left) continual pretraining", labels, "step", "perplexity"),
