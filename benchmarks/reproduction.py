@@ -70,7 +70,10 @@ def tables(known: Mapping[str, table.Results]) -> dict[str, str]:
     """The page's tables by name."""
     found = {"summary": table.markdown(summary(known))}
     for name, results in known.items():
-        parts = [f"{results.scale.about[0].upper()}{results.scale.about[1:]}. {len(results.seeds)} seeds."]
+        parts = [
+            f"![{results.figure.title}](figures/{name}.png)",
+            f"{results.scale.about[0].upper()}{results.scale.about[1:]}. {len(results.seeds)} seeds.",
+        ]
         if results.scale.cells:
             parts.append(table.markdown(table.cell_rows(results)))
         parts += [table.markdown(table.claim_rows(results)), table.markdown(table.curve_rows(results))]

@@ -63,6 +63,7 @@ class Panel:
         log: whether y is logarithmic.
         x_title: of a "place" axis.
         low, high: limits of y where what matters would else be small.
+        suffix: what the legend leaves out of labels; curves of one name then have one colour in all panels.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Panel:
     x_title: str = ""
     low: float | None = None
     high: float | None = None
+    suffix: str = ""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def draw(results: Results, path: Path) -> None:
     if scale.panels:
         for place, panel in zip(axes, scale.panels, strict=False):
             _panel(place, panel, results)
-        _legends(figure, axes[:panels], scale.panels)
+        _legends(figure, axes[:panels])
     else:
         _cells(axes, results)
     count = len(results.seeds)
@@ -50,12 +50,19 @@ def draw(results: Results, path: Path) -> None:
 
 
 def style(results: Results, label: str) -> dict[str, Any]:
-    """Colour by the order of the curves; corrected methods solid, others dashed, controls of equal cost dotted."""
-    order = list(results.scale.curve(name).label for name in results.runs)
+    """Colour by the order of names; corrected methods solid, others dashed, controls of equal cost dotted."""
+    names = list(dict.fromkeys(_name(one, results) for one in results.runs))
     recipe = results.scale.curve(label).recipe
     dashes: Any = "-" if recipe.corrected else (0, (1, 1.2)) if recipe.later_batch > 1 else "--"
-    number = order.index(label)
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes}
+    return {"color": COLOURS[names.index(_name(label, results)) % len(COLOURS)], "linestyle": dashes}
+
+
+def _name(label: str, results: Results) -> str:
+    """A label without what its panel leaves out."""
+    for panel in results.scale.panels:
+        if panel.suffix and label in panel.curves:
+            return label.removesuffix(panel.suffix)
+    return label
 
 
 def _panel(axes: Axes, panel: Panel, results: Results) -> None:
@@ -72,7 +79,10 @@ def _panel(axes: Axes, panel: Panel, results: Results) -> None:
     axes.set_ylabel(TITLES[panel.y])
     if panel.log:
         axes.set_yscale("log")
-    if panel.low is not None or panel.high is not None:
+    if panel.log and panel.x != "place":
+        shown = [v for label in panel.curves for run in results.runs.get(label, ()) for v in run["points"][panel.y] if v]
+        axes.set_ylim(max(min(shown, default=FLOOR), FLOOR) / 3.0, panel.high)
+    elif panel.low is not None or panel.high is not None:
         axes.set_ylim(panel.low, panel.high)
     elif panel.x != "place" and not panel.log:
         _focus(axes, panel, results)
@@ -99,14 +109,25 @@ def _line(axes: Axes, label: str, panel: Panel, results: Results) -> None:
     runs = results.runs.get(label)
     if not runs:
         return
-    count = min(len(run["points"]["step"]) for run in runs)
-    across = np.median([run["points"][panel.x][:count] for run in runs], axis=0)
-    values = np.array([[np.nan if v is None else v for v in run["points"][panel.y][:count]] for run in runs])
-    if panel.log:
-        values = np.maximum(values, FLOOR)
+    across, values = _grid(runs, panel)
     how = style(results, label)
-    axes.plot(across, np.median(values, axis=0), linewidth=1.7, label=label, **how)
-    axes.fill_between(across, values.min(axis=0), values.max(axis=0), color=how["color"], alpha=0.15, linewidth=0)
+    middle, low, high = np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+    there = np.isfinite(middle)
+    axes.plot(across[there], middle[there], linewidth=1.7, label=label.removesuffix(panel.suffix), **how)
+    axes.fill_between(across, low, np.minimum(high, 1e30), color=how["color"], alpha=0.15, linewidth=0)
+
+
+def _grid(runs: Sequence[Any], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+    """x and the seeds' values; a seed that has diverged is infinite from there on (accuracy: 0)."""
+    longest = max(runs, key=lambda run: len(run["points"]["step"]))["points"][panel.x]
+    whole = [len(run["points"]["step"]) for run in runs if not run["reason"]]
+    count = min(whole, default=len(longest))
+    lost = 0.0 if panel.y == "accuracy" else np.inf
+    values = np.full((len(runs), count), lost)
+    for row, run in zip(values, runs, strict=True):
+        known = [lost if value is None else value for value in run["points"][panel.y]][:count]
+        row[: len(known)] = known
+    return np.array(longest[:count]), np.maximum(values, FLOOR) if panel.log else values
 
 
 def _places(axes: Axes, number: int, name: str, labels: Sequence[str], measure: str, results: Results) -> None:
@@ -127,11 +148,11 @@ def _places(axes: Axes, number: int, name: str, labels: Sequence[str], measure: 
     )  # fmt: skip
 
 
-def _legends(figure: Any, axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
-    """One legend beside the panels where all show the same curves, else one in each."""
-    if len({tuple(panel.curves) for panel in panels}) == 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+def _legends(figure: Any, axes: Sequence[Axes]) -> None:
+    """One legend beside the panels where the first shows all names, else one in each."""
+    named = [axis.get_legend_handles_labels() for axis in axes]
+    if all(set(labels) <= set(named[0][1]) for _, labels in named):
+        figure.legend(*named[0], loc="outside right center", frameon=False, fontsize=9)
         return
     for place in axes:
         place.legend(frameon=False, fontsize=8)

@@ -120,10 +120,12 @@ def claim_rows(results: Results) -> list[list[str]]:
 
 def gain_text(gains: Sequence[float | None], measure: str) -> str:
     """The median of paired differences and their range; of gaps as a factor."""
-    from math import inf
+    from math import inf, isnan
 
     known = sorted(-inf if gain is None else gain for gain in gains)
     three = (statistics.median(known), known[0], known[-1])
+    if any(map(isnan, three)):  # of two seeds one diverged for better, one for worse
+        return "diverged"
     if measure == "gap":
         shown = [_factor(value) for value in three]
         return f"× {shown[0]} [{shown[1]}, {shown[2]}]"
@@ -132,7 +134,9 @@ def gain_text(gains: Sequence[float | None], measure: str) -> str:
 
 
 def _factor(power: float) -> str:
-    value = 10.0**power if abs(power) < 300 else float(power > 0) * float("inf")
+    if abs(power) > 300:
+        return "the other diverged" if power > 0 else "it diverged"
+    value = 10.0**power
     return f"{value:.3g}" if 0.01 <= value < 1000 else f"{value:.1e}"
 
 
