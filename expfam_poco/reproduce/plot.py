@@ -80,7 +80,9 @@ def _panel(axes: Axes, panel: Panel, results: Results) -> None:
     if panel.log:
         axes.set_yscale("log")
     if panel.log and panel.x != "place":
-        shown = [v for label in panel.curves for run in results.runs.get(label, ()) for v in run["points"][panel.y] if v]
+        shown = [
+            v for label in panel.curves for run in results.runs.get(label, ()) for v in run["points"][panel.y] if v
+        ]
         axes.set_ylim(max(min(shown, default=FLOOR), FLOOR) / 3.0, panel.high)
     elif panel.low is not None or panel.high is not None:
         axes.set_ylim(panel.low, panel.high)

@@ -19,7 +19,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "SGD, momentum": ("sgd", {"momentum": 0.9}),
 }
 # The paper has {0.001, 0.005, 0.01, 0.02} for all and 10⁵ steps; in a hundred steps rates must be larger.
-SMALL_RATES = {"vsgd": (0.01, 0.03, 0.1, 0.3), "adam": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1, 0.3)}
+SMALL_RATES = {"vsgd": (0.03, 0.1, 0.3, 0.9), "adam": (3e-3, 1e-2, 3e-2, 9e-2), "sgd": (0.01, 0.03, 0.1, 0.3)}
 PAPER_RATES = (0.001, 0.005, 0.01, 0.02)
 
 
