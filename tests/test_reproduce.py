@@ -32,6 +32,7 @@ from expfam_poco.reproduce.tune import _beyond, best, rates_of
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_AND_PAPER = [(name, scale) for name in FIGURES for scale in ("small", "paper")]
 HERE = Source()
+LONG = ("fig3", "fig6", "table1")  # the fast tests have a figure of each kind: text, convex, pictures, a table
 
 
 def invoke(*words: str) -> Any:
@@ -44,8 +45,11 @@ def invoke(*words: str) -> Any:
 # ---- every figure ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_runs(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FIGURES]
+)
+def test_every_figure_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expfam_poco.reproduce.plot.DPI", 20)
     result = invoke(name, "--quick", "--workers", "1", "--output", str(tmp_path))
     assert result.exit_code == 0, result.stderr
     folder, figure = tmp_path / f"{name}-small-quick", FIGURES[name]

@@ -143,8 +143,8 @@ def quick(scale: Scale) -> Scale:
 
 def _quick(recipe: Recipe) -> Recipe:
     start = None if recipe.start is None else _quick(recipe.start)
-    steps = min(recipe.steps, 3)
+    steps = min(recipe.steps, 2)
     return replace(
         recipe, steps=steps, warmup=0, burn_in=min(recipe.burn_in, 1), every=2, mega=min(recipe.mega, 1), chunks=2,
-        validate_every=3, start=start, problem=recipe.problem.quick(),
+        validate_every=2, start=start, problem=recipe.problem.quick(),
     )  # fmt: skip

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe & Ito's colours, told apart with colour blindness.
 COLOURS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#CC79A7", "#009E73", "#7F7F7F")
 MARKERS = "osD^vPXh"
+DPI = 110
 FLOOR = 1e-17
 """Gaps are drawn no lower; zero has no logarithm."""
 
@@ -46,7 +47,7 @@ def draw(results: Results, path: Path) -> None:
     seeds = f"median and range of {count} seeds" if count > 1 else "one seed"
     figure.suptitle(f"{results.figure.title} ({results.scale_name} scale, {seeds})", fontsize=11, x=0.01, ha="left")
     with written_aside(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 def style(results: Results, label: str) -> dict[str, Any]:
