@@ -1,4 +1,4 @@
-"""The command line: `expfam-poco compare`, `worth`, `families`, `check` and `new-family`.
+"""The command line: `expfam-poco compare`, `worth`, `reproduce`, `families`, `check` and `new-family`.
 
 Wrong input ends with one sentence on standard error and exit code 2; a family that breaks a law with 1; Ctrl-C
 with 130, SIGTERM and SIGHUP with 143 and 129. Everything heavy is imported inside the commands, so that `--help` is
@@ -193,6 +193,48 @@ def worth(
         from expfam_poco.compare.worth import Options, worth_on_task
 
         worth_on_task(Options(task, method, passes, batch, every, size, seed, picture), out)
+
+
+@app.command()
+def reproduce(
+    figures: Annotated[
+        list[str],
+        typer.Argument(help="fig1, fig3, fig4, fig5, fig6, fig7, table1, vsgd-table1, or all.", metavar="FIGURE..."),
+    ],
+    scale: Annotated[
+        str, typer.Option(help="small: minutes, data of scikit-learn and Python; paper: the paper's recipe.")
+    ] = "small",
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; default 5.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default 2.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Where every figure gets a folder; runs that lie there are kept.")
+    ] = Path("expfam-poco-figures"),
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First search every method's learning rate, on a seed of its own.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps: whether it runs.")] = False,
+    one_step: Annotated[
+        bool, typer.Option("--one-step", help="With --scale paper: one step on random data of the true shapes.")
+    ] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder of the papers' data, for --scale paper.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+) -> None:
+    """Make the papers' figures: run, tabulate, draw, and test their claims, at equal steps and equal evaluations.
+
+    Interrupted, it continues where it was when called again.
+    """
+    out, err = Console(), Console(stderr=True)
+    with _sentences(err):
+        from expfam_poco.compare.pool import WorkerError
+        from expfam_poco.reproduce.job import Options
+        from expfam_poco.reproduce.job import reproduce as run
+
+        chosen = Options(figures, scale, seeds, workers, output, tune, quick, one_step, data, device)
+        try:
+            run(chosen, out, err)
+        except WorkerError as error:
+            _say(err, str(error))
+            raise typer.Exit(1) from None
 
 
 def _list_methods(out: Console) -> None:

@@ -16,7 +16,7 @@ FLOORS: dict[int, str] = {
     2: "closures correction rule families",
     3: "engine checks",
     4: "optim",
-    5: "tools compare",
+    5: "tools compare reproduce",
     # And what the package's `__init__` shows.
     6: "integrations cli __init__ blr noise estimators gradient_model derive distribution",
     7: "benchmarks examples",

@@ -96,6 +96,7 @@ def test_wheel_holds_engine_families_and_types(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*.py"):
             expected.add(f"{installed}/{path.relative_to(ROOT / folder).as_posix()}")
     expected.add("expfam_poco/tools/packed_kernel.cpp")  # built where it is used
+    expected.add("expfam_poco/reproduce/rates.json")
     assert {"expfam_poco/__init__.py", "expfam_poco/families/__init__.py"} <= expected
     contents = {name for name in names if ".dist-info/" not in name}
     assert contents == expected

@@ -1,5 +1,7 @@
 """Many runs over worker processes, in any order; messages come back as they happen.
 
+`run_jobs` does any work that can be pickled, `run_all` the runs of a comparison.
+
 Workers are spawned, use one thread each, and ignore Ctrl-C: the main process hears it and ends them. They end by
 themselves when the main process has gone, however it went.
 """
@@ -15,9 +17,10 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import SpawnProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from expfam_poco.compare.methods import METHODS, Settings
 from expfam_poco.compare.runner import Budget, Curve, train
@@ -44,60 +47,99 @@ class WorkerError(RuntimeError):
     """A worker process failed or was killed."""
 
 
+Message = tuple[int, float, Any]
+"""The number of a job, how much of it is done, and its result once it has ended (a `Failure` if it failed)."""
+
+
+class Failure(str):
+    """Why a job failed."""
+
+
+class Jobs(Protocol):
+    """Work of one kind: what every worker needs, sent once, and what is done for each job."""
+
+    def describe(self, job: Any) -> str:
+        """A job for the reader of an error."""
+        ...
+
+    def do(self, job: Any, progress: Callable[[float], None]) -> Any:
+        """Do it; the result, which is not None."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Runs of `compare` on one task with one budget; the result is a curve."""
+
+    task: Task
+    budget: Budget
+
+    def describe(self, job: Run) -> str:
+        return f"{job.method}, seed {job.seed}"
+
+    def do(self, job: Run, progress: Callable[[float], None]) -> Curve:
+        return train(self.task, METHODS[job.method], job.settings, job.seed, self.budget, progress)
+
+
 def run_all(task: Task, runs: Sequence[Run], budget: Budget, workers: int, watch: Watch) -> list[Curve]:
-    """All runs, in the order given; with one worker in this process, else over `workers` spawned ones."""
-    workers = min(workers, len(runs))
-    ended: dict[int, Curve] = {}
-    source = _here(task, runs, budget, watch) if workers < 2 else _spawned(task, runs, budget, workers)
+    """All runs of a comparison, in the order given."""
+
+    def told(number: int, passes: float, curve: Curve | None) -> None:
+        watch(number, passes if curve is None else curve.passes[-1], curve)
+
+    return run_jobs(_Comparison(task, budget), runs, workers, told)
+
+
+def run_jobs(work: Jobs, jobs: Sequence[Any], workers: int, watch: Callable[[int, float, Any], None]) -> list[Any]:
+    """All jobs, results in the order given; with one worker in this process, else over `workers` spawned ones."""
+    workers = min(workers, len(jobs))
+    ended: dict[int, Any] = {}
+    source = _here(work, jobs, watch) if workers < 2 else _spawned(work, jobs, workers)
     with contextlib.closing(source):
-        for number, passes, curve in source:
-            watch(number, passes, curve)
-            if curve is not None:
-                ended[number] = curve
-    return [ended[number] for number in range(len(runs))]
+        for number, amount, result in source:
+            watch(number, amount, result)
+            if result is not None:
+                ended[number] = result
+    return [ended[number] for number in range(len(jobs))]
 
 
-Message = tuple[int, float, "Curve | None"]
-
-
-def _here(task: Task, runs: Sequence[Run], budget: Budget, watch: Watch) -> Generator[Message, None, None]:
+def _here(work: Jobs, jobs: Sequence[Any], watch: Callable[..., None]) -> Generator[Message, None, None]:
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for number, run in enumerate(runs):
-            curve = _train(task, run, budget, partial(_report, watch, number))
-            yield number, curve.passes[-1], curve
+        for number, job in enumerate(jobs):
+            yield number, math.nan, work.do(job, partial(_report, watch, number))
     finally:
         torch.set_num_threads(threads)
 
 
-def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> Generator[Message, None, None]:
+def _spawned(work: Jobs, jobs: Sequence[Any], workers: int) -> Generator[Message, None, None]:
     context = mp.get_context("spawn")
-    # The task goes through a queue: as an argument it would fill a pipe that a child reads only after its imports.
-    tasks: Any = context.Queue()
-    jobs: Any = context.Queue()
+    # The work goes through a queue: as an argument it would fill a pipe that a child reads only after its imports.
+    works: Any = context.Queue()
+    todo: Any = context.Queue()
     messages: Any = context.Queue()
-    for channel in (tasks, jobs, messages):
+    for channel in (works, todo, messages):
         channel.cancel_join_thread()  # or an exit by Ctrl-C would wait for workers that no longer read
-    for number, run in enumerate(runs):
-        jobs.put((number, run))
+    for number, job in enumerate(jobs):
+        todo.put((number, job))
     for _ in range(workers):
-        tasks.put((task, budget))
-        jobs.put(None)
+        works.put(work)
+        todo.put(None)
     processes: list[SpawnProcess] = []
     try:
         with _one_thread_each(), _deaf_to_interrupts():
             for _ in range(workers):
-                process = context.Process(target=_work, args=(tasks, jobs, messages), daemon=True)
+                process = context.Process(target=_work, args=(works, todo, messages), daemon=True)
                 process.start()
                 processes.append(process)
-        left = len(runs)
+        left = len(jobs)
         while left:
             message = _next_message(messages, processes)
-            if isinstance(message[2], str):
-                raise WorkerError(f"{runs[message[0]].method}, seed {runs[message[0]].seed}: {message[2]}")
+            if isinstance(message[2], Failure):
+                raise WorkerError(f"{work.describe(jobs[message[0]])}: {message[2]}")
             left -= message[2] is not None
             yield message
         for process in processes:
@@ -107,7 +149,7 @@ def _spawned(task: Task, runs: Sequence[Run], budget: Budget, workers: int) -> G
             for process in processes:
                 process.terminate()
                 process.join()
-            for channel in (tasks, jobs, messages):
+            for channel in (works, todo, messages):
                 channel.close()
 
 
@@ -166,33 +208,29 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(tasks: Any, jobs: Any, messages: Any) -> None:
-    """A worker's life: take the task, then runs until there is None."""
+def _work(works: Any, todo: Any, messages: Any) -> None:
+    """A worker's life: take the work, then jobs until there is None."""
     _end_with_parent()
     import torch
 
     torch.set_num_threads(1)
-    task, budget = tasks.get()
-    while (job := jobs.get()) is not None:
-        number, run = job
+    work = works.get()
+    while (next_one := todo.get()) is not None:
+        number, job = next_one
         try:
-            curve = _train(task, run, budget, partial(_send, messages, number))
+            result = work.do(job, partial(_send, messages, number))
         except Exception as error:
-            messages.put((number, math.nan, f"{type(error).__name__}: {error}"))
+            messages.put((number, math.nan, Failure(f"{type(error).__name__}: {error}")))
             return
-        messages.put((number, curve.passes[-1], curve))
+        messages.put((number, math.nan, result))
 
 
-def _report(watch: Watch, number: int, passes: float) -> None:
-    watch(number, passes, None)
+def _report(watch: Callable[..., None], number: int, amount: float) -> None:
+    watch(number, amount, None)
 
 
-def _send(messages: Any, number: int, passes: float) -> None:
-    messages.put((number, passes, None))
-
-
-def _train(task: Task, run: Run, budget: Budget, progress: Callable[[float], None]) -> Curve:
-    return train(task, METHODS[run.method], run.settings, run.seed, budget, progress)
+def _send(messages: Any, number: int, amount: float) -> None:
+    messages.put((number, amount, None))
 
 
 def worker_count(asked: int | None) -> int:
