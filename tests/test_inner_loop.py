@@ -195,7 +195,7 @@ def test_arguments_that_do_not_fit() -> None:
         opt.inner_loop(data.x, batches())
     with pytest.raises(ValueError, match="data: 4 columns for the 3 weights"):
         poco.SVRG([torch.nn.Parameter(torch.zeros(3).double())], lr=0.1).inner_loop(data, batches())
-    with pytest.raises(ValueError, match="data: torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"data: torch\.float64 on cpu"):
         poco.SVRG([torch.nn.Parameter(torch.zeros(D))], lr=0.1).inner_loop(data, batches())
     with pytest.raises(ValueError, match="params: 2 blocks"):
         poco.SVRG(torch.nn.Linear(3, 1).double().parameters(), lr=0.1).inner_loop(data, batches())
