@@ -195,7 +195,7 @@ def test_arguments_that_do_not_fit() -> None:
         opt.inner_loop(data.x, batches())
     with pytest.raises(ValueError, match="data: 4 columns for the 3 weights"):
         poco.SVRG([torch.nn.Parameter(torch.zeros(3).double())], lr=0.1).inner_loop(data, batches())
-    with pytest.raises(ValueError, match="data: torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"data: torch\.float64 on cpu"):
         poco.SVRG([torch.nn.Parameter(torch.zeros(D))], lr=0.1).inner_loop(data, batches())
     with pytest.raises(ValueError, match="params: 2 blocks"):
         poco.SVRG(torch.nn.Linear(3, 1).double().parameters(), lr=0.1).inner_loop(data, batches())
@@ -205,7 +205,7 @@ def test_data_that_do_not_fit() -> None:
     x, y = torch.randn(5, 2), torch.zeros(5)
     for arguments, says in (
         ((x, y[:4]), "y: shape"),
-        ((x[0], y), "x: torch.float32"),
+        ((x[0], y), r"x: torch\.float32"),
         ((x, y - 1.0), "y: -1 is no target of loss='logistic'"),
         ((x, y - 1.0, "poisson"), "give counts"),
         ((x, y, "hinge"), "loss='hinge'"),
