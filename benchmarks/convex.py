@@ -263,11 +263,11 @@ def table(content: dict[str, Any]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
-        for row in (row for row in rows if row["method"] == method):
-            for level in LEVELS:
-                own = row[f"{level:.0e}"]
-                seconds = own["seconds"]
-                cells.append("–" if seconds is None else f"{1e3 * seconds:.3g} ({own['passes']:.0f})")
+        known = {row["task"]: row for row in rows if row["method"] == method}
+        for name, level in itertools.product(names, LEVELS):
+            own = known.get(name, {}).get(f"{level:.0e}", {})
+            there = own.get("seconds") is not None
+            cells.append(f"{1e3 * own['seconds']:.3g} ({own['passes']:.0f})" if there else "–")
         lines.append([method, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -270,7 +270,7 @@ def test_solvers_do_several_classes(wine: Task) -> None:
 def test_solvers_need_scikit_learn(breast: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expfam_poco.compare.solvers.available", lambda: False)
     assert default_methods(breast) == [name for name in DEFAULT_METHODS if name not in ("saga", "lbfgs")]
-    with pytest.raises(InputError, match="--methods saga: it needs scikit-learn"):
+    with pytest.raises(InputError, match="saga: it needs scikit-learn"):
         check_settings(METHODS["saga"], {})
 
 

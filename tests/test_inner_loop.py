@@ -205,7 +205,7 @@ def test_data_that_do_not_fit() -> None:
     x, y = torch.randn(5, 2), torch.zeros(5)
     for arguments, says in (
         ((x, y[:4]), "y: shape"),
-        ((x[0], y), "x: torch.float32"),
+        ((x[0], y), r"x: torch\.float32"),
         ((x, y - 1.0), "y: -1 is no target of loss='logistic'"),
         ((x, y - 1.0, "poisson"), "give counts"),
         ((x, y, "hinge"), "loss='hinge'"),
