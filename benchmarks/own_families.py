@@ -4,7 +4,8 @@
     python benchmarks/own_families.py report    # the table into RESULTS.md
 
 Six small tasks, each with the family that suits its parameter. Every method gets the same evaluations of mini-batches
-and the best of three rates; what is left unsaid is the default. The table shows E_q[mean loss] + KL(q ‖ p₀)/N at the end.
+and the best of three rates; what is left unsaid is the default. The table shows E_q[mean loss] + KL(q ‖ p₀)/N at the
+end.
 `--quick` makes everything so short that it shows only that all works.
 """
 
