@@ -63,7 +63,7 @@ def _signals_raise() -> Iterator[None]:
 
 
 @contextmanager
-def _sentences(err: Console) -> Iterator[None]:
+def _sentences(err: Console, left: str = "nothing was written") -> Iterator[None]:
     """Turn wrong input into one sentence and exit code 2, and Ctrl-C and signals into 128 + their number."""
     from expfam_poco.errors import InputError
 
@@ -74,11 +74,11 @@ def _sentences(err: Console) -> Iterator[None]:
         _say(err, str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        _say(err, "stopped by Ctrl-C; nothing was written.")
+        _say(err, f"stopped by Ctrl-C; {left}.")
         raise typer.Exit(130) from None
     except _StoppedError as error:
         number = signal.Signals(error.args[0])
-        _say(err, f"stopped by {number.name}; nothing was written.")
+        _say(err, f"stopped by {number.name}; {left}.")
         raise typer.Exit(128 + number) from None
 
 
@@ -224,7 +224,7 @@ def reproduce(
     Interrupted, it continues where it was when called again.
     """
     out, err = Console(), Console(stderr=True)
-    with _sentences(err):
+    with _sentences(err, "finished runs are kept, and the same command continues"):
         from expfam_poco.compare.pool import WorkerError
         from expfam_poco.reproduce.job import Options
         from expfam_poco.reproduce.job import reproduce as run

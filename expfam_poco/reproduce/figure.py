@@ -23,10 +23,10 @@ TITLES = {
     "step": "optimizer steps",
     "evaluations": "gradient evaluations (mini-batches)",
     "passes": "passes over the data (all gradients counted)",
-    "loss": "loss (nats)",
-    "perplexity": "perplexity",
+    "loss": "held-out loss (nats)",
+    "perplexity": "held-out perplexity",
     "gap": "gap to the minimum",
-    "accuracy": "accuracy (%)",
+    "accuracy": "held-out accuracy (%)",
 }
 
 

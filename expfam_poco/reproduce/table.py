@@ -119,7 +119,7 @@ def claim_rows(results: Results) -> list[list[str]]:
 
 
 def gain_text(gains: Sequence[float | None], measure: str) -> str:
-    """The median of paired differences and their range; of gaps as a factor."""
+    """The median of paired differences and their range; of gaps as a factor, ∞ where only the other diverged."""
     from math import inf, isnan
 
     known = sorted(-inf if gain is None else gain for gain in gains)
@@ -135,7 +135,7 @@ def gain_text(gains: Sequence[float | None], measure: str) -> str:
 
 def _factor(power: float) -> str:
     if abs(power) > 300:
-        return "the other diverged" if power > 0 else "it diverged"
+        return "∞" if power > 0 else "0"
     value = 10.0**power
     return f"{value:.3g}" if 0.01 <= value < 1000 else f"{value:.1e}"
 
