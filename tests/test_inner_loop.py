@@ -1,6 +1,7 @@
 """Inner loops of generalised linear models: the steps of ordinary closures, in one call."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -226,3 +227,44 @@ def test_a_loop_that_overflows_takes_no_step(nonfinite: str) -> None:
         opt.inner_loop(data, batches(1)[0], refresh=True)
         assert opt._clock["skipped"] == 1
     assert not weight.any()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: (0.5 * (z - y).square()).mean(),
+        lambda z, y: torch.nn.functional.huber_loss(z, y),
+        lambda z, y: 0.5 * (z - y).square() + z.sum(),
+    ],
+    ids=["mean", "torch's default", "coupled"],
+)
+def test_losses_that_do_not_work_by_entries_are_refused(loss: Any) -> None:
+    with pytest.raises(ValueError, match="entry by entry"):
+        poco.GeneralisedLinear(torch.randn(6, 2), torch.randn(6), loss)
+
+
+def test_torch_s_losses_are_taken_without_reduction_and_schedulers_follow() -> None:
+    x = torch.randn(40, 3, dtype=torch.float64)
+    loss = partial(torch.nn.functional.huber_loss, reduction="none")
+    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = poco.SVRG([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for _ in range(2):
+        optimizer.inner_loop(poco.GeneralisedLinear(x, x.sum(1), loss), torch.arange(40).view(8, 5), refresh=True)
+        scheduler.step()
+    other = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    again = poco.SVRG([other], lr=0.1)
+    for rate in (0.1, 0.01):
+        again.param_groups[0]["lr"] = rate
+        again.refresh([lambda: loss(x @ other, x.sum(1)).mean()])
+        for rows in torch.arange(40).view(8, 5):
+            again.step(lambda rows=rows: loss(x[rows] @ other, x[rows].sum(1)).mean())
+    torch.testing.assert_close(weight, other, rtol=1e-12, atol=1e-12)
+
+
+def test_an_error_says_which_loop_it_is_of() -> None:
+    x = 100.0 * torch.randn(40, 3, dtype=torch.float64)
+    data = poco.GeneralisedLinear(x, x.sum(1), "squared")
+    optimizer = poco.SVRG([torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))], lr=3.0)
+    with pytest.raises(poco.NonFiniteError, match=r"Loop \d+ of 120, after those before it were taken: "):
+        optimizer.inner_loop(data, torch.arange(40).view(8, 5).expand(120, 8, 5), refresh=True)

@@ -160,7 +160,7 @@ class GeneralisedLinear:
         for name, value in (("x", self.x), ("y", self.y)):
             if not bool(torch.isfinite(value).all()):
                 raise NonFiniteError(f"{name}: not all of it is finite; leave such examples out.")
-        self.loss = Loss(loss) if callable(loss) else LOSSES[loss]
+        self.loss = _by_entries(Loss(loss), self.y) if callable(loss) else LOSSES[loss]
         self.loss.check(self.y)
 
     def __len__(self) -> int:
@@ -189,6 +189,22 @@ class GeneralisedLinear:
         return total
 
 
+def _by_entries(loss: Loss, y: Tensor) -> Loss:
+    """Refuse a loss that does not work entry by entry: a mean of them would be divided twice."""
+    target = y[:1].expand(1, 2)
+    margin = torch.zeros_like(target)
+    with torch.no_grad():
+        value = loss.value(margin, target)
+        other = loss.value(margin + margin.new_tensor([0.0, 0.5]), target)
+    if not isinstance(value, Tensor) or value.shape != target.shape or value[0, 0] != other[0, 0]:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"loss: for margins of shape {tuple(target.shape)} it gives {shape}, or one entry depends on another; give "
+            "ℓ entry by entry (of torch's losses with reduction='none'), the mean is taken here."
+        )
+    return loss
+
+
 def _sum(a: Measured, b: Measured) -> Measured:
     both = None if a.hessian is None or b.hessian is None else a.hessian + b.hessian
     return Measured(a.loss + b.loss, a.grad + b.grad, both)
@@ -205,10 +221,11 @@ def measure(loss: Loss, theta: Tensor, x: Tensor, y: Tensor, curvature: str) -> 
         curvature: "none", "diagonal" or "dense".
     """
     margin = _margins(theta, x)
-    slope = loss.slope(margin, y) / len(y)
+    y = y.expand_as(margin)
+    slope = loss.slope(margin, y) / len(x)
     hessian: Any = None
     if curvature != "none":
-        bend = loss.bend(margin, y) / len(y)
+        bend = loss.bend(margin, y) / len(x)
         hessian = _weighted(bend, x.square()) if curvature == "diagonal" else x.mT @ (bend.unsqueeze(-1) * x)
     return Measured(loss.value(margin, y).mean(-1), _weighted(slope, x), hessian)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Looping(Shell):
         What `step` does with `lambda: data.mean_loss(weight, rows)` for every row of `batches`, and `refresh` with
         `lambda: data.mean_loss(weight)` before: the same family, estimator, correction and rule, the same noise and
         counters, without autograd and with no looks at values in between. Ordinary steps, refreshes, checkpoints and
-        changes of rates may come between loops.
+        changes of rates may come between loops; hooks of steps are not called.
 
         Args:
             data: examples and loss; d is the number of weights.
@@ -60,7 +60,7 @@ class Looping(Shell):
                 estimators without gradients or with products, noise="independent" or "fixed", an adaptive α,
                 max_grad_norm, other anchors, several processes.
             NonFiniteError: if a loop would end outside of the domain or the finite numbers. None of its steps is taken
-                then; with nonfinite="skip" it is skipped as a whole.
+                then (its refresh and the loops before it are); with nonfinite="skip" it is skipped as a whole.
 
         Example:
             >>> import torch, expfam_poco as poco
@@ -80,15 +80,30 @@ class Looping(Shell):
         _check_batches(batches, data)
         self._require_one_process("inner_loop")
         self._settle(raising=True)
+        self._opt_called = True  # so that schedulers do not miss a step
         blocks = self._trainable()
         self._check_loop(blocks, data, compiled)
         try:
             with self._weights_restored(blocks):
                 if batches.ndim == 2:
                     return self._loop(blocks[0], data, batches, refresh, compiled)
-                return torch.stack([self._loop(blocks[0], data, own, refresh, compiled) for own in batches])
+                return torch.stack(list(self._loops(blocks[0], data, batches, refresh, compiled)))
         finally:
             self._layout.recover()
+
+    def _loops(
+        self, block: Block, data: GeneralisedLinear, batches: Tensor, refresh: bool, compiled: bool
+    ) -> Iterator[Tensor]:
+        """One after the other; an error says which one it is of."""
+        for number, own in enumerate(batches, 1):
+            try:
+                yield self._loop(block, data, own, refresh, compiled)
+            except NonFiniteError as error:
+                if number == 1:
+                    raise
+                raise NonFiniteError(
+                    f"Loop {number} of {len(batches)}, after those before it were taken: {error}"
+                ) from None
 
     def _check_loop(self, blocks: Sequence[Block], data: GeneralisedLinear, compiled: bool) -> None:
         """Refuse what no loop does."""
@@ -239,11 +254,11 @@ def _check_end(block: Block, moved: Moved, losses: Tensor) -> None:
 
 def _check_batches(batches: Tensor, data: GeneralisedLinear) -> None:
     arguments.instance("batches", batches, Tensor, "give a tensor of row numbers, M × B or R × M × B")
-    whole = not batches.is_floating_point() and not batches.is_complex() and batches.dtype.itemsize > 1
+    whole = batches.dtype in (torch.int32, torch.int64)
     if batches.ndim not in (2, 3) or not batches.numel() or not whole:
         raise ValueError(
-            f"batches: {batches.dtype} of shape {tuple(batches.shape)}; give the numbers of rows, M × B (or R × M × B) "
-            "integers."
+            f"batches: {batches.dtype} of shape {tuple(batches.shape)}; give the numbers of rows, M × B (or R × M × B "
+            "numbers, torch.int64 or int32)."
         )
     low, high = int(batches.min()), int(batches.max())
     if low < 0 or high >= len(data):

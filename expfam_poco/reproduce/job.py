@@ -101,7 +101,7 @@ def _one(figure: Figure, options: Options, workers: int, out: Console, err: Cons
         for curve in scale.curves
     }
     results = table.Results(figure, options.scale, scale, list(seeds), rates, runs)
-    show(results, out)
+    show(results, out, judged=not (options.quick or options.one_step))
     table.write(results, folder)
     written = "results.json, results.csv"
     if plotting_available():
@@ -145,13 +145,15 @@ def one_step(scale: Scale) -> Scale:
     return replace(scale, curves=tuple(curves))
 
 
-def show(results: table.Results, out: Console) -> None:
-    """The tables on a terminal."""
+def show(results: table.Results, out: Console, *, judged: bool) -> None:
+    """The tables on a terminal, and the claims where the runs are more than a trial."""
     if results.scale.cells:
         out.print(_terminal(table.cell_rows(results), results.figure.title))
     out.print(_terminal(table.curve_rows(results), results.figure.title))
     out.print("Medians over seeds; results.json has all.", style="dim", highlight=False)
-    for row in table.claim_rows(results)[1:]:
+    if not judged:
+        out.print("No claim is judged by a trial.", highlight=False)
+    for row in table.claim_rows(results)[1:] if judged else []:
         if row[0]:
             out.print(f"{row[5]}: {row[0]}", highlight=False, markup=False, soft_wrap=True)
         out.print(

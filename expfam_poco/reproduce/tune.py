@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from expfam_poco.errors import InputError
 from expfam_poco.reproduce.data import Source
 from expfam_poco.reproduce.figure import Curve, Scale
 from expfam_poco.reproduce.runs import Content, Job, run_all
@@ -45,9 +46,11 @@ def stored_rates(folder: Path) -> Mapping[str, float]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    rates: dict[str, float] = content["rates"]
-    return rates
+    try:
+        rates = json.loads(path.read_text(encoding="utf-8"))["rates"]
+        return {label: float(rate) for label, rate in rates.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: no rates can be read in it; delete it, or search anew with --tune.") from None
 
 
 def tune(
