@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ class Pool:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.together, self.until = folder, together, time.monotonic() + seconds
         context = multiprocessing.get_context("spawn")
-        self.workers = ProcessPoolExecutor(workers, context, one_thread)
+        self.workers: Executor = ProcessPoolExecutor(workers, context, one_thread) if workers else ThreadPoolExecutor(1)
 
     def _gangs(self, jobs: Sequence[Job], common: Settings) -> list[tuple[list[Job], list[tuple[Settings, Path]]]]:
         """Jobs for the same worker; those without a graph go alone."""
@@ -218,6 +218,8 @@ class Pool:
     def losses(self, jobs: Sequence[Job], common: Settings, words: str) -> dict[Job, float]:
         """The loss of every job that was begun in time; infinite for one that diverged."""
         found: dict[Job, float] = {}
+        if time.monotonic() > self.until:
+            return found
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             line = progress.add_task(words, total=len(jobs))
@@ -358,7 +360,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="nano")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None, help="float32, or bf16 (of a GPU, unless it is given)")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
     parser.add_argument("--together", type=int, default=1, help="runs that take turns in a worker; of a GPU, 8")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--runs", type=Path, default=Path("build/transport"), help="folder of single runs")

@@ -25,6 +25,18 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, datab
 settings.load_profile("reproducible")
 
 
+# Optimizers that differ from another one by numbers or by a step's last line: in loops of others they repeat it.
+REPEATED = {"VSGDPoCo", "VON", "IVONPoCo", "diagonal-gradsq", "bernoulli-mean", "AlphaSVRG-SGD", "VSGD-official"}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """In tests of training loops, habits and peers, what repeats another case is slow."""
+    of_loops = item.path.name.startswith(("test_loop_", "test_habits")) or item.path.parent.name == "peers"
+    name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
+    if of_loops and isinstance(name, str) and name in REPEATED:
+        item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let pytest-xdist see its groups; skip tests marked `cuda` where there is no CUDA device.

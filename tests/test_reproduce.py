@@ -32,7 +32,13 @@ from expfam_poco.reproduce.tune import _beyond, best, rates_of
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_AND_PAPER = [(name, scale) for name in FIGURES for scale in ("small", "paper")]
 HERE = Source()
-LONG = ("fig3", "fig6", "table1")  # the fast tests have a figure of each kind: text, convex, pictures, a table
+LONG = (
+    "fig3",
+    "fig4",
+    "fig6",
+    "fig7",
+    "table1",
+)  # the fast tests have a figure of each kind: text, convex, pictures, a table
 
 
 def invoke(*words: str) -> Any:

@@ -47,7 +47,11 @@ def distinct() -> list[Any]:
             key = f"{name}: {curve.recipe.problem}"
             if key not in found or (curve.recipe.corrected and not found[key].recipe.corrected):
                 found[key] = curve
-    return [pytest.param(curve, id=key[:60]) for key, curve in found.items() if "Convex" not in key]
+    return [
+        pytest.param(curve, id=key[:60], marks=pytest.mark.slow if key.startswith("fig5") else ())  # as fig4's, wider
+        for key, curve in found.items()
+        if "Convex" not in key
+    ]
 
 
 @pytest.mark.parametrize("curve", distinct())

@@ -225,6 +225,7 @@ def test_weights_in_double_precision_have_tensors_in_it() -> None:
     assert optimizer.posterior()["w"].sample().dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_a_float_field_compiles_to_what_the_literal_compiles_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same graph for the compiler, so that a field costs nothing in a large model's step."""
     graphs: list[list[str]] = []

@@ -97,7 +97,7 @@ def check(name: str) -> None:
 
 def points(name: str, task: Task, seed: int, passes: float) -> Iterator[Any]:
     """What a solver passes through within a budget of passes, from θ = 0, on one thread."""
-    from threadpoolctl import threadpool_limits  # scikit-learn brings it
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]  # of scikit-learn
 
     with threadpool_limits(1):
         return SOLVERS[name](task, seed, passes)

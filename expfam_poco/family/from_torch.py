@@ -92,7 +92,7 @@ def from_torch(distribution: type[Distribution], **fixed: float) -> ExponentialF
         ) from error
     torchs_own = issubclass(distribution, TorchFamily) and not fixed
     formulas = _stated(member) if torchs_own and len(member.natural(member.middle)) == member.size else _ratios(member)
-    shown = ", ".join(f"{name}={value:g}" for name, value in fixed.items())
+    shown = ", ".join(f"{name}={value!r}" for name, value in fixed.items())
     support = member.at(member.middle).support
     return family_from(name=f"{distribution.__name__}({shown})", support=support, **formulas)
 

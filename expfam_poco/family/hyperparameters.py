@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _DIGESTS: Any = WeakIdKeyDictionary()  # of tensors, with the version of which it is
+_OWNED: Any = WeakIdKeyDictionary()  # copies that families have made
 
 
 class Values(NamedTuple):
@@ -133,10 +134,11 @@ def _own(value: Tensor, name: str) -> float | Tensor:
     if value.ndim == 0:
         number: float = value.item()
         return number
-    if value in _DIGESTS and not value.requires_grad:
-        return value  # ours, or compared already
+    if value in _OWNED:
+        return value
     with torch.inference_mode(False):
         made = value.detach().clone()
+    _OWNED[made] = True
     Values.of(made)
     return made
 

@@ -126,8 +126,9 @@ class Tables:
 
     def _looked_up(self, levels: list[Cells], nat: Tensor, look_up: Callable[..., None]) -> Tensor:
         """Call look_up(values, rows, places, weights) for those in filled cells, the widest there are; the others."""
-        y = torch.nan_to_num(torch.asinh(nat) if self._bound is None else self._bound.inv(nat), 0.0, 0.0, 0.0)
-        rest = torch.arange(len(nat))
+        y = torch.asinh(nat) if self._bound is None else self._bound.inv(nat)
+        inside = torch.isfinite(y) & torch.isfinite(nat)
+        rest, outside = inside.nonzero().squeeze(-1), (~inside).nonzero().squeeze(-1)
         for level, cells in enumerate(levels):
             if not len(rest):
                 break
@@ -138,7 +139,7 @@ class Tables:
                 if cells.values is not None and len(some):
                     look_up(cells.values, rows[some], 2.0 * (scaled - number)[some] - 1.0, rest[some])
             rest = rest[rows < 0]
-        return rest
+        return torch.cat([rest, outside])
 
     def _nats(self, level: int, number: int, places: Tensor) -> Tensor:
         y = WIDE / 2**level * (number + 0.5 * (places + 1.0))

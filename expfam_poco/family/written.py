@@ -161,6 +161,12 @@ class Written(ExponentialFamily):
             if bool((off.abs() <= 1e-9 * (1.0 + goal.abs())).all()):
                 return nat
             x = x + off
+        far = (off.abs() > 1e-3 * (1.0 + goal.abs())).broadcast_to(theta.shape)
+        if bool(far.any()):
+            raise ValueError(
+                f"params: no member of {type(self).__name__} was found about the weight {float(theta[far][0]):.6g} in "
+                f"{CENTRE_TRIES} tries; begin where its draws are, or write it by family_from(…, centred_at=…)."
+            )
         return nat
 
     def _start(self, like: Tensor) -> Any:

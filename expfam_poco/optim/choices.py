@@ -31,7 +31,7 @@ ONE_RATE: Mapping[str, Any] = {"lr_scale": 1.0, "kl_weight": 1.0, "strength": 1.
 
 
 class OwnRateScale(float):
-    """A group's `lr_convention` where weights have rates of their own; with one rate for all it is 1.
+    """A group's `lr_convention` or `kl_weight` where weights have rates of their own; with one rate for all it is 1.
 
     Example:
         >>> from expfam_poco.optim.choices import OwnRateScale
@@ -67,13 +67,14 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
 
 
 def scaled(params: Any, *, own: bool) -> Any:
-    """The parameters, where groups have an `OwnRateScale`: as a number, or 1 where all weights have one rate."""
+    """The parameters, where groups have numbers for own rates: as such, or 1 where all weights have one rate."""
     if not isinstance(params, list | tuple) or not any(isinstance(group, dict) for group in params):
         return params
-    name, found = "lr_convention", []
+    found = []
     for group in params:
-        scaled = isinstance(group, dict) and isinstance(group.get(name), OwnRateScale)
-        found.append({**group, name: float(group[name]) if own else 1.0} if scaled else group)
+        named = group if isinstance(group, dict) else {}
+        scales = {name: value for name, value in named.items() if isinstance(value, OwnRateScale)}
+        found.append({**group, **{n: float(v) if own else 1.0 for n, v in scales.items()}} if scales else group)
     return found
 
 

@@ -264,7 +264,7 @@ class IVON(IVONPoCo):
 class BayesBiNNPoCo(Named):
     """BayesBiNN with posterior correction: weights in {−1, +1} with a Bernoulli posterior (PC Eq. 13, 18).
 
-        ĝ = ĝ_in − α (ĝ_out − ḡ_out),     m ← β m + (1−β) (N ĝ + λ − λ₀),     λ ← λ − η m/(1−βᵗ)
+        ĝ = ĝ_in − α (ĝ_out − ḡ_out),     m ← β m + (1−β) ĝ,     λ ← λ − ηᵢ [(N/T) m/(1−βᵗ) + λ − λ₀]
 
     with ĝ the estimator's natural gradient of the mean loss; noise is shared between λ_in and λ_out.
 

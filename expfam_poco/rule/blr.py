@@ -256,7 +256,8 @@ def own_rates(
         if name in squares:
             axes = tuple(range(-dims, 0))
             square = squares[name].mean(axes, keepdim=True) if axes else squares[name]
-            value = value / (ess * (square / unsquare).sqrt() + rate).clamp_min(TINY)
+            scale = ess * (square / unsquare).sqrt() + rate
+            value = value / torch.where(scale < TINY, 1.0, scale)
         found.append(value)
     return type(direction)(*found)
 

@@ -57,7 +57,8 @@ def binarize_groups(
     kept stay real. Parameters that require no gradient are left out. Whether activations are binary is the model's
     choice. Other modules with matrices of weights (`nn.MultiheadAttention`, whose q, k and v are no `nn.Linear`,
     `nn.LSTM`) stay real, and a warning names them; so does one where binary layers follow each other in a model
-    without any normalisation: there a step is three tenths as long (`lr_convention` 30 in place of 100).
+    without any normalisation: there a step of signs is three tenths as long (`lr_convention` 30 in place of 100), and
+    few levels may not learn.
 
     Args:
         model: the network. Names are those within wrappers (`torch.compile`, `DataParallel`), or those with them.
@@ -120,7 +121,7 @@ def binarize_groups(
         )
     _warn_of_what_stays_real(modules, chosen, kept, layers)
     few = {} if levels is None else few_levels(levels)  # without: of the optimizer's own Bernoulli family
-    if _lacks_normalisation(modules, chosen):
+    if _lacks_normalisation(modules, chosen, few=levels is not None):
         few = {"lr_convention": UNNORMALISED, **few}
     groups: list[dict[str, Any]] = [{"params": signs, **few, **(binary or {})}]
     if rest:
@@ -209,7 +210,7 @@ def _terms(weight: Tensor) -> int:
     return weight[0].numel() if weight.ndim > 1 and len(weight) else 0
 
 
-def _lacks_normalisation(modules: Mapping[str, nn.Module], chosen: set[int]) -> bool:
+def _lacks_normalisation(modules: Mapping[str, nn.Module], chosen: set[int], *, few: bool) -> bool:
     """Whether two binary layers or more of long sums have nothing known to bring these back to size 1; it is said."""
     weights = {name: _weights_of(module).values() for name, module in modules.items()}
     binary = [name for name, own in weights.items() if any(id(p) in chosen and _terms(p) >= FEW for p in own)]
@@ -218,10 +219,15 @@ def _lacks_normalisation(modules: Mapping[str, nn.Module], chosen: set[int]) -> 
     unknown = any(not type(module).__module__.startswith("torch.") for module in leaves)  # it may hold a factor
     lacks = len(binary) > 1 and not scaling and not unknown
     if lacks:
+        so = (
+            "and initial weights far below the levels are 0 in every draw, so that it may not learn at all"
+            if few
+            else "so steps are shorter and the accuracy is lower"
+        )
         warnings.warn(
             f"model: its binary layers ({binary[0]!r} to {binary[-1]!r}) have no normalisation after them; a sum of n "
-            "terms of size 1 has size √n, so steps are shorter and the accuracy is lower. Put nn.BatchNorm1d "
-            "(BatchNorm2d) after each, or divide by √n in `forward`.",
+            f"terms of size 1 has size √n, {so}. Put nn.BatchNorm1d (BatchNorm2d) after each, or divide by √n in "
+            "`forward`" + (", and begin with weights of the levels' size." if few else "."),
             stacklevel=3,
         )
     return lacks

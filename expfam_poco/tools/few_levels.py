@@ -54,4 +54,5 @@ def few_levels(
     strength = sharp / gap**2
     rms = math.sqrt(sum((gap * k) ** 2 for k in range(1, count)) / (count - 1))
     member = family(levels=values, strength=strength)
-    return {"family": member, "lr_convention": OwnRateScale(reach * strength * rms / SIGNS_LR), "kl_weight": kl_weight}
+    scale = OwnRateScale(reach * strength * rms / SIGNS_LR)
+    return {"family": member, "lr_convention": scale, "kl_weight": OwnRateScale(kl_weight)}
