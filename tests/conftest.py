@@ -31,7 +31,10 @@ REPEATED = {"VSGDPoCo", "VON", "IVONPoCo", "diagonal-gradsq", "bernoulli-mean", 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """In tests of training loops, habits and peers, what repeats another case is slow."""
-    of_loops = item.path.name.startswith(("test_loop_", "test_habits")) or item.path.parent.name == "peers"
+    of_loops = (
+        item.path.name.startswith(("test_loop_", "test_habits", "test_optimizer_", "test_checkpoints"))
+        or item.path.parent.name == "peers"
+    )
     name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
     if of_loops and isinstance(name, str) and name in REPEATED:
         item.add_marker(pytest.mark.slow)

@@ -128,6 +128,7 @@ def test_ivon_poco_on_breast_cancer(breast: Task) -> None:
     assert median_gap(breast, "IVON-PoCo-literal") >= 3 * np.median([c.gaps[-1] for c in corrected])
 
 
+@pytest.mark.slow
 def test_ivon_poco_with_exact_curvature_on_breast_cancer(breast: Task) -> None:
     assert median_gap(breast, "IVON-PoCo-exact") <= 1e-6
 

@@ -52,6 +52,7 @@ def test_quantised_networks_learn() -> None:
         assert accuracy > 0.8  # chance is 0.1
 
 
+@pytest.mark.slow
 def test_calibration_draws_are_likelier_than_their_point_and_doubt_noisy_images(tmp_path: Path) -> None:
     output = run("calibration.py", "--seeds", "1", "--plot", str(tmp_path / "reliability.png"))
     number = r" +│ +([\d.]+)"
@@ -86,7 +87,7 @@ def test_positive_weights_keep_their_constraints() -> None:
 
 
 @loops_of_others
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_a_pretrained_transformer_is_fine_tuned(full: bool) -> None:
     # 30 steps of one layer; chance is 0.25 on 64 examples or more, standard error 0.054.
     method = "AdamW + alpha-SVRG" if full else "IVON-PoCoMo"

@@ -213,7 +213,8 @@ def test_looking_is_noticed(cuda: Cuda) -> None:
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 @pytest.mark.parametrize(
-    ("case", "many"), [("IVONPoCoMo", 300), ("IVON-3", 60), ("norm-clipping", 60), ("bernoulli", 60)]
+    ("case", "many"),
+    [pytest.param("IVONPoCoMo", 300, marks=pytest.mark.slow), ("IVON-3", 60), ("norm-clipping", 60), ("bernoulli", 60)],
 )
 def test_as_many_operations_for_hundreds_of_tensors_as_for_ten(cuda: Cuda, case: str, many: int) -> None:
     found = []

@@ -25,7 +25,10 @@ def losses(log: Path) -> dict[int, str]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
-@pytest.mark.parametrize(("optimizer", "kills", "steps"), [("IVONPoCoMo", 30, 300), ("AlphaSVRG", 15, 200)])
+@pytest.mark.parametrize(
+    ("optimizer", "kills", "steps"),
+    [("IVONPoCoMo", 30, 300), pytest.param("AlphaSVRG", 15, 200, marks=pytest.mark.slow)],
+)
 def test_a_run_killed_at_random_equals_an_undisturbed_one(
     optimizer: str, kills: int, steps: int, tmp_path: Path
 ) -> None:

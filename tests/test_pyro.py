@@ -138,7 +138,7 @@ def test_eight_schools_without_a_rate() -> None:
     assert abs(found - negative_elbo) < 10.0  # the guide's own trace is of the same density
 
 
-@pytest.mark.parametrize(("schools", "seed"), [(60, 0), (30, 3)])
+@pytest.mark.parametrize(("schools", "seed"), [pytest.param(60, 0, marks=pytest.mark.slow), (30, 3)])
 def test_a_start_that_leads_astray_is_taken_back(schools: int, seed: int) -> None:
     """Batches of local latents: the spread of one ran to 0 where the model fails, that of the other got stuck there."""
     torch.manual_seed(seed)

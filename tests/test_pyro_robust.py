@@ -13,7 +13,9 @@ from expfam_poco.integrations.pyro import NaturalVI
 from expfam_poco.integrations.pyro.rates import Rates
 
 
-@pytest.mark.parametrize(("between", "within", "steps"), [(3.0, 10.0, 300), (0.1, 1.0, 100)])
+@pytest.mark.parametrize(
+    ("between", "within", "steps"), [pytest.param(3.0, 10.0, 300, marks=pytest.mark.slow), (0.1, 1.0, 100)]
+)
 def test_local_latents_follow_the_others(between: float, within: float, steps: int) -> None:
     """All Gaussian, in batches: the exact posterior, however close they are coupled.
 

@@ -40,7 +40,9 @@ def flat_blocks(opt: Any) -> list[flat.FlatBlock]:
 # ---- tiles -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
+)
 @every_case
 def test_cut_tensors_give_the_same_numbers(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tiles of 256 and 512 entries, each block by itself, as side by side and as one tile."""

@@ -14,7 +14,7 @@ from expfam_poco.cli import app
 script = load_script(Path(__file__).resolve().parents[1] / "benchmarks" / "worth.py")
 
 
-@pytest.mark.parametrize("name", ["worth", "worth-text"])
+@pytest.mark.parametrize("name", ["worth"])
 def test_the_stored_numbers_are_the_table(name: str) -> None:
     content = json.loads((script.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert set(content["rows"]) == set(script.METHODS)
@@ -22,7 +22,10 @@ def test_the_stored_numbers_are_the_table(name: str) -> None:
     assert table in script.PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("problem", [script.Digits(), script.Text("nano", context=16, rows=2, samples=12)])
+TEXT = pytest.param(script.Text("nano", context=16, rows=2, samples=12), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("problem", [script.Digits(), TEXT])
 def test_the_benchmark_runs(problem: Any) -> None:
     methods = {name: script.METHODS[name] for name in ("plain", "cached, alpha 1")}
     found = script.run(problem, 30, script.RATES[1:2], range(2), script.Workers(1), methods)

@@ -47,7 +47,7 @@ class Cells:
         >>> from expfam_poco.family.tables import Cells
         >>> cells = Cells(lambda number: torch.tensor([float(number)]) if number else None)
         >>> cells.rows(torch.tensor([3, 0, 3]))
-        tensor([0, -1, 0])
+        tensor([ 0, -1,  0])
     """
 
     def __init__(self, fill: Callable[[int], Tensor | None]) -> None:
