@@ -30,13 +30,18 @@ REPEATED = {"VSGDPoCo", "VON", "IVONPoCo", "diagonal-gradsq", "bernoulli-mean", 
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """In tests of training loops, habits and peers, what repeats another case is slow."""
+    """In tests of training loops, habits and peers, what repeats another case is slow; so are edges in float64.
+
+    A member that breaks a law near the edge of its domain breaks it in float32 first.
+    """
     of_loops = (
         item.path.name.startswith(("test_loop_", "test_habits", "test_optimizer_", "test_checkpoints"))
         or item.path.parent.name == "peers"
     )
     name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
     if of_loops and isinstance(name, str) and name in REPEATED:
+        item.add_marker(pytest.mark.slow)
+    if item.path.name == "test_conformance.py" and item.name.startswith("test_edges") and "float64" in item.name:
         item.add_marker(pytest.mark.slow)
 
 

@@ -118,6 +118,7 @@ def test_svrg_on_breast_cancer(breast: Task) -> None:
     assert median_gap(breast, "SGD") > 5e-5
 
 
+@pytest.mark.slow
 def test_ivon_poco_on_breast_cancer(breast: Task) -> None:
     corrected = [run(breast, "IVON-PoCo", 50 + seed) for seed in range(3)]
     assert np.median([curve.gaps[-1] for curve in corrected]) <= 5e-6

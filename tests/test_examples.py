@@ -30,6 +30,7 @@ def test_digits_network_trains_all_three_methods() -> None:
         assert float(nll) < 1.5
 
 
+@pytest.mark.slow
 def test_exponentiated_svrg_gets_closer_with_correction() -> None:
     found = re.findall(r"distance to least squares (\S+)", run("exponentiated_svrg.py", "--steps", "400"))
     plain, corrected = map(float, found)

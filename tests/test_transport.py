@@ -28,7 +28,7 @@ MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "VON": lambda p, **c: poco.VON(p, **{"lr": 0.05, "ess": 24.0, "momentum": 0.5, "seed": 1, **c}),
     "IVON": lambda p, **c: poco.IVON(p, **{**IVON, **c}),
     "IVONPoCo": lambda p, **c: poco.IVONPoCo(p, **{**IVON, "alpha": 0.0, **c}),
-    "BayesBiNN": lambda p, **c: poco.BayesBiNN(p, **{"lr": 0.01, "ess": 24.0, "seed": 1, **c}),
+    "BayesBiNN": lambda p, **c: poco.BayesBiNN(p, **{"lr": 0.01, "ess": 24.0, "strength": 1.0, "seed": 1, **c}),
     "AdamW": lambda p, **c: poco.AlphaSVRG(torch.optim.AdamW(p, lr=0.02), **{"alpha": 0.0, **c}),
     "SGD": lambda p, **c: poco.AlphaSVRG(torch.optim.SGD(p, lr=0.05, momentum=0.9), **{"alpha": 0.0, **c}),
 }
