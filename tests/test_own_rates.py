@@ -263,3 +263,21 @@ def test_a_next_task_with_the_defaults_forgets_less() -> None:
         poco.recalibrate_batchnorm(model, [x[old]])
         found[use] = float((model.eval()(x[old]).argmax(-1) == y[old]).float().mean())
     assert found[True] > found[False] + 0.2
+
+
+def test_a_rate_of_zero_without_any_gradient_is_no_step() -> None:
+    """As in a warm-up from 0 over inputs that are always 0."""
+    family = poco.resolve_family("bernoulli")
+    direction = family.Site(torch.tensor([10.0, 10.0]))
+    found = poco.blr.own_rates(family, direction, {"theta": torch.tensor([0.0, 1.0])}, (0.0,), ess=10.0).theta
+    assert bool(torch.isfinite(found).all()) and bool((0.0 * found == 0.0).all())
+    model = torch.nn.Linear(4, 2)
+    optimizer = poco.BayesBiNN(poco.binarize_groups(model), ess=10.0, lr=0.0)
+    optimizer.step(lambda: model(torch.tensor([[0.0, 1.0, 2.0, 0.0]])).square().mean())
+
+
+def test_few_levels_without_own_rates_have_none_of_their_numbers() -> None:
+    group = poco.binarize_groups(torch.nn.Linear(20, 3), levels=(-1.0, 0.0, 1.0))
+    one = poco.BayesBiNN(group, ess=100.0, square_momentum=None).param_groups[0]
+    own = poco.BayesBiNN(group, ess=100.0).param_groups[0]
+    assert (one["kl_weight"], one["lr_convention"]) == (1.0, 1.0) and own["kl_weight"] == 1e-4

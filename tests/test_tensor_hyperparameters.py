@@ -260,3 +260,13 @@ def test_a_float_field_compiles_to_what_the_literal_compiles_to(monkeypatch: pyt
     assert len(literal) == len(field) > 0
     for one, other in zip(literal, field, strict=True):
         assert [line.split("#")[0] for line in one.splitlines()] == [line.split("#")[0] for line in other.splitlines()]
+
+
+def test_an_optimizer_s_family_keeps_a_copy_of_a_tensor_that_was_compared() -> None:
+    given = WIDTHS.clone()
+    family = RelativeWidth(given)
+    assert family == RelativeWidth(given)  # which reads the tensor's values
+    weight = torch.nn.Parameter(torch.ones(COUNT))
+    optimizer = poco.PosteriorCorrected([("w", weight)], family, lr=1e-3, ess=10.0)
+    given.mul_(2.0)
+    assert torch.equal(optimizer.param_groups[0]["family"].width, WIDTHS)

@@ -351,3 +351,24 @@ def test_a_step_that_does_not_compile_is_found() -> None:
         result = suite.judge(COMPILED, suite.specimens_of(family, dtypes=(torch.float32,), shape=(20,)))
         assert result.passed is passed, result.detail
         assert passed or "compiling fails" in result.detail
+
+
+def test_a_weight_that_no_member_is_found_about_is_refused() -> None:
+    gumbel = poco.from_torch(torch.distributions.Gumbel, scale=0.5)
+    weight = torch.nn.Parameter(torch.tensor([100.0]))
+    optimizer = poco.PosteriorCorrected([("w", weight)], gumbel, lr=0.0, ess=10.0)
+    with pytest.raises(ValueError, match=r"no member of .* was found about the weight 100"):
+        optimizer.step(lambda: weight.sum() * 0.0)
+    assert weight.item() == 100.0
+
+
+def test_tables_are_not_asked_outside_of_the_domain() -> None:
+    family = poco.family_from(
+        T={"theta": lambda theta: theta},
+        support=torch.distributions.constraints.nonnegative,
+        domain={"theta": torch.distributions.constraints.less_than(0.0)},
+    )
+    inside = family.Nat(torch.tensor([-1.0, -2.0], dtype=torch.float64))
+    torch.testing.assert_close(family.log_partition(inside), -(-inside.theta).log(), rtol=1e-9, atol=1e-9)
+    outside = family.log_partition(family.Nat(torch.tensor([math.nan, 1.0], dtype=torch.float64)))
+    assert not bool(torch.isfinite(outside).any())
