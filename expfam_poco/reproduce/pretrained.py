@@ -47,9 +47,8 @@ class Sentences:
         return ImageProblem(Classifier(self.layers).to(source.device), paragraphs(), seed, part, source.device)
 
 
-@functools.cache
-def paragraphs() -> Pictures:
-    """Token numbers, padded with 0, and groups, the same number of each: three fifths to train with."""
+def grouped_topics() -> dict[str, list[str]]:
+    """The paragraphs of every group of topics."""
     from pydoc_data.topics import topics
 
     found: dict[str, list[str]] = {}
@@ -57,6 +56,13 @@ def paragraphs() -> Pictures:
         text = "\n\n".join(topics[topic] for topic in members.split() if topic in topics)
         blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
         found[name] = sorted({block for block in blocks if len(block) > 80})
+    return found
+
+
+@functools.cache
+def paragraphs() -> Pictures:
+    """Token numbers, padded with 0, and groups, the same number of each: three fifths to train with."""
+    found = grouped_topics()
     size = min(len(blocks) for blocks in found.values())
     generator = torch.Generator().manual_seed(0)
     chosen = [blocks[i] for blocks in found.values() for i in torch.randperm(len(blocks), generator=generator)[:size]]
