@@ -329,6 +329,56 @@ def test_table_and_picture(tmp_path: Path) -> None:
         found["cached"]
 
 
+# ---- the present setting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choices, law",
+    [
+        ({"alpha": 0.0}, BatchLaw(1)),
+        ({"alpha": 0.5}, SnapshotLaw(6, 4, 0.5, fresh=1 - 4 / 40)),
+        ({"alpha": 0.25, "correction": "recursive"}, RecursiveLaw(0.25)),
+        ({"alpha": 0.0, "transport": 0.3, "momentum": 0.8}, MomentumLaw(0.8, 0.3)),
+        ({"correction": "none"}, BatchLaw(1)),
+    ],
+)
+def test_diagnostics_have_the_worth_of_the_present_setting(choices: dict[str, Any], law: Law) -> None:
+    model, batches = Quadratic(300), noises(40, 300)
+    optimizer = poco.PosteriorCorrected(model.parameters(), "isotropic_gaussian", 1e-3, 1e4, seed=0, **choices)
+    if isinstance(law, SnapshotLaw):  # six steps from refresh to refresh
+        for start in (0, 6):
+            optimizer.refresh([model.closure(batch) for batch in batches[start : start + 4]])
+            for batch in batches[start : start + 6]:
+                optimizer.step(model.closure(batch))
+    assert "predicted_worth" not in optimizer.diagnostics()
+    found = poco.worth(model, optimizer, model.closure, batches, corrections=(), transports=(), every=6, size=4)
+    row = next(row for row in found.rows if row.law == law)
+    assert optimizer.diagnostics()["predicted_worth"] == row.worth == worth_of(law, found.pairs)
+
+
+def test_the_worth_goes_with_alpha_and_a_correction_without_a_law_has_none() -> None:
+    class Own(poco.correction.Snapshot):
+        pass
+
+    model, batches = Quadratic(300), noises(40, 300)
+    for correction in (poco.correction.Snapshot(), Own()):
+        optimizer = poco.SVRG(model.parameters(), lr=1e-3, alpha=1.0, correction=correction)
+        optimizer.refresh([model.closure(batch) for batch in batches[:4]])
+        optimizer.step(model.closure(batches[0]))
+        found = poco.worth(model, optimizer, model.closure, batches)
+        assert ("predicted_worth" in optimizer.diagnostics()) == (type(correction) is not Own)
+    base = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = poco.AlphaSVRG(base, alpha=1.0)
+    found = poco.worth(model, optimizer, model.closure, batches, size=10, every=10)
+    for alpha in (0.4, 0.8):
+        optimizer.alpha = alpha
+        optimizer.refresh([model.closure(batch) for batch in batches[:10]])
+        for batch in batches[:10]:
+            optimizer.step(model.closure(batch))
+        law = SnapshotLaw(10, 10, alpha, fresh=0.75)
+        assert optimizer.diagnostics()["predicted_worth"] == pytest.approx(worth_of(law, found.pairs))
+
+
 # ---- no traces, and refusals --------------------------------------------------------------------------------
 
 

@@ -21,9 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from expfam_poco.correction.worth import BatchLaw, Law
 from expfam_poco.family import fields
 
 if TYPE_CHECKING:
+    from expfam_poco.correction.alpha import Pace
     from expfam_poco.family.base import ExponentialFamily
 
 
@@ -146,6 +148,20 @@ class Correction(ABC):
     def after_step(self, family: ExponentialFamily, memory: Any, before: Any, after: Any, found: Corrected) -> Any:
         """The memory after a step from `before` to `after` along `found`."""
         return memory
+
+    def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
+        """The noise that it leaves and what it costs, from which its worth is foretold (`correction.worth`).
+
+        Args:
+            alpha: α of the momentum block, above 0 where there is a reference.
+            beta: β₁ of the momentum.
+            pace: how often it is refreshed, and from how many mini-batches.
+            batches: N_b of the data, infinite where none comes twice.
+
+        Returns:
+            the plain rule's where nothing is evaluated elsewhere; else None, for a correction that states no law.
+        """
+        return None if self.compares or self.moves else BatchLaw()
 
     @property
     def follows_steps(self) -> bool:

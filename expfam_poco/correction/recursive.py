@@ -29,9 +29,11 @@ import torch
 
 from expfam_poco.correction.base import Averaging, Corrected
 from expfam_poco.correction.snapshot import Outer, Snapshot
+from expfam_poco.correction.worth import Law, RecursiveLaw
 from expfam_poco.family import fields
 
 if TYPE_CHECKING:
+    from expfam_poco.correction.alpha import Pace
     from expfam_poco.family.base import ExponentialFamily
 
 
@@ -59,3 +61,7 @@ class Recursive(Snapshot):
     def after_step(self, family: ExponentialFamily, memory: Any, before: Any, after: Any, found: Corrected) -> Outer:
         """λ_t and d_t, the site with its anchor term."""
         return Outer(before, found.total())
+
+    def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
+        """STORM's; none at α = 1, where it never forgets, or with refreshes, which end the recursion."""
+        return RecursiveLaw(alpha) if alpha < 1.0 and not pace.chunks else None

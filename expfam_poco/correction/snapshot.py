@@ -24,6 +24,7 @@ from torch import Tensor
 from expfam_poco.arguments import is_real, shown
 from expfam_poco.correction.alpha import AdaptiveAlpha, MegaBatchAlpha, Pace
 from expfam_poco.correction.base import Averaging, Corrected, Correction
+from expfam_poco.correction.worth import Law, SnapshotLaw
 from expfam_poco.family import fields
 
 if TYPE_CHECKING:
@@ -194,6 +195,12 @@ class Snapshot(Correction):
             reanchor_average=how.reanchor,
             anchor_weight=how.anchor_weight,
         )
+
+    def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
+        """Of a mega-batch; none before the first, and none for a subclass, which states its own."""
+        if type(self) is not Snapshot or not pace.chunks:
+            return None
+        return SnapshotLaw(pace.steps, pace.chunks, alpha, SnapshotLaw.error_share(pace.chunks, batches))
 
 
 def outer_from_posterior(family: ExponentialFamily, posterior: Any, prior: Any, ess: float) -> Outer:

@@ -36,8 +36,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from expfam_poco.arguments import shown
 from expfam_poco.correction.base import Corrected, Correction
+from expfam_poco.correction.worth import BatchLaw, Law, MomentumLaw
 
 if TYPE_CHECKING:
+    from expfam_poco.correction.alpha import Pace
     from expfam_poco.family.base import ExponentialFamily
 
 
@@ -91,6 +93,10 @@ class Transported(Correction):
     def after_step(self, family: ExponentialFamily, memory: Any, before: Any, after: Any, found: Corrected) -> Previous:
         """λ_t becomes the previous posterior."""
         return Previous(before)
+
+    def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
+        """A momentum's, from gradients taken ahead; without momentum the plain rule's."""
+        return MomentumLaw(beta, self.gamma) if beta > 0.0 else BatchLaw()
 
 
 def transported(correction: Correction, transport: float, alpha: Any) -> Correction:

@@ -175,6 +175,11 @@ class SnapshotLaw(Law):
         alpha = pairs.cross / (pairs.outer * (1.0 + fresh * every / size)) if pairs.outer > 0.0 else 0.0
         return cls(every, size, min(max(alpha, 0.0), 1.0), fresh)
 
+    @staticmethod
+    def error_share(size: int, batches: float) -> float:
+        """φ = 1 − K/N_b."""
+        return 1.0 - min(size / batches, 1.0)
+
     @property
     def label(self) -> str:
         """With K, M and α."""

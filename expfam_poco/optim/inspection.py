@@ -16,6 +16,7 @@ from expfam_poco.closures.evaluate import Closure, Request, check_chunks, evalua
 from expfam_poco.correction import snapshot
 from expfam_poco.correction.alpha import AdaptiveAlpha, Pace, Staleness
 from expfam_poco.correction.paired_variance import PairedVariance
+from expfam_poco.correction.worth import BatchLaw, Pairs, worth_of
 from expfam_poco.engine.beginning import prior_of
 from expfam_poco.engine.block import Block, singular_error
 from expfam_poco.engine.noise_plan import ELBO, SAMPLE, draw_noise
@@ -135,6 +136,9 @@ def _marginals(block: Block, state: Any) -> dict[str, Any]:
 class Inspection(Shell):
     """The questions that a `PosteriorCorrected` answers; mixed into it."""
 
+    _noise_seen: tuple[Pairs, float] | None = None
+    """What `poco.worth` has last measured here, and N_b, the mini-batches of the data (infinite: none comes twice)."""
+
     @contextmanager
     def sampled(self, seed: int | None = None, *, at_point: bool = False) -> Iterator[None]:
         """Inside, the weights are a draw from q (with `at_point`, the point); outside, the point again.
@@ -209,10 +213,12 @@ class Inspection(Shell):
 
         Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
-        every eleventh corrected step; the seconds spent on compiling; "mean_stddev", where the family's distribution
-        has one. Of weights of few levels (binary ones) "mean_abs_lambda", how sure they are, and "flips", the share
-        that has another level than at the last step with a call; a warning tells, once, if none has flipped in 100
-        steps of calls, or about half between calls 10 steps apart, or less, twice in a row.
+        every eleventh corrected step; "predicted_worth" of the present α and refreshes by the noise that `poco.worth`
+        has last measured with this optimizer (docs/worth.md; not before, and not of a correction that states no law);
+        the seconds spent on compiling; "mean_stddev", where the family's distribution has one. Of weights of few
+        levels (binary ones) "mean_abs_lambda", how sure they are, and "flips", the share that has another level than
+        at the last step with a call; a warning tells, once, if none has flipped in 100 steps of calls, or about half
+        between calls 10 steps apart, or less, twice in a row.
         """
         self._settle(raising=False)
         numbers: dict[str, float] = {
@@ -227,6 +233,8 @@ class Inspection(Shell):
             apart = set(group["family"].Site._fields) - set(group["family"].momentum_block)
             if used[1] != used[0] and apart:
                 numbers[f"alpha_curvature{suffix}"] = used[1]
+            if (worth := self._predicted_worth(group, used[0])) is not None:
+                numbers[f"predicted_worth{suffix}"] = worth
         numbers.update(self._meter.read())
         numbers["compile_seconds"] = self.backend.compile_seconds
         blocks = self._active()
@@ -246,6 +254,16 @@ class Inspection(Shell):
         if count and not math.isnan(deviation):
             numbers["mean_stddev"] = deviation / count
         return numbers
+
+    def _predicted_worth(self, group: Mapping[str, Any], alpha: float) -> float | None:
+        """Of the present setting, where the noise has been measured and the correction states its law."""
+        if self._noise_seen is None:
+            return None
+        pairs, batches = self._noise_seen
+        law = self.correction.law(alpha, group["momentum"], Pace.of(self._clock, self._clock["step"]), batches)
+        if self.correction.compares and alpha == 0.0:
+            law = BatchLaw()
+        return None if law is None else worth_of(law, pairs)
 
     def _settle(self, *, raising: bool) -> None:
         """Look at what all steps have left to be noticed: count it, raise it, or keep the error for the next step."""

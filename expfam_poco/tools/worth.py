@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from expfam_poco import arguments
-from expfam_poco.correction.alpha import Pace
-from expfam_poco.correction.snapshot import Snapshot, alpha_at
-from expfam_poco.correction.transported import momentum_of
+from expfam_poco.correction.alpha import AdaptiveAlpha, Pace
+from expfam_poco.correction.snapshot import alpha_at
+from expfam_poco.correction.transported import Transported, momentum_of
 from expfam_poco.correction.worth import (
     BatchLaw,
     CachedLaw,
@@ -27,6 +27,7 @@ from expfam_poco.correction.worth import (
     per_step,
     worth_of,
 )
+from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.tools.files import written_aside
 from expfam_poco.tools.pictures import empty_figure
@@ -264,7 +265,8 @@ def worth(
         batches: multiples of the loader's batch size.
         momenta: β₁ to look at; None: the optimizer's own.
         transports: γ of `correction.Transported`.
-        alphas: of the snapshot, beside the best one and, where it corrects, the optimizer's own.
+        alphas: of the snapshot, beside the best one. The optimizer's own correction is asked for always, and after
+            this its `diagnostics()` have its predicted worth.
         every, size: steps from refresh to refresh, and mini-batches of a mega-batch, as `megabatches` has them.
         samples: mini-batches to measure with; fewer where `most` would not do.
         window: mini-batches in a block sum.
@@ -287,11 +289,15 @@ def worth(
     for name, value in (("every", every), ("size", size), ("window", window), ("most", most)):
         arguments.whole(name, value, 1)
     arguments.whole("samples", samples, LEAST)
+    engine, there = _engine_of(optimizer), _length(loader)
     own = momentum_of(optimizer.param_groups[0])
     betas = [own] if momenta is None else list(momenta)
-    ahead = [g for g in transports if "transported" in corrections and any(betas)]
+    lagging, gammas = own or max(betas, default=0.0), list(transports) if "transported" in corrections else []
+    if engine is not None and isinstance(engine.correction, Transported):
+        gammas.insert(0, engine.correction.gamma)
+    ahead = [gamma for gamma in dict.fromkeys(gammas) if gamma > 0.0 and lagging > 0.0]
     ages = sorted({0, round(every / 3), round(2 * every / 3), every - 1, every})
-    twice = 2 if isinstance(optimizer, PosteriorCorrected) and optimizer.correction.evaluations > 1 else 1
+    twice = 1 if engine is None else engine.correction.evaluations
     left = (most - twice * every - 1) // (len(ages) + len(ahead))
     if left < LEAST:
         raise ValueError(
@@ -302,10 +308,14 @@ def worth(
     with put_back(model, optimizer):
         given = batches_of(loader, every + samples)
         steps, measured = ([counted.of(b) for b in part] for part in (given[:every], given[every:]))
-        found = _measured(Stretch(optimizer, seed), steps, measured, ages, max(betas), ahead)
-    fresh = _fresh(loader, size)
+        found = _measured(Stretch(optimizer, seed), steps, measured, ages, lagging, ahead)
+    fresh = SnapshotLaw.error_share(size, there)
     pairs = found.pairs()
-    laws = _laws(optimizer, pairs, corrections, batches, betas, ahead, alphas, (every, size, fresh))
+    transported = [MomentumLaw(lagging, gamma) for gamma in ahead]
+    laws = _laws(pairs, corrections, batches, betas, transported, alphas, (every, size, fresh))
+    laws += [law for law in _present(engine, own, Pace(size, every), there) if law not in laws]
+    if engine is not None:
+        engine._noise_seen = pairs, there  # for its diagnostics
     best = SnapshotLaw.best(every, size, pairs, fresh)
     return Worth(
         rows=tuple(_row(law, found, pairs) for law in laws),
@@ -341,24 +351,21 @@ def _measured(
 
 
 def _laws(
-    optimizer: torch.optim.Optimizer,
     pairs: Pairs,
     corrections: Sequence[str | Law],
     batches: Sequence[int],
     betas: Sequence[float],
-    ahead: Sequence[float],
+    transported: Sequence[Law],
     alphas: Sequence[float],
     how: tuple[int, int, float],
 ) -> list[Law]:
     every, size, fresh = how
     laws: list[Law] = [BatchLaw(times) for times in dict.fromkeys((1, *batches))]
-    laws += [MomentumLaw(beta) for beta in dict.fromkeys(betas) if beta > 0.0]
-    laws += [MomentumLaw(max(betas), gamma) for gamma in ahead]
+    laws += [*(MomentumLaw(beta) for beta in dict.fromkeys(betas) if beta > 0.0), *transported]
     if "snapshot" in corrections:
         best = SnapshotLaw.best(every, size, pairs, fresh)
-        present = _present_alpha(optimizer, every, size)
-        more = [alpha for alpha in (*alphas, *present) if alpha != best.alpha]
-        laws += [best, *(SnapshotLaw(every, size, alpha, fresh) for alpha in dict.fromkeys(more))]
+        others = dict.fromkeys(alpha for alpha in alphas if alpha != best.alpha)
+        laws += [best, *(SnapshotLaw(every, size, alpha, fresh) for alpha in others)]
     if "cached" in corrections:
         laws.append(CachedLaw(size))
     if "recursive" in corrections:
@@ -372,24 +379,34 @@ def _row(law: Law, found: Gradients, pairs: Pairs) -> Row:
     return Row.alone(law, pairs, error, share)
 
 
-def _present_alpha(optimizer: torch.optim.Optimizer, every: int, size: int) -> list[float]:
-    """The α with which the optimizer would correct, where it is one number of a snapshot's."""
-    if not isinstance(optimizer, PosteriorCorrected) or type(optimizer.correction) is not Snapshot:
-        return []
-    alpha = optimizer.param_groups[0]["alpha"]
-    if isinstance(alpha, str) or hasattr(alpha, "probe_every"):
-        return []
-    value = alpha_at(alpha, optimizer._clock["step"] + 1, Pace(size, every))[0]
-    return [value] if value > 0.0 else []
+def _engine_of(optimizer: torch.optim.Optimizer) -> PosteriorCorrected | None:
+    """What corrects in it."""
+    corrects = optimizer._engine if isinstance(optimizer, AlphaSVRG) else optimizer
+    return corrects if isinstance(corrects, PosteriorCorrected) else None
 
 
-def _fresh(loader: Any, size: int) -> float:
-    """φ = 1 − K/N_b."""
+def _present(engine: PosteriorCorrected | None, beta: float, pace: Pace, batches: float) -> list[Law]:
+    """The law of the optimizer's own correction, where its α is a number above 0 and it states one.
+
+    At this pace, or at its own where that is what it states one for: a recursion that is never refreshed.
+    """
+    alpha = None if engine is None else engine.param_groups[0]["alpha"]
+    if engine is None or isinstance(alpha, str | AdaptiveAlpha):
+        return []
+    step = engine._clock["step"] + 1
+    value = alpha_at(alpha, step, pace)[0]
+    if engine.correction.compares and value == 0.0:
+        return []
+    found = (engine.correction.law(value, beta, p, batches) for p in (pace, Pace.of(engine._clock, step)))
+    return [law for law in found if law is not None][:1]
+
+
+def _length(loader: Any) -> float:
+    """Mini-batches in it; infinite where it does not say."""
     try:
-        batches = len(loader)
+        return float(len(loader))
     except TypeError:
-        return 1.0
-    return 1.0 - min(size / batches, 1.0)
+        return math.inf
 
 
 def _pays(row: Row) -> bool:
