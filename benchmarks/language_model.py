@@ -18,17 +18,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import platform
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +35,8 @@ import torch  # noqa: E402
 from corpus import Corpus, load  # noqa: E402
 from language_model import Settings, Training, draw  # noqa: E402
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
+
+from expfam_poco.tools.jobs import run_jobs  # noqa: E402
 
 RESULTS = HERE / "results" / "language-model"
 PICTURE = HERE / "language-model.png"
@@ -94,16 +93,10 @@ PAIRS = (
 )
 
 
-# ---- one run, in a process of its own --------------------------------------------------------------------
+# ---- runs, each with a file of its own ---------------------------------------------------------------------
 
-_news: Any = None  # the queue of a worker's progress
-
-
-def begin(news: Any) -> None:
-    """Start of a worker: one thread, and the queue that its progress goes into."""
-    global _news
-    _news = news
-    torch.set_num_threads(1)
+Tell = Callable[[float], None]
+"""Of the steps that have been made."""
 
 
 @functools.cache
@@ -112,88 +105,88 @@ def text(context: int) -> Corpus:
     return load("stdlib", context)
 
 
-def curve_of(settings: Settings) -> dict[str, Any]:
+def curve_of(settings: Settings, tell: Tell) -> dict[str, Any]:
     """Train; the curve of losses."""
     training = Training(settings, text(settings.context))
     for point in training.run():
         if point is not None:
-            _tell(settings.validate_every, f"{settings.method} {settings.rate:g}: {point['loss']:.3f}")
+            tell(training.step)
     return {"curve": training.curve}
 
 
-def variance_of(settings: Settings) -> dict[str, Any]:
+def variance_of(settings: Settings, tell: Tell) -> dict[str, Any]:
     """Train to the end of the burn-in, refresh, and measure variance ratios after 0, 1, … further steps."""
     training = Training(settings, text(settings.context))
     for point in training.run(settings.burn_in):
         if point is not None:
-            _tell(settings.validate_every, f"{settings.noise}: {point['loss']:.3f}")
+            tell(training.step)
     training.refresh()
     measured = []
-    for _ in range(AFTER):
+    for number in range(AFTER):
         measured.append(training.measure_variance(MEASURED))
         training.inner_step()
-        _tell(1, f"{settings.noise}: gradient {measured[-1]['variance_ratio.gradient']:.2f}")
+        tell(settings.burn_in + number + 1)
     return {"measured": measured}
-
-
-def _tell(steps: int, text: str) -> None:
-    if _news is not None:
-        _news.put((steps, text))
 
 
 KINDS = {"curve": curve_of, "variance": variance_of}
 
 
-def run(kind: str, label: str, settings: Settings, folder: Path) -> Path:
-    """One run into its file, unless that is there already."""
-    path = _path(kind, label, settings, folder)
-    if not _done(path, settings):
-        content = {"label": label, "settings": asdict(settings), **KINDS[kind](settings)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        os.replace(part, path)
-    return path
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one kind into files of a folder; a job is a label and its settings."""
 
+    kind: str
+    folder: Path
 
-def _path(kind: str, label: str, settings: Settings, folder: Path) -> Path:
-    name = re.sub(r"\W+", "-", label.replace("×", "x").replace("α", "alpha")).lower()
-    return folder / f"{kind}-{name}-lr{settings.rate:g}-seed{settings.seed}.json"
+    def describe(self, job: tuple[str, Settings]) -> str:
+        """For progress and errors."""
+        label, settings = job
+        return f"{label}, lr {settings.rate:g}, seed {settings.seed}, {settings.noise}"
 
+    def do(self, job: tuple[str, Settings], progress: Tell) -> dict[str, Any]:
+        """What is in the file, or a run."""
+        label, settings = job
+        if self.stored(job) is None:
+            content = {"label": label, "settings": asdict(settings), **KINDS[self.kind](settings, progress)}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self.path(job).with_suffix(".part")
+            part.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+            os.replace(part, self.path(job))
+        return self.stored(job) or {}
 
-def _done(path: Path, settings: Settings) -> bool:
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == asdict(settings)
+    def path(self, job: tuple[str, Settings]) -> Path:
+        """The file of a job."""
+        label, settings = job
+        name = re.sub(r"\W+", "-", label.replace("×", "x").replace("α", "alpha")).lower()
+        return self.folder / f"{self.kind}-{name}-lr{settings.rate:g}-seed{settings.seed}.json"
+
+    def stored(self, job: tuple[str, Settings]) -> dict[str, Any] | None:
+        """What is in the file, if it is of the same settings."""
+        if not self.path(job).is_file():
+            return None
+        content: dict[str, Any] = json.loads(self.path(job).read_text(encoding="utf-8"))
+        return content if content["settings"] == asdict(job[1]) else None
 
 
 def run_all(kind: str, jobs: Sequence[tuple[str, Settings]], folder: Path, workers: int) -> list[dict[str, Any]]:
     """All runs, `workers` at a time, with a live line; their contents in the order of the jobs."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the libraries that workers load
-    context = multiprocessing.get_context("spawn")
-    news = context.Queue()
-    todo = [job for job in jobs if not _done(_path(kind, *job, folder), job[1])]
-    steps = sum(settings.burn_in + AFTER if kind == "variance" else settings.steps for _, settings in todo)
+    runs = Runs(kind, folder)
+    todo = [job for job in jobs if runs.stored(job) is None]
+    steps = [settings.burn_in + AFTER if kind == "variance" else settings.steps for _, settings in todo]
+    made = [0.0] * len(todo)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    if not todo:
-        return [json.loads(_path(kind, *job, folder).read_text(encoding="utf-8")) for job in jobs]
-    with ProcessPoolExecutor(workers, context, begin, (news,)) as pool, Progress(*columns) as progress:
-        futures = [(label, settings, pool.submit(run, kind, label, settings, folder)) for label, settings in todo]
-        line, waiting = progress.add_task("starting", total=steps), list(futures)
-        try:
-            while waiting:
-                try:
-                    count, text = news.get(timeout=0.5)
-                    progress.update(line, advance=count, description=f"{text:32s}")
-                except Empty:
-                    pass
-                for job in [job for job in waiting if job[2].done()]:
-                    job[2].result()
-                    waiting.remove(job)
-                    done = f"{len(futures) - len(waiting)}/{len(futures)}"
-                    progress.console.print(f"{done} {job[0]}, lr {job[1].rate:g}, seed {job[1].seed}, {job[1].noise}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [json.loads(_path(kind, *job, folder).read_text(encoding="utf-8")) for job in jobs]
+    with Progress(*columns) as progress:
+        line = progress.add_task(kind, total=sum(steps))
+
+        def watch(number: int, amount: float, result: Any) -> None:
+            before, made[number] = made[number], amount if result is None else steps[number]
+            progress.advance(line, made[number] - before)
+            if result is not None:
+                progress.console.print(runs.describe(todo[number]))
+
+        run_jobs(runs, todo, workers, watch)
+    return [runs.stored(job) or {} for job in jobs]
 
 
 # ---- the three experiments -------------------------------------------------------------------------------

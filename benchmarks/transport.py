@@ -22,14 +22,12 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,8 @@ from corpus import TRAINING, Corpus, load  # noqa: E402
 from language_model import Settings, Training  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+from expfam_poco.tools.jobs import run_jobs  # noqa: E402
 
 RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 SEEDS, TUNING_SEED, LONGER = (0, 1, 2, 3, 4), 1000, 1.25
@@ -100,12 +100,6 @@ def rows_of(preset: str) -> list[Row]:
 def text(context: int) -> Corpus:
     """The text, read once in a process."""
     return load("stdlib", context)
-
-
-def one_thread() -> None:
-    """Start of a worker."""
-    torch.set_num_threads(1)
-    text(COMMON.context)
 
 
 def graph_of(training: Training, tokens: Tensor) -> Callable[[Tensor], Any]:
@@ -192,24 +186,38 @@ def _stored(settings: Settings, path: Path) -> float | None:
     return loss if content["settings"] == asdict(settings) else None
 
 
+Gang = list[tuple[Settings, Path]]
+"""Runs that take turns in one worker."""
+
+
+@dataclass(frozen=True)
+class Until:
+    """Gangs, of which none begins after a time (`time.time`)."""
+
+    time: float
+
+    def describe(self, job: Gang) -> str:
+        """For errors."""
+        return ", ".join(path.stem for _, path in job)
+
+    def do(self, job: Gang, progress: Callable[[float], None]) -> list[float]:
+        """The losses; none when it is too late."""
+        return run(job) if time.time() <= self.time else []
+
+
 class Pool:
     """Workers, and a line of progress; none begins a run after `seconds`, and each has `together` at a time."""
 
     def __init__(self, folder: Path, workers: int, together: int, seconds: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.together, self.until = folder, together, time.monotonic() + seconds
-        context = multiprocessing.get_context("spawn")
-        self.workers: Executor = ProcessPoolExecutor(workers, context, one_thread) if workers else ThreadPoolExecutor(1)
+        self.folder, self.workers, self.together = folder, workers, together
+        self.until = Until(time.time() + seconds)
 
-    def _gangs(self, jobs: Sequence[Job], common: Settings) -> list[tuple[list[Job], list[tuple[Settings, Path]]]]:
+    def _gangs(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """Jobs for the same worker; those without a graph go alone."""
         slow = [job for job in jobs if job[0].gamma and job[0].method == "AdamW"]
         fast = [job for job in jobs if job not in slow]
-        gangs = [[job] for job in slow] + [fast[i : i + self.together] for i in range(0, len(fast), self.together)]
-        return [(gang, [(self._settings(job, common), self._path(job, common)) for job in gang]) for gang in gangs]
-
-    def _settings(self, job: Job, common: Settings) -> Settings:
-        return job[0].settings(common, *job[1:])
+        return [[job] for job in slow] + [fast[i : i + self.together] for i in range(0, len(fast), self.together)]
 
     def _path(self, job: Job, common: Settings) -> Path:
         row, rate, seed = job
@@ -217,21 +225,17 @@ class Pool:
 
     def losses(self, jobs: Sequence[Job], common: Settings, words: str) -> dict[Job, float]:
         """The loss of every job that was begun in time; infinite for one that diverged."""
-        found: dict[Job, float] = {}
-        if time.monotonic() > self.until:
-            return found
+        gangs = self._gangs(jobs)
+        what = [[(job[0].settings(common, *job[1:]), self._path(job, common)) for job in gang] for gang in gangs]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             line = progress.add_task(words, total=len(jobs))
-            futures = {self.workers.submit(run, what): gang for gang, what in self._gangs(jobs, common)}
-            for future in as_completed(futures):
-                if time.monotonic() > self.until:
-                    for waiting in futures:
-                        waiting.cancel()
-                if not future.cancelled():
-                    found.update(zip(futures[future], future.result(), strict=True))
-                progress.advance(line, len(futures[future]))
-        return found
+
+            def watch(number: int, amount: float, result: Any) -> None:
+                progress.advance(line, 0 if result is None else len(gangs[number]))
+
+            found = run_jobs(self.until, what, self.workers, watch)
+        return {job: loss for gang, own in zip(gangs, found, strict=True) for job, loss in zip(gang, own, strict=False)}
 
 
 def compare(preset: str, common: Settings, rows: Iterable[Row], pool: Pool, seeds: Sequence[int]) -> dict[str, Any]:
@@ -360,7 +364,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="nano")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None, help="float32, or bf16 (of a GPU, unless it is given)")
-    parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
+    parser.add_argument("--workers", type=int, default=2, help="processes; 1: this one")
     parser.add_argument("--together", type=int, default=1, help="runs that take turns in a worker; of a GPU, 8")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--runs", type=Path, default=Path("build/transport"), help="folder of single runs")
@@ -378,7 +382,6 @@ def main() -> None:
         common = replace(common, device=chosen.device, dtype=dtype)
         pool = Pool(chosen.runs, chosen.workers, chosen.together, chosen.seconds)
         content = compare(name, common, rows, pool, seeds)
-        pool.workers.shutdown()
         chosen.results.mkdir(parents=True, exist_ok=True)
         path = chosen.results / f"transport-{name}.json"
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,12 +19,10 @@ import argparse
 import functools
 import json
 import math
-import multiprocessing
 import re
 import statistics
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +35,7 @@ from torch.nn import functional
 
 import expfam_poco as poco
 from expfam_poco.correction import Recursive, Transported
+from expfam_poco.tools.jobs import Calls, run_jobs
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -240,22 +239,17 @@ class Run:
         return self.problem.held_out(self.model)
 
 
-Job = tuple[Problem, Method, float, int, int]
-"""As `Run` takes it: problem, method, rate, seed, budget."""
-
-
-def final(job: Job) -> float:
+def final(problem: Problem, method: Method, rate: float, seed: int, budget: int) -> float:
     """The held-out loss of a run; infinite where it has failed."""
     try:
-        value = Run(*job).until(1.0).loss()
+        value = Run(problem, method, rate, seed, budget).until(1.0).loss()
     except (FloatingPointError, ValueError):
         return math.inf
     return value if math.isfinite(value) else math.inf
 
 
-def predicted(job: Job) -> dict[str, Any]:
+def predicted(problem: Problem, rate: float, seed: int, budget: int) -> dict[str, Any]:
     """Along a plain run: worth and limit of every method's row, and the noise-to-signal ratio."""
-    problem, _, rate, seed, budget = job
     run = Run(problem, METHODS["plain"], rate, seed, budget)
     found: dict[str, Any] = {"noise": [], **{name: [] for name in METHODS}}
     for share in (0.25, 0.5, 0.75):
@@ -281,35 +275,17 @@ class Fresh:
         return iter(self.items)
 
 
-def one_thread() -> None:
-    """Start of a worker."""
-    torch.set_num_threads(1)
-
-
-class Workers:
-    """Runs side by side; one worker is this process."""
-
-    def __init__(self, count: int) -> None:
-        self._pool = None
-        if count > 1:
-            self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), one_thread)
-
-    def map(self, function: Any, jobs: list[Job]) -> list[Any]:
-        """Results in the order of the jobs."""
-        return list(map(function, jobs) if self._pool is None else self._pool.map(function, jobs))
-
-
 Wanted = dict[Any, tuple[Problem, Method, int]]
 """What is to be tuned, with its budget."""
 
 
-def tuned(wanted: Wanted, rates: tuple[float, ...], workers: Workers) -> dict[Any, float]:
+def tuned(wanted: Wanted, rates: tuple[float, ...], workers: int) -> dict[Any, float]:
     """The rate of least loss on another seed for every key; a grid is widened where that is its largest or smallest."""
     losses: dict[Any, dict[float, float]] = {key: {} for key in wanted}
     todo = [(key, rate) for key in wanted for rate in rates]
     for _ in range(3 if len(rates) > 1 else 1):
         jobs = [(wanted[key][0], wanted[key][1], rate, TUNING_SEED, wanted[key][2]) for key, rate in todo]
-        for (key, rate), loss in zip(todo, workers.map(final, jobs), strict=True):
+        for (key, rate), loss in zip(todo, run_jobs(Calls(final), jobs, workers), strict=True):
             losses[key][rate] = loss
         best = {key: min(found, key=found.__getitem__) for key, found in losses.items()}
         todo = [(key, 2 * best[key]) for key, found in losses.items() if best[key] == max(found)]
@@ -326,7 +302,7 @@ def measured_worth(loss: float, budgets: list[int], losses: list[float], used: i
 
 
 def run(
-    problem: Problem, budget: int, rates: tuple[float, ...], seeds: range, workers: Workers, methods: dict[str, Method]
+    problem: Problem, budget: int, rates: tuple[float, ...], seeds: range, workers: int, methods: dict[str, Method]
 ) -> dict[str, Any]:
     """Tune and run everything."""
     budgets, plain = [round(share * budget) for share in BUDGETS], METHODS["plain"]
@@ -336,12 +312,13 @@ def run(
     best["plain"] = best[budget]
     keys = [(key, seed) for key in (*budgets, *methods) for seed in seeds]
     wanted["plain"] = wanted[budget]
-    finals = workers.map(final, [(*wanted[key][:2], best[key], seed, wanted[key][2]) for key, seed in keys])
+    jobs = [(*wanted[key][:2], best[key], seed, wanted[key][2]) for key, seed in keys]
+    finals = run_jobs(Calls(final), jobs, workers)
     losses: dict[Any, list[float]] = {key: [] for key in (*budgets, *methods)}
     for (key, _), loss in zip(keys, finals, strict=True):
         losses[key].append(loss)
     curve = [float(np.mean(losses[n])) for n in budgets]
-    foretold = workers.map(predicted, [(problem, plain, best[budget], seed, budget) for seed in seeds])
+    foretold = run_jobs(Calls(predicted), [(problem, best[budget], seed, budget) for seed in seeds], workers)
     rows: dict[str, Any] = {}
     for name in methods:
         worths = [measured_worth(loss, budgets, curve, budget) for loss in losses[name]]
@@ -410,7 +387,7 @@ def main() -> None:
     rates, seeds, budget = (RATES[1:2], 2, 40) if options.quick else (RATES, options.seeds, options.budget)
     if options.report:
         return report(options.results, options.page)
-    found = run(problem, budget, rates, range(seeds), Workers(options.workers), METHODS)
+    found = run(problem, budget, rates, range(seeds), options.workers, METHODS)
     options.results.mkdir(parents=True, exist_ok=True)
     name = "worth.json" if options.problem == "digits" else "worth-text.json"
     (options.results / name).write_text(json.dumps(found, indent=1))

@@ -145,7 +145,7 @@ def compare(
             return
         from expfam_poco.compare.job import Options
         from expfam_poco.compare.job import compare as run
-        from expfam_poco.compare.pool import WorkerError
+        from expfam_poco.tools.jobs import WorkerError
 
         options = Options(
             task=task,
@@ -225,9 +225,9 @@ def reproduce(
     """
     out, err = Console(), Console(stderr=True)
     with _sentences(err, "finished runs are kept, and the same command continues"):
-        from expfam_poco.compare.pool import WorkerError
         from expfam_poco.reproduce.job import Options
         from expfam_poco.reproduce.job import reproduce as run
+        from expfam_poco.tools.jobs import WorkerError
 
         chosen = Options(figures, scale, seeds, workers, output, tune, quick, one_step, data, device)
         try:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from expfam_poco.compare.methods import DEFAULT_METHODS, METHODS, check_settings, default_methods, find_methods
-from expfam_poco.compare.pool import Run, WorkerError, run_all, worker_count
+from expfam_poco.compare.pool import Run, run_all
 from expfam_poco.compare.runner import Budget, Curve, mini_batches, train
 from expfam_poco.compare.tasks import Task, load_task
 from expfam_poco.compare.tune import FIRST_SEED, POINTS, SEEDS, grid, score, tune
 from expfam_poco.errors import InputError
+from expfam_poco.tools.jobs import WorkerError, worker_count
 
 
 @pytest.fixture(scope="module")

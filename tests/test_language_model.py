@@ -335,11 +335,6 @@ def test_the_comparison_runs_and_reports(
     monkeypatch.setattr(benchmark, "MEASURED", 3)
     monkeypatch.setattr(benchmark, "AFTER", 2)
     monkeypatch.setattr(benchmark, "NOISES", ("shared", "antithetic"))
-
-    def here(kind: str, jobs: Any, folder: Path, workers: int) -> list[dict[str, Any]]:
-        return [json.loads(benchmark.run(kind, *job, folder).read_text(encoding="utf-8")) for job in jobs]
-
-    monkeypatch.setattr(benchmark, "run_all", here)
     common = benchmark.replace(benchmark.COMMON, **{**SHORT, "steps": 6, "validate_every": 2})
     tuned = benchmark.tune(common, tmp_path / "runs", 1)
     rates = {row["name"]: row["lr"] for row in tuned["rows"]}

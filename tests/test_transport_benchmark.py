@@ -13,7 +13,7 @@ script = load_script(Path(__file__).resolve().parents[1] / "benchmarks" / "trans
 
 def test_it_runs_and_repeats_nothing(tmp_path: Path) -> None:
     rows = [script.Row("IVON"), script.Row("IVON", 0.9, 0.1), script.Row("AdamW", 0.9, 0.1), script.Row("NAdamW")]
-    pool = script.Pool(tmp_path, 0, 2, math.inf)
+    pool = script.Pool(tmp_path, 1, 2, math.inf)
     content = script.compare("quick", script.QUICK, rows, pool, (0,))
     assert [len(row["finals"]) for row in content["rows"]] == [1] * 4
     assert all(math.isfinite(row["finals"][0]) and row["lr"] > 0.0 for row in content["rows"])
@@ -25,7 +25,7 @@ def test_it_runs_and_repeats_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_is_begun_when_time_is_over(tmp_path: Path) -> None:
-    pool = script.Pool(tmp_path, 0, 1, -1.0)
+    pool = script.Pool(tmp_path, 1, 1, -1.0)
     assert pool.losses([(script.Row("AdamW"), 1e-3, 0)], script.QUICK, "late") == {}
     assert not list(tmp_path.iterdir())
 

@@ -28,7 +28,7 @@ TEXT = pytest.param(script.Text("nano", context=16, rows=2, samples=12), marks=p
 @pytest.mark.parametrize("problem", [script.Digits(), TEXT])
 def test_the_benchmark_runs(problem: Any) -> None:
     methods = {name: script.METHODS[name] for name in ("plain", "cached, alpha 1")}
-    found = script.run(problem, 30, script.RATES[1:2], range(2), script.Workers(1), methods)
+    found = script.run(problem, 30, script.RATES[1:2], range(2), 1, methods)
     assert all(math.isfinite(row["measured"]) and math.isfinite(row["predicted"]) for row in found["rows"].values())
     assert found["rows"]["plain"]["predicted"] == pytest.approx(1.0)
     assert found["rows"]["plain"]["measured"] == pytest.approx(1.0)

@@ -14,13 +14,14 @@ from rich.console import Console
 
 from expfam_poco.compare import plot
 from expfam_poco.compare.methods import METHODS, Method, Settings, check_settings, default_methods, find_methods
-from expfam_poco.compare.pool import Run, run_all, worker_count
+from expfam_poco.compare.pool import Run, run_all
 from expfam_poco.compare.progress import Display
 from expfam_poco.compare.report import Report, Result, group_results
 from expfam_poco.compare.runner import Budget
 from expfam_poco.compare.tasks import BUILT_IN, Task, load_csv, load_task
 from expfam_poco.compare.tune import FIRST_SEED, SEEDS, Tuned, grid, tune
 from expfam_poco.errors import InputError
+from expfam_poco.tools.jobs import worker_count
 
 ESS_MULTIPLE = 100.0
 WHOLE = ("chunks", "inner")

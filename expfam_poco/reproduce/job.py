@@ -14,7 +14,6 @@ from rich.table import Table
 
 from expfam_poco.compare.job import writable_folder
 from expfam_poco.compare.plot import plotting_available
-from expfam_poco.compare.pool import worker_count
 from expfam_poco.errors import InputError
 from expfam_poco.reproduce import table
 from expfam_poco.reproduce.data import Source
@@ -22,6 +21,7 @@ from expfam_poco.reproduce.figure import Figure, Scale, quick
 from expfam_poco.reproduce.figures import FIGURES
 from expfam_poco.reproduce.runs import Job, run_all
 from expfam_poco.reproduce.tune import TUNING_SEED, rates_of, tune
+from expfam_poco.tools.jobs import worker_count
 
 SCALES = ("small", "paper")
 RANGE = re.compile(r" \[[^\]]*\]")

@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from expfam_poco.compare.pool import run_jobs
 from expfam_poco.reproduce.data import Source
 from expfam_poco.reproduce.figure import Curve
 from expfam_poco.reproduce.recipe import Recipe
 from expfam_poco.tools.files import written_aside
+from expfam_poco.tools.jobs import run_jobs
 
 Content = dict[str, Any]
 
