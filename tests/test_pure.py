@@ -425,7 +425,7 @@ def test_an_ill_conditioned_precision_in_float32_keeps_its_mean_in_the_chart_onl
     mean = np.array([1.0, -0.7, 0.3], dtype=np.float32)
     state = family.State(torch.from_numpy(mean), torch.from_numpy(precision).float())
     back = family.from_nat(family.to_nat(state))
-    assert float((back.mean - state.mean).abs().max()) > 1e-3
+    assert float((back.mean - state.mean).abs().max()) > 1e-4
     prior = family.centred_at(torch.zeros(D), 1.0)
     site = family.Site(torch.full((D,), 1e-8), state.precision / 1e10)
     moved = blr.update(family, blr.BLRState(state, ()), prior, site, rates=family.Site(0.1, 0.1), ess=1e10).posterior

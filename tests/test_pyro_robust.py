@@ -140,7 +140,8 @@ def test_float32_steps_out_of_the_domain_by_rounding_are_taken_back(seed: int) -
     start = {"mu": torch.tensor(4.0), "tau": torch.tensor(0.002), "level": torch.full((8,), 4.0)}
     vi = NaturalVI(model, seed=seed, init=pyro.infer.autoguide.init_to_value(values=start))
     losses = torch.tensor([vi.step() for _ in range(40)])
-    assert bool(losses.isfinite().all()) and float(losses[-10:].median()) < 37.0
+    # About 37, from 2e6: single estimates scatter by 3, and where float32 rounds is the processor's business.
+    assert bool(losses.isfinite().all()) and float(losses[-10:].median()) < 45.0
 
 
 def test_equal_seeds_give_equal_runs() -> None:
