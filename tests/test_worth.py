@@ -152,6 +152,44 @@ def test_what_momentum_keeps_of_an_affine_gradient(gamma: float) -> None:
     assert kept(beta, alike, gamma) == pytest.approx(mean, abs=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.99])
+def test_variances_are_those_of_momentums_average(beta: float) -> None:
+    pairs, every, size, alpha = ALIKE._replace(beta=beta, cross=0.9, step=0.9), 6, 9, 0.6
+    white = (1 - beta) / (1 + beta)
+    shared = sum((1 - abs(lag) / every) * beta ** abs(lag) for lag in range(1 - every, every))
+    assert BatchLaw(3).variance(pairs) == pytest.approx(white / 3)
+    assert MomentumLaw(beta).variance(ALIKE) == pytest.approx(white)
+    assert RecursiveLaw(alpha).variance(pairs) == pytest.approx((1 - 2 * alpha * 0.9 + alpha**2) / (1 - alpha**2))
+    alone = 1 - 2 * alpha * 0.9 + alpha**2
+    snapshot = SnapshotLaw(every, size, alpha)
+    assert snapshot.variance(pairs) == pytest.approx(white * (alone + alpha**2 / size * shared))
+    cached = 1 - (2 * alpha * 0.9 - alpha**2) * (1 - shared / every)
+    assert CachedLaw(every, alpha).variance(pairs) == pytest.approx(white * cached)
+
+
+@pytest.mark.parametrize("law", [BatchLaw(3), SnapshotLaw(10, 10, 0.5), CachedLaw(10), RecursiveLaw(0.9)])
+def test_clipped_steps_go_from_one_over_evaluations_to_the_noise_of_momentum(law: Law) -> None:
+    pairs = ALIKE._replace(beta=0.9, clipped=1.0)
+    few, many = (worth_of(law, pairs._replace(signal=signal)) for signal in (10.0, 1e-9))
+    assert few == pytest.approx(1 / law.evaluations, rel=1e-3)
+    assert many == pytest.approx(BatchLaw(1).variance(pairs) / law.variance(pairs) / law.evaluations, rel=1e-3)
+    assert worth_of(law, pairs) == pytest.approx(many, rel=1e-6)  # no signal at all
+    half = worth_of(law, pairs._replace(clipped=0.5, signal=1e-9))
+    assert min(many, worth_of(law, ALIKE)) - 1e-9 <= half <= max(many, worth_of(law, ALIKE)) + 1e-9
+    assert worth_of(BatchLaw(1), pairs._replace(signal=0.3)) == 1.0
+
+
+def test_the_alpha_of_clipped_steps_leaves_the_least_variance() -> None:
+    for clipped, wanted in (
+        (1.0, lambda law, pairs: law.variance(pairs)),
+        (0.0, lambda law, pairs: law.power(pairs, 0.0)),
+    ):
+        pairs = ALIKE._replace(beta=0.8, cross=0.95, clipped=clipped)
+        best = SnapshotLaw.best(10, 5, pairs)
+        around = [SnapshotLaw(10, 5, best.alpha + change) for change in (-0.02, 0.02)]
+        assert all(wanted(best, pairs) < wanted(law, pairs) for law in around)
+
+
 # ---- the optimizers themselves: how far noise alone moves them ----------------------------------------------
 
 
@@ -180,6 +218,34 @@ def test_noise_moves_the_optimizers_as_far_as_the_law_says(choices: dict[str, An
     found = float(weight.detach().square().mean()) / steps
     # The mean of `size` squares has a relative standard error of √(2/size); a recursion's ends are 1/steps of it.
     assert found == pytest.approx(law.power(ALIKE, 0.0), rel=4 * math.sqrt(2 / size) + 2 / steps)
+
+
+@pytest.mark.parametrize("alpha, noise", [(0.0, 1.0), (0.0, 4.0), (0.5, 4.0)])
+def test_clipped_steps_go_by_the_sign_of_momentums_average(alpha: float, noise: float) -> None:
+    """The mean step over η ξ is erf(ḡ/√(2 V v)), from which the steps to a loss are derived."""
+    size, steps, beta, generator = 4000, 200, 0.9, torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+    optimizer = poco.PosteriorCorrected(
+        [weight], "isotropic_gaussian", 1.0, 1.0, noise="zero", momentum=beta, alpha=alpha,
+        clip_radius=1e-6, hess_init=1.0, seed=0,
+    )  # fmt: skip
+
+    def closure() -> Callable[[], Tensor]:
+        drawn = noise * torch.randn(size, generator=generator, dtype=torch.float64)
+        return lambda: ((1.0 + drawn) * weight).sum()
+
+    for step in range(steps):
+        if step == 50:
+            begun = weight.detach().clone()
+        if alpha and step % 5 == 0:
+            optimizer.refresh([closure() for _ in range(10)])
+        optimizer.step(closure())
+    found = float((begun - weight.detach()).mean()) / 1e-6 / (steps - 50)
+    law = SnapshotLaw(5, 10, alpha) if alpha else BatchLaw(1)
+    variance = law.variance(ALIKE._replace(beta=beta)) * noise**2
+    # Signs of neighbouring steps go together over some (1+β)/(1−β) = 19 of them.
+    error = math.sqrt(19 / (size * (steps - 50)))
+    assert abs(found - math.erf(1.0 / math.sqrt(2.0 * variance))) < 4 * error
 
 
 # ---- the measurement ----------------------------------------------------------------------------------------

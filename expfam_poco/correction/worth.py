@@ -39,8 +39,24 @@ with s for 1/B), so that a loss takes steps in proportion to 1 + c s, with c = v
 
 which is 1/(e s), the law, for c → ∞, and 1/e where there is no noise. Per step it is (1 + c)/(1 + c s).
 
-Sources: ours (the law, its derivation and the use of S(0) in the second formula); McCandlish, Kaplan and Amodei 2018,
-*An Empirical Model of Large-Batch Training* (progress against noise); Arnold et al. 2019 (transport).
+**Clipped steps.** Where the entries of a step are clipped (`clip_radius`), a weight moves by η ξ sign(a), a being
+momentum's average: it learns a sign, and noise that leaves the sign alone costs nothing. With the mean ḡ and the
+variance V v of a,
+
+    V = (1/2π) ∫ (S(ω)/v) |H(ω)|² dω,     H(ω) = (1 − β)/(1 − β e^{−iω}),     (1−β)/(1+β) for independent gradients,
+
+E sign(a) = erf(ḡ/√(2 V v)), and the best step's progress, (Σ ḡ E sign(a))² up to a constant, lets a loss take steps in
+proportion to 1/erf²(1/√(2 c V)): 1 where noise is small, (π/2) c V where it prevails. With q the share of weights that
+are clipped,
+
+    steps ∝ (1 − q)(1 + c s) + q / erf²(1/√(2 c V)).
+
+Momentum of 0.9 takes a noise of c = 19 for a clipped weight down to one of 1: on short runs of clipped methods steps
+are what is lacking, and larger batches are worth no more than 1/e long after the law for S(0) has them pay.
+
+Sources: ours (the law, its derivation, the use of S(0) in the second formula, and clipped steps); McCandlish, Kaplan
+and Amodei 2018, *An Empirical Model of Large-Batch Training* (progress against noise); Bernstein et al. 2018, *signSGD*
+(signs of noisy gradients); Arnold et al. 2019 (transport).
 """
 
 from __future__ import annotations
@@ -66,6 +82,8 @@ class Pairs(NamedTuple):
         step: E⟨ξ(λ_t), ξ(λ_{t−1})⟩.
         signal: ‖ḡ‖², the mean over the stretch.
         moved: by γ, the variance at the transported point.
+        clipped: q, the share of weights whose steps are clipped.
+        beta: β of the optimizer's momentum, which decides the noise of those.
 
     Example:
         >>> from expfam_poco.correction.worth import Pairs, SnapshotLaw, worth_of
@@ -83,6 +101,8 @@ class Pairs(NamedTuple):
     step: float
     signal: float
     moved: Mapping[float, float] = MappingProxyType({})
+    clipped: float = 0.0
+    beta: float = 0.0
 
     @classmethod
     def alike(cls, signal: float) -> Pairs:
@@ -118,6 +138,10 @@ class Law(ABC):
     @abstractmethod
     def power(self, pairs: Pairs, frequency: float) -> float:
         """S(ω)/v at ω = `frequency`, in radians a step."""
+
+    def variance(self, pairs: Pairs) -> float:
+        """V, of momentum's average over its directions, as a share of v."""
+        return _averaged(self, pairs)
 
 
 @dataclass(frozen=True)
@@ -156,8 +180,15 @@ class MomentumLaw(Law):
 
     def power(self, pairs: Pairs, frequency: float) -> float:
         """(ṽ/v) |(1−β)/(1 − β e^{−iω})|²."""
-        passed = (1.0 - self.beta) ** 2 / _recursion(self.beta, frequency)
-        return passed * (pairs.moved[self.gamma] / pairs.now if self.gamma else 1.0)
+        return (1.0 - self.beta) ** 2 / _recursion(self.beta, frequency) * self._of_one(pairs)
+
+    def variance(self, pairs: Pairs) -> float:
+        """(ṽ/v) (1−β)/(1+β), that of its directions, which are the average already."""
+        return (1.0 - self.beta) / (1.0 + self.beta) * self._of_one(pairs)
+
+    def _of_one(self, pairs: Pairs) -> float:
+        """ṽ/v."""
+        return pairs.moved[self.gamma] / pairs.now if self.gamma else 1.0
 
 
 @dataclass(frozen=True)
@@ -171,8 +202,14 @@ class SnapshotLaw(Law):
 
     @classmethod
     def best(cls, every: int, size: int, pairs: Pairs, fresh: float = 1.0) -> SnapshotLaw:
-        """With the α of least S(0), r̄/(1 + φ M/K), in [0, 1]."""
-        alpha = pairs.cross / (pairs.outer * (1.0 + fresh * every / size)) if pairs.outer > 0.0 else 0.0
+        """With the α of least S(0), r̄/(1 + φ M/K), in [0, 1]; of clipped weights V decides, with T for M:
+
+        T = Σ_{|τ|<M} (1 − |τ|/M) β^|τ|, how the error that M steps share adds up in momentum's average.
+        """
+        apart = pairs.clipped * math.pi / 2.0 * (1.0 - pairs.beta) / (1.0 + pairs.beta)
+        shared = 1.0 + 2.0 * sum((1.0 - lag / every) * pairs.beta**lag for lag in range(1, every))
+        adds_up = ((1.0 - pairs.clipped) * every + apart * shared) / (1.0 - pairs.clipped + apart)
+        alpha = pairs.cross / (pairs.outer * (1.0 + fresh * adds_up / size)) if pairs.outer > 0.0 else 0.0
         return cls(every, size, min(max(alpha, 0.0), 1.0), fresh)
 
     @staticmethod
@@ -246,21 +283,38 @@ class RecursiveLaw(Law):
 
     def power(self, pairs: Pairs, frequency: float) -> float:
         """[v_t − 2α E⟨ξ_t, ξ_{t−1}⟩ + α² v_{t−1}]/(v_t |1 − α e^{−iω}|²)."""
-        new = pairs.now - 2.0 * self.alpha * pairs.step + self.alpha**2 * pairs.before
-        return new / (pairs.now * _recursion(self.alpha, frequency))
+        return self._new(pairs) / _recursion(self.alpha, frequency)
+
+    def variance(self, pairs: Pairs) -> float:
+        """That of its directions, for it stands in the place of a momentum; 1/(1 − α²) of what is new."""
+        return self._new(pairs) / (1.0 - self.alpha**2)
+
+    def _new(self, pairs: Pairs) -> float:
+        """What a step adds, over v."""
+        return (pairs.now - 2.0 * self.alpha * pairs.step + self.alpha**2 * pairs.before) / pairs.now
 
 
 def worth_of(law: Law, pairs: Pairs) -> float:
-    """(1 + c)/(e (1 + c s)): the plain method's evaluations to the same loss over this one's; see above."""
+    """The plain method's evaluations to the same loss over this one's, (1 + c)/(e (1 + c s)); see above."""
     return per_step(law, pairs) / law.evaluations
 
 
 def per_step(law: Law, pairs: Pairs) -> float:
-    """(1 + c)/(1 + c s): the plain method's steps to the same loss over this one's."""
-    left, noise = law.power(pairs, 0.0), pairs.noise
+    """The plain method's steps to the same loss over this one's, (1 + c)/(1 + c s) where nothing is clipped."""
+    mine, plain = (_steps(each, pairs) for each in (law, BatchLaw()))
+    return plain / mine if mine > 0.0 else math.inf
+
+
+def _steps(law: Law, pairs: Pairs) -> float:
+    """(1 − q)(1 + c s) + q/erf²(1/√(2 c V)) up to a constant; of infinite c what it grows by with c."""
+    noise, clipped, left = pairs.noise, pairs.clipped, max(law.power(pairs, 0.0), 0.0)
+    variance = law.variance(pairs) if clipped > 0.0 else 0.0
     if math.isinf(noise):
-        return 1.0 / left if left > 0.0 else math.inf
-    return (1.0 + noise) / (1.0 + noise * max(left, 0.0))
+        return (1.0 - clipped) * left + clipped * math.pi / 2.0 * variance
+    if noise * variance <= 0.0:
+        return (1.0 - clipped) * (1.0 + noise * left) + clipped
+    sign = math.erf(1.0 / math.sqrt(2.0 * noise * variance))
+    return (1.0 - clipped) * (1.0 + noise * left) + clipped / sign**2
 
 
 def kept(beta: float, alike: Mapping[int, float], gamma: float = 0.0) -> float:
@@ -280,6 +334,15 @@ def kept(beta: float, alike: Mapping[int, float], gamma: float = 0.0) -> float:
     shares = (1.0 - beta) * beta**lags
     own = float(shares @ np.interp(lags, list(alike), list(alike.values())) / shares.sum())
     return own + gamma * (1.0 - own)
+
+
+def _averaged(law: Law, pairs: Pairs) -> float:
+    """(1/2π) ∫ (S(ω)/v) |H(ω)|² dω by midpoints, whose error falls as β to their number."""
+    beta, count = pairs.beta, 256
+    while beta**count > 1e-9:
+        count *= 2
+    places = [math.pi * (i + 0.5) / count for i in range(count)]  # S is even
+    return (1.0 - beta) ** 2 * sum(law.power(pairs, place) / _recursion(beta, place) for place in places) / count
 
 
 def _recursion(factor: float, frequency: float) -> float:

@@ -17,11 +17,13 @@ from torch import Tensor
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import capture_random, replay_random
 from expfam_poco.closures.evaluate import evaluate
+from expfam_poco.correction.transported import momentum_of
 from expfam_poco.correction.worth import Pairs, kept
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 Closure = Callable[[], Any]
+NEARLY = 0.95  # of the longest step: rounding of the weights takes a little off it
 SEEN = 2**17  # weights whose gradients are kept; of larger models a random sample of so many
 
 
@@ -32,10 +34,14 @@ class Gradients:
     Attributes:
         ages: of the points on the way, in steps; the last one is the present.
         between: by two points, the n × n matrix of inner products; a transported point's name is ("ahead", γ).
+        clipped: the share of weights whose last step was clipped.
+        beta: of the optimizer's momentum.
     """
 
     ages: list[int]
     between: Mapping[tuple[Any, Any], np.ndarray]
+    clipped: float = 0.0
+    beta: float = 0.0
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +81,8 @@ class Gradients:
             step=self.noise(last, before, chosen),
             signal=max(float(np.mean([self.signal(a, a, chosen) for a in self.ages])), 0.0),
             moved={name[1]: self.noise(name, name, chosen) for name, _ in self.between if name not in self.ages},
+            clipped=self.clipped,
+            beta=self.beta,
         )
 
     def kept(self, beta: float, gamma: float = 0.0) -> float:
@@ -151,10 +159,16 @@ class Stretch:
         self._places = _places([p.numel() for p in self.params])
         self._scale = self._seen([_metric(optimizer, p).sqrt() for p in self.params])
         self.seen: dict[Any, Tensor] = {}
+        self._clipped = 0.0
 
     def step(self, closure: Closure) -> None:
         """One step of the user's training."""
-        if isinstance(self.optimizer, PosteriorCorrected | AlphaSVRG):
+        if isinstance(self.optimizer, PosteriorCorrected):
+            before = _points(self.optimizer)
+            self.optimizer.step(closure)
+            self._clipped = _share_clipped(self.optimizer, before, _points(self.optimizer))
+            return
+        if isinstance(self.optimizer, AlphaSVRG):
             self.optimizer.step(closure)
             return
         for p, grad in zip(self.params, evaluate(closure, self.params).grads, strict=True):
@@ -194,7 +208,8 @@ class Stretch:
         ages = sorted(name for name in self.seen if isinstance(name, int))
         wanted = [(one, other) for one in ages for other in ages if one >= other]
         wanted += [(name, name) for name in self.seen if name not in ages]
-        return Gradients(ages, {(a, b): _products(self.seen[a], self.seen[b]) for a, b in wanted})
+        between = {(a, b): _products(self.seen[a], self.seen[b]) for a, b in wanted}
+        return Gradients(ages, between, self._clipped, momentum_of(self.optimizer.param_groups[0]))
 
     def _gradient(self, closure: Closure, number: int) -> Tensor:
         with self._drawn(self.seed + number), replay_random(capture_random(self.params)), fresh_caches():
@@ -216,6 +231,28 @@ class Stretch:
         """The kept entries of a vector of all weights, on the CPU."""
         parts = [v.detach().reshape(-1)[at.to(v.device)] for v, at in zip(values, self._places, strict=True)]
         return torch.cat([part.to("cpu", torch.promote_types(part.dtype, torch.float32)) for part in parts])
+
+
+def _points(optimizer: PosteriorCorrected) -> dict[str, Tensor]:
+    """The points of the groups whose steps may be clipped, by block."""
+    groups = [group["clip_radius"] < math.inf for group in optimizer.param_groups]
+    blocks = [b for b in optimizer._active() if groups[b.group_number] and b.numel]
+    states = optimizer.posterior_states() if blocks else {}
+    return {b.name: b.family.point(states[b.name]) for b in blocks}
+
+
+def _share_clipped(optimizer: PosteriorCorrected, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """The share of all weights that went as far as any of their group, where those that are clipped stand."""
+    far: dict[int, list[Tensor]] = {}
+    for block in optimizer._active():
+        if block.name in before:
+            moved = (after[block.name] - before[block.name]).abs().flatten()
+            far.setdefault(block.group_number, []).append(moved)
+    clipped = 0
+    for parts in far.values():
+        most = max(float(part.max()) for part in parts)
+        clipped += sum(int((part >= NEARLY * most).sum()) for part in parts) if most > 0.0 else 0
+    return clipped / max(sum(block.numel for block in optimizer._active()), 1)
 
 
 def batches_of(loader: Iterable[Any], count: int) -> list[Any]:

@@ -50,7 +50,7 @@ class Row:
         evaluations: gradients of a plain mini-batch, a step.
         power: S(0) of its noise over the plain method's.
         worth, error: the plain method's evaluations to the same loss over its own, and a standard error.
-        limit: the same where only noise matters, 1/(S(0) · evaluations).
+        limit: the same where only noise matters, 1/(S(0) · evaluations) if nothing is clipped.
         steps: the plain method's steps to the same loss over its own.
         kept: the share of the present gradient in momentum's mean direction (its lag is 1 less it); None without one.
 
@@ -74,11 +74,9 @@ class Row:
     @classmethod
     def alone(cls, law: Law, pairs: Pairs, error: float = 0.0, kept: float | None = None) -> Row:
         """The row of a law, from what pairs of gradients have shown."""
-        power = law.power(pairs, 0.0)
-        limit = 1.0 / (power * law.evaluations) if power > 0.0 else math.inf
-        return cls(
-            law, law.label, law.evaluations, power, worth_of(law, pairs), error, limit, per_step(law, pairs), kept
-        )
+        limit = worth_of(law, pairs._replace(signal=0.0))
+        measured = worth_of(law, pairs), error, limit, per_step(law, pairs), kept
+        return cls(law, law.label, law.evaluations, law.power(pairs, 0.0), *measured)
 
     @property
     def is_bound(self) -> bool:
@@ -144,11 +142,12 @@ class Worth:
         widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
         text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
         many = f"of {self.size} mini-batches every {self.every} steps"
+        clipped = f"; {self.pairs.clipped:.0%} of the weights are clipped" if self.pairs.clipped > 0.005 else ""
         return "\n".join(
             [
                 *text,
                 f"noise/signal {self.noise:.3g} ± {self.noise_error:.2g}; a mini-batch's noise in the loop goes "
-                f"{self.alike:.2f} with its own at the snapshot",
+                f"{self.alike:.2f} with its own at the snapshot{clipped}",
                 f"best alpha of a mega-batch {many}: {self.alpha:.2f}; block sums of plain noise "
                 f"{self.block_sums:.2f} ± {self.block_error:.2f}; {self.evaluations} evaluations",
                 self.advice,
