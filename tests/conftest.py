@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no screen
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes per worker
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from expfam_poco.noise import NoiseKey, noise
 
 # The workers of pytest-xdist share the cores, and one thread fixes the order of sums.
 torch.set_num_threads(1)
@@ -72,6 +75,31 @@ def heap_set_aside() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+KEPT = 300 * 2**20
+
+
+@pytest.fixture(scope="module")
+def noise_is_made_once() -> Iterator[None]:
+    """A hundred reports look up the same noise, which is a function of its address; making it is half of their time.
+
+    Kept is that of the reports' default seed, up to `KEPT` bytes: first come, since all reports ask in the same order.
+    """
+    made: dict[Any, torch.Tensor] = {}
+
+    def looked_up(kind: str, shape: Any, draws: int, key: NoiseKey, **rest: Any) -> torch.Tensor:
+        where = kind, tuple(shape), draws, key, *sorted(rest.items(), key=str)
+        if where in made:
+            return made[where].clone()
+        found = noise(kind, shape, draws, key, **rest)
+        if key.seed == 0 and sum(value.nbytes for value in made.values()) + found.nbytes <= KEPT:
+            made[where] = found.clone()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expfam_poco.family.base.noise", looked_up)
+        yield
 
 
 def resident() -> int:

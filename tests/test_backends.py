@@ -44,16 +44,13 @@ CASES: dict[str, Make] = {
     "GaussianByHand": shell(GaussianByHand(), lr=0.01, ess=20.0, hess_init=2.0, rho=0.3),
 }
 
-# One family for each kind of noise, and one in both precisions.
-compiled_cases = pytest.mark.parametrize(
-    ("case", "dtype", "bound"),
-    [
-        ("IVONPoCoMo", torch.float32, 1e-5),
-        ("IVONPoCoMo", torch.float64, 1e-10),
-        ("Bernoulli", torch.float32, 1e-5),
-        ("Exponential", torch.float32, 1e-5),
-    ],
-)
+# One family for each kind of noise, and one in both precisions; a compiler takes 20 s for the whole step of one.
+COMPILED = {
+    ("IVONPoCoMo", torch.float32, 1e-5): (),
+    ("IVONPoCoMo", torch.float64, 1e-10): pytest.mark.slow,
+    ("Bernoulli", torch.float32, 1e-5): (),
+    ("Exponential", torch.float32, 1e-5): pytest.mark.slow,
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,14 +68,14 @@ def test_a_tensor_alone_gives_what_it_gives_whole(name: str) -> None:
 
 
 @compiles
-@compiled_cases
+@pytest.mark.parametrize(("case", "dtype", "bound"), COMPILED)
 def test_mixed_gives_what_eager_gives(case: str, dtype: torch.dtype, bound: float) -> None:
     eager, mixed = (numbers(*trained(CASES[case], dtype=dtype, backend=b)[:2]) for b in ("eager", "mixed"))
     assert distance(mixed, eager) <= bound
 
 
 @compiles
-@compiled_cases
+@pytest.mark.parametrize(("case", "dtype", "bound"), [pytest.param(*c, marks=marks) for c, marks in COMPILED.items()])
 def test_compiled_gives_what_eager_gives(case: str, dtype: torch.dtype, bound: float) -> None:
     eager, own = (trained(CASES[case], names=FLAT, dtype=dtype, backend=b)[:2] for b in ("eager", "compiled"))
     assert distance(numbers(*own), numbers(*eager)) <= bound
@@ -86,7 +83,7 @@ def test_compiled_gives_what_eager_gives(case: str, dtype: torch.dtype, bound: f
 
 
 @compiles
-@pytest.mark.parametrize("name", ["eager", "compiled"])
+@pytest.mark.parametrize("name", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_bfloat16_weights_have_a_float32_posterior(name: str) -> None:
     model, opt, _ = trained(CASES["IVON"], 8, FLAT, torch.bfloat16, backend=name)
     whole = trained(CASES["IVON"], 8, FLAT, torch.bfloat16)[:2]

@@ -203,13 +203,18 @@ CASES = {
 
 
 @compiles
+@pytest.mark.slow
+def test_compiled_steps_average_the_prior_too() -> None:
+    """The other cases compile what test_backends.py compiles."""
+    eager, own = (numbers(*trained(CASES["stale"], names=FLAT, backend=b)[:2]) for b in ("eager", "compiled"))
+    assert distance(own, eager) < 1e-9
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_streamed_and_compiled_steps_average_the_prior_too(case: str) -> None:
+def test_streamed_steps_average_the_prior_too(case: str) -> None:
     whole, eager = (numbers(*trained(CASES[case], backend=name)[:2]) for name in ("auto", "eager"))
     assert distance(eager, whole) < 1e-9
     eager = numbers(*trained(CASES[case], names=FLAT, backend="eager")[:2])
-    if case == "stale":  # the others compile what test_backends.py compiles
-        assert distance(numbers(*trained(CASES[case], names=FLAT, backend="compiled")[:2]), eager) < 1e-9
     without = trained(CASES[case], names=FLAT, backend="eager", prior_in_momentum=False)[:2]
     assert distance(numbers(*without), eager) > 1e-6, "the prior's part in the momentum shows"
 

@@ -139,6 +139,10 @@ def test_von_poco_on_breast_cancer(breast: Task) -> None:
     curves = [run(breast, "VON-PoCo", 50 + seed) for seed in range(3)]
     assert np.median([gap_at(curve, 12.0) for curve in curves]) <= 1e-5
     assert np.median([curve.gaps[-1] for curve in curves]) <= 1e-12
+
+
+@pytest.mark.slow
+def test_von_alone_stays_behind(breast: Task) -> None:
     # Its median over 60 seeds is 1.4e-4, but 3 of 100 triples of seeds have theirs just below 1e-4.
     assert median_gap(breast, "VON") >= 7e-5
 
@@ -217,9 +221,13 @@ def test_worker_processes_give_what_one_process_gives(wine: Task) -> None:
     assert [(c.method, c.seed) for c in here] == [(r.method, r.seed) for r in runs]
     assert sum(curve is not None for _, _, curve in messages) == 8
     assert sum(curve is None for _, _, curve in messages) > 8
+
+
+@pytest.mark.slow
+def test_a_failed_worker_is_told(wine: Task) -> None:
     broken = [Run("SVRG", {"lr": 0.1}, seed) for seed in (0, 1)]
     with pytest.raises(WorkerError, match="SVRG, seed"):
-        run_all(wine, broken, Budget(1.0, 5), workers=2, watch=watch)
+        run_all(wine, broken, Budget(1.0, 5), workers=2, watch=lambda *message: None)
 
 
 def test_worker_count() -> None:

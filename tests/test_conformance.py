@@ -18,6 +18,8 @@ from user_families import USER_FAMILIES, Exponential, LogNormal
 import expfam_poco as poco
 from expfam_poco.checks import FamilyLaws
 
+pytestmark = pytest.mark.usefixtures("noise_is_made_once")
+
 # Where a family is not meant for all strengths from 1e-6 to 1e6, or for all centres.
 BOUNDS: dict[str, dict[str, Any]] = {
     "LogNormal": {"strengths": (1e-2, 1e6)},  # θ = exp(m + ε/√s) has no float32 for smaller s

@@ -224,7 +224,7 @@ def test_a_member_that_joins_later_gives_what_it_gives_whole() -> None:
 RESUMED = [
     *(pytest.param(case, "eager", False) for case in CASES),
     *(pytest.param(case, "eager", True, marks=pytest.mark.slow) for case in CASES),
-    pytest.param("IVONPoCoMo", "compiled", True, marks=compiles),
+    pytest.param("IVONPoCoMo", "compiled", True, marks=[compiles, pytest.mark.slow]),
 ]
 
 

@@ -14,7 +14,7 @@ from expfam_poco.cli import app
 script = load_script(Path(__file__).resolve().parents[1] / "benchmarks" / "worth.py")
 
 
-@pytest.mark.parametrize("name", ["worth"])
+@pytest.mark.parametrize("name", ["worth", "worth-text"])
 def test_the_stored_numbers_are_the_table(name: str) -> None:
     content = json.loads((script.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert set(content["rows"]) == set(script.METHODS)
