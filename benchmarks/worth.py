@@ -257,7 +257,7 @@ def predicted(problem: Problem, rate: float, seed: int, budget: int) -> dict[str
     found: dict[str, Any] = {"noise": [], "clipped": [], **{name: [] for name in METHODS}}
     for share in SHARES:
         run.until(share)
-        batches = [batch for batch, _ in zip(problem.stream(5000 + seed), range(problem.samples), strict=False)]
+        batches = [batch for batch, _ in zip(problem.stream(5000 + seed), range(problem.samples + EVERY), strict=False)]
         arguments: dict[str, Any] = {"transports": (0.1, 0.5), "alphas": (0.5, 1.0), "every": EVERY, "size": SIZE}
         if problem.samples < 60:
             arguments["samples"] = problem.samples
@@ -389,6 +389,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results' JSON")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds: a standard error needs two or more.")
     torch.set_num_threads(1)
     text = Text("nano", options.device, 16, 2, 12) if options.quick else Text(options.preset, options.device)
     problem: Problem = Digits() if options.problem == "digits" else text

@@ -197,8 +197,12 @@ class Snapshot(Correction):
         )
 
     def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
-        """Of a mega-batch; none before the first, and none for a subclass, which states its own."""
-        if type(self) is not Snapshot or not pace.chunks:
+        """Of a mega-batch whose chunks are mini-batches.
+
+        None before the first, after a refresh from one chunk, which is no mini-batch, and for a subclass, which states
+        its own.
+        """
+        if type(self) is not Snapshot or pace.chunks < 2:
             return None
         return SnapshotLaw(pace.steps, pace.chunks, alpha, SnapshotLaw.error_share(pace.chunks, batches))
 

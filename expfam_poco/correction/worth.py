@@ -40,19 +40,17 @@ with s for 1/B), so that a loss takes steps in proportion to 1 + c s, with c = v
 which is 1/(e s), the law, for c → ∞, and 1/e where there is no noise. Per step it is (1 + c)/(1 + c s).
 
 **Clipped steps.** Where the entries of a step are clipped (`clip_radius`), a weight moves by η ξ sign(a), a being
-momentum's average: it learns a sign, and noise that leaves the sign alone costs nothing. With the mean ḡ and the
-variance V v of a,
+momentum's average: it learns a sign, and noise that leaves the sign alone costs nothing. Independent gradients have
+an average of variance κ v, κ = (1−β)/(1+β), and E sign(a) = erf(ḡ/√(2 κ v)): without loss until v is about 1/κ times
+ḡ², 19 times at β = 0.9, while steps that are not clipped feel noise from c = 1 on. What noise is left adds up as
+before: where it prevails the signs' correlations over time are (2/π) arcsin of those of a, so that the sum of W signs
+has a variance of W S(0)/(κ v), within a factor of π/2, and e S(0)/v compares settings again. With q the share of
+weights that are clipped
 
-    V = (1/2π) ∫ (S(ω)/v) |H(ω)|² dω,     H(ω) = (1 − β)/(1 − β e^{−iω}),     (1−β)/(1+β) for independent gradients,
+    steps ∝ (1 − q)(1 + c s) + q / erf²(1/√(2 κ c s)),
 
-E sign(a) = erf(ḡ/√(2 V v)), and the best step's progress, (Σ ḡ E sign(a))² up to a constant, lets a loss take steps in
-proportion to 1/erf²(1/√(2 c V)): 1 where noise is small, (π/2) c V where it prevails. With q the share of weights that
-are clipped,
-
-    steps ∝ (1 − q)(1 + c s) + q / erf²(1/√(2 c V)).
-
-Momentum of 0.9 takes a noise of c = 19 for a clipped weight down to one of 1: on short runs of clipped methods steps
-are what is lacking, and larger batches are worth no more than 1/e long after the law for S(0) has them pay.
+exact for a setting without correlations in time where noise is small, and within π/2 of the law where it prevails.
+Between them it is an interpolation; benchmarks/RESULTS.md has predictions beside measurements.
 
 Sources: ours (the law, its derivation, the use of S(0) in the second formula, and clipped steps); McCandlish, Kaplan
 and Amodei 2018, *An Empirical Model of Large-Batch Training* (progress against noise); Bernstein et al. 2018, *signSGD*
@@ -65,10 +63,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+
+NOTHING: Mapping[float, float] = {}  # never written to
 
 
 class Pairs(NamedTuple):
@@ -83,7 +82,7 @@ class Pairs(NamedTuple):
         signal: ‖ḡ‖², the mean over the stretch.
         moved: by γ, the variance at the transported point.
         clipped: q, the share of weights whose steps are clipped.
-        beta: β of the optimizer's momentum, which decides the noise of those.
+        averaged: κ, the variance of momentum's average of independent gradients over theirs, for those.
 
     Example:
         >>> from expfam_poco.correction.worth import Pairs, SnapshotLaw, worth_of
@@ -100,9 +99,9 @@ class Pairs(NamedTuple):
     before: float
     step: float
     signal: float
-    moved: Mapping[float, float] = MappingProxyType({})
+    moved: Mapping[float, float] = NOTHING
     clipped: float = 0.0
-    beta: float = 0.0
+    averaged: float = 1.0
 
     @classmethod
     def alike(cls, signal: float) -> Pairs:
@@ -115,7 +114,6 @@ class Pairs(NamedTuple):
         return self.plain / self.signal if self.signal > 0.0 else math.inf
 
 
-@dataclass(frozen=True)
 class Law(ABC):
     """What an estimate of the gradient costs, and the noise that it leaves.
 
@@ -139,9 +137,9 @@ class Law(ABC):
     def power(self, pairs: Pairs, frequency: float) -> float:
         """S(ω)/v at ω = `frequency`, in radians a step."""
 
-    def variance(self, pairs: Pairs) -> float:
-        """V, of momentum's average over its directions, as a share of v."""
-        return _averaged(self, pairs)
+    def is_known(self, pairs: Pairs) -> bool:
+        """Whether these pairs tell its power."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -180,15 +178,12 @@ class MomentumLaw(Law):
 
     def power(self, pairs: Pairs, frequency: float) -> float:
         """(ṽ/v) |(1−β)/(1 − β e^{−iω})|²."""
-        return (1.0 - self.beta) ** 2 / _recursion(self.beta, frequency) * self._of_one(pairs)
+        passed = (1.0 - self.beta) ** 2 / _recursion(self.beta, frequency)
+        return passed * (pairs.moved[self.gamma] / pairs.now if self.gamma else 1.0)
 
-    def variance(self, pairs: Pairs) -> float:
-        """(ṽ/v) (1−β)/(1+β), that of its directions, which are the average already."""
-        return (1.0 - self.beta) / (1.0 + self.beta) * self._of_one(pairs)
-
-    def _of_one(self, pairs: Pairs) -> float:
-        """ṽ/v."""
-        return pairs.moved[self.gamma] / pairs.now if self.gamma else 1.0
+    def is_known(self, pairs: Pairs) -> bool:
+        """If ṽ has been measured."""
+        return not self.gamma or self.gamma in pairs.moved
 
 
 @dataclass(frozen=True)
@@ -202,14 +197,8 @@ class SnapshotLaw(Law):
 
     @classmethod
     def best(cls, every: int, size: int, pairs: Pairs, fresh: float = 1.0) -> SnapshotLaw:
-        """With the α of least S(0), r̄/(1 + φ M/K), in [0, 1]; of clipped weights V decides, with T for M:
-
-        T = Σ_{|τ|<M} (1 − |τ|/M) β^|τ|, how the error that M steps share adds up in momentum's average.
-        """
-        apart = pairs.clipped * math.pi / 2.0 * (1.0 - pairs.beta) / (1.0 + pairs.beta)
-        shared = 1.0 + 2.0 * sum((1.0 - lag / every) * pairs.beta**lag for lag in range(1, every))
-        adds_up = ((1.0 - pairs.clipped) * every + apart * shared) / (1.0 - pairs.clipped + apart)
-        alpha = pairs.cross / (pairs.outer * (1.0 + fresh * adds_up / size)) if pairs.outer > 0.0 else 0.0
+        """With the α of least S(0), r̄/(1 + φ M/K), in [0, 1]."""
+        alpha = pairs.cross / (pairs.outer * (1.0 + fresh * every / size)) if pairs.outer > 0.0 else 0.0
         return cls(every, size, min(max(alpha, 0.0), 1.0), fresh)
 
     @staticmethod
@@ -283,15 +272,8 @@ class RecursiveLaw(Law):
 
     def power(self, pairs: Pairs, frequency: float) -> float:
         """[v_t − 2α E⟨ξ_t, ξ_{t−1}⟩ + α² v_{t−1}]/(v_t |1 − α e^{−iω}|²)."""
-        return self._new(pairs) / _recursion(self.alpha, frequency)
-
-    def variance(self, pairs: Pairs) -> float:
-        """That of its directions, for it stands in the place of a momentum; 1/(1 − α²) of what is new."""
-        return self._new(pairs) / (1.0 - self.alpha**2)
-
-    def _new(self, pairs: Pairs) -> float:
-        """What a step adds, over v."""
-        return (pairs.now - 2.0 * self.alpha * pairs.step + self.alpha**2 * pairs.before) / pairs.now
+        new = pairs.now - 2.0 * self.alpha * pairs.step + self.alpha**2 * pairs.before
+        return new / (pairs.now * _recursion(self.alpha, frequency))
 
 
 def worth_of(law: Law, pairs: Pairs) -> float:
@@ -306,15 +288,17 @@ def per_step(law: Law, pairs: Pairs) -> float:
 
 
 def _steps(law: Law, pairs: Pairs) -> float:
-    """(1 − q)(1 + c s) + q/erf²(1/√(2 c V)) up to a constant; of infinite c what it grows by with c."""
+    """(1 − q)(1 + c s) + q/erf²(1/√(2 κ c s)) up to a constant; of infinite c what it grows by with c."""
     noise, clipped, left = pairs.noise, pairs.clipped, max(law.power(pairs, 0.0), 0.0)
-    variance = law.variance(pairs) if clipped > 0.0 else 0.0
+    signs = pairs.averaged * left  # κ s
     if math.isinf(noise):
-        return (1.0 - clipped) * left + clipped * math.pi / 2.0 * variance
-    if noise * variance <= 0.0:
-        return (1.0 - clipped) * (1.0 + noise * left) + clipped
-    sign = math.erf(1.0 / math.sqrt(2.0 * noise * variance))
-    return (1.0 - clipped) * (1.0 + noise * left) + clipped / sign**2
+        return (1.0 - clipped) * left + clipped * math.pi / 2.0 * signs
+    straight = 1.0 + noise * left
+    if clipped == 0.0 or noise * signs <= 0.0:
+        return (1.0 - clipped) * straight + clipped
+    if noise * signs > 1e6:  # erf(x) = 2 x/√π
+        return (1.0 - clipped) * straight + clipped * math.pi / 2.0 * noise * signs
+    return (1.0 - clipped) * straight + clipped / math.erf(1.0 / math.sqrt(2.0 * noise * signs)) ** 2
 
 
 def kept(beta: float, alike: Mapping[int, float], gamma: float = 0.0) -> float:
@@ -334,15 +318,6 @@ def kept(beta: float, alike: Mapping[int, float], gamma: float = 0.0) -> float:
     shares = (1.0 - beta) * beta**lags
     own = float(shares @ np.interp(lags, list(alike), list(alike.values())) / shares.sum())
     return own + gamma * (1.0 - own)
-
-
-def _averaged(law: Law, pairs: Pairs) -> float:
-    """(1/2π) ∫ (S(ω)/v) |H(ω)|² dω by midpoints, whose error falls as β to their number."""
-    beta, count = pairs.beta, 256
-    while beta**count > 1e-9:
-        count *= 2
-    places = [math.pi * (i + 0.5) / count for i in range(count)]  # S is even
-    return (1.0 - beta) ** 2 * sum(law.power(pairs, place) / _recursion(beta, place) for place in places) / count
 
 
 def _recursion(factor: float, frequency: float) -> float:

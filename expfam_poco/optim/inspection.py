@@ -14,7 +14,7 @@ from torch import Tensor
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.evaluate import Closure, Request, check_chunks, evaluate
 from expfam_poco.correction import snapshot
-from expfam_poco.correction.alpha import AdaptiveAlpha, Pace, Staleness
+from expfam_poco.correction.alpha import AdaptiveAlpha, MegaBatchAlpha, Pace, Staleness
 from expfam_poco.correction.paired_variance import PairedVariance
 from expfam_poco.correction.worth import BatchLaw, Pairs, worth_of
 from expfam_poco.engine.beginning import prior_of
@@ -214,7 +214,8 @@ class Inspection(Shell):
         Steps, refreshes and skipped steps; α of the last step; per field of the sites the ratio of squared deviations
         corrected/plain ("variance_ratio.…") and the α that would minimise it ("optimal_alpha.…"), averaged over
         every eleventh corrected step; "predicted_worth" of the present α and refreshes by the noise that `poco.worth`
-        has last measured with this optimizer (docs/worth.md; not before, and not of a correction that states no law);
+        has last measured with this optimizer, chunks being mini-batches (docs/worth.md; not before the second refresh,
+        nor of a correction that states no law, and not kept in checkpoints);
         the seconds spent on compiling; "mean_stddev", where the family's distribution has one. Of weights of few
         levels (binary ones) "mean_abs_lambda", how sure they are, and "flips", the share that has another level than
         at the last step with a call; a warning tells, once, if none has flipped in 100 steps of calls, or about half
@@ -260,10 +261,15 @@ class Inspection(Shell):
         if self._noise_seen is None:
             return None
         pairs, batches = self._noise_seen
-        law = self.correction.law(alpha, group["momentum"], Pace.of(self._clock, self._clock["step"]), batches)
         if self.correction.compares and alpha == 0.0:
-            law = BatchLaw()
-        return None if law is None else worth_of(law, pairs)
+            return worth_of(BatchLaw(), pairs)
+        pace = Pace.of(self._clock, self._clock["step"])
+        if isinstance(group["alpha"], MegaBatchAlpha) and group["alpha"].mini_batches is not None:
+            pace = pace._replace(chunks=round(group["alpha"].mini_batches))
+        if pace.chunks and not self._clock["every"]:
+            return None  # the first loop has not ended: its length is not known
+        law = self.correction.law(alpha, group["momentum"], pace, batches)
+        return worth_of(law, pairs) if law is not None and law.is_known(pairs) else None
 
     def _settle(self, *, raising: bool) -> None:
         """Look at what all steps have left to be noticed: count it, raise it, or keep the error for the next step."""

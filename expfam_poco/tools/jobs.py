@@ -46,7 +46,7 @@ class Jobs(Protocol):
         ...
 
     def do(self, job: Any, progress: Callable[[float], None]) -> Any:
-        """Do it; the result, which is not None."""
+        """Do it; the result, which must not be None."""
         ...
 
 
@@ -101,7 +101,7 @@ def _here(work: Jobs, jobs: Sequence[Any], watch: Callable[..., None]) -> Genera
     torch.set_num_threads(1)
     try:
         for number, job in enumerate(jobs):
-            yield number, math.nan, work.do(job, partial(_report, watch, number))
+            yield number, math.nan, _done(work, job, partial(_report, watch, number))
     finally:
         torch.set_num_threads(threads)
 
@@ -209,11 +209,18 @@ def _work(works: Any, todo: Any, messages: Any) -> None:
     while (next_one := todo.get()) is not None:
         number, job = next_one
         try:
-            result = work.do(job, partial(_send, messages, number))
+            result = _done(work, job, partial(_send, messages, number))
         except Exception as error:
             messages.put((number, math.nan, Failure(f"{type(error).__name__}: {error}")))
             return
         messages.put((number, math.nan, result))
+
+
+def _done(work: Jobs, job: Any, progress: Callable[[float], None]) -> Any:
+    result = work.do(job, progress)
+    if result is None:
+        raise TypeError(f"{work.describe(job)}: it gave None; a job has a result")
+    return result
 
 
 def _report(watch: Callable[..., None], number: int, amount: float) -> None:

@@ -17,13 +17,12 @@ from torch import Tensor
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import capture_random, replay_random
 from expfam_poco.closures.evaluate import evaluate
-from expfam_poco.correction.transported import momentum_of
 from expfam_poco.correction.worth import Pairs, kept
 from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.optimizer import PosteriorCorrected
 
 Closure = Callable[[], Any]
-NEARLY = 0.95  # of the longest step: rounding of the weights takes a little off it
+ROUNDINGS = 2.0  # of a mean, that a step may be shorter by
 SEEN = 2**17  # weights whose gradients are kept; of larger models a random sample of so many
 
 
@@ -34,14 +33,14 @@ class Gradients:
     Attributes:
         ages: of the points on the way, in steps; the last one is the present.
         between: by two points, the n × n matrix of inner products; a transported point's name is ("ahead", γ).
-        clipped: the share of weights whose last step was clipped.
-        beta: of the optimizer's momentum.
+        clipped: the share of weights whose steps are clipped.
+        averaged: (1−β)/(1+β) of their momentum.
     """
 
     ages: list[int]
     between: Mapping[tuple[Any, Any], np.ndarray]
     clipped: float = 0.0
-    beta: float = 0.0
+    averaged: float = 1.0
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +81,7 @@ class Gradients:
             signal=max(float(np.mean([self.signal(a, a, chosen) for a in self.ages])), 0.0),
             moved={name[1]: self.noise(name, name, chosen) for name, _ in self.between if name not in self.ages},
             clipped=self.clipped,
-            beta=self.beta,
+            averaged=self.averaged,
         )
 
     def kept(self, beta: float, gamma: float = 0.0) -> float:
@@ -159,14 +158,14 @@ class Stretch:
         self._places = _places([p.numel() for p in self.params])
         self._scale = self._seen([_metric(optimizer, p).sqrt() for p in self.params])
         self.seen: dict[Any, Tensor] = {}
-        self._clipped = 0.0
+        self._clipped: list[tuple[float, float]] = []
 
     def step(self, closure: Closure) -> None:
         """One step of the user's training."""
         if isinstance(self.optimizer, PosteriorCorrected):
-            before = _points(self.optimizer)
+            before = _means(self.optimizer)
             self.optimizer.step(closure)
-            self._clipped = _share_clipped(self.optimizer, before, _points(self.optimizer))
+            self._clipped.append(_clipped(self.optimizer, before, _means(self.optimizer)))
             return
         if isinstance(self.optimizer, AlphaSVRG):
             self.optimizer.step(closure)
@@ -209,7 +208,8 @@ class Stretch:
         wanted = [(one, other) for one in ages for other in ages if one >= other]
         wanted += [(name, name) for name in self.seen if name not in ages]
         between = {(a, b): _products(self.seen[a], self.seen[b]) for a, b in wanted}
-        return Gradients(ages, between, self._clipped, momentum_of(self.optimizer.param_groups[0]))
+        clipped, averaged = np.mean(self._clipped, axis=0) if self._clipped else (0.0, 0.0)
+        return Gradients(ages, between, float(clipped), float(averaged / clipped) if clipped > 0.0 else 1.0)
 
     def _gradient(self, closure: Closure, number: int) -> Tensor:
         with self._drawn(self.seed + number), replay_random(capture_random(self.params)), fresh_caches():
@@ -233,26 +233,29 @@ class Stretch:
         return torch.cat([part.to("cpu", torch.promote_types(part.dtype, torch.float32)) for part in parts])
 
 
-def _points(optimizer: PosteriorCorrected) -> dict[str, Tensor]:
-    """The points of the groups whose steps may be clipped, by block."""
-    groups = [group["clip_radius"] < math.inf for group in optimizer.param_groups]
-    blocks = [b for b in optimizer._active() if groups[b.group_number] and b.numel]
+def _means(optimizer: PosteriorCorrected) -> dict[str, Tensor]:
+    """The means of Gaussian blocks whose steps may be clipped, by name."""
+    blocks = [b for b in optimizer._active() if b.settings.clip_radius < math.inf and b.numel]
     states = optimizer.posterior_states() if blocks else {}
-    return {b.name: b.family.point(states[b.name]) for b in blocks}
+    return {b.name: states[b.name].mean for b in blocks if hasattr(states[b.name], "mean")}
 
 
-def _share_clipped(optimizer: PosteriorCorrected, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """The share of all weights that went as far as any of their group, where those that are clipped stand."""
-    far: dict[int, list[Tensor]] = {}
-    for block in optimizer._active():
-        if block.name in before:
-            moved = (after[block.name] - before[block.name]).abs().flatten()
-            far.setdefault(block.group_number, []).append(moved)
-    clipped = 0
-    for parts in far.values():
-        most = max(float(part.max()) for part in parts)
-        clipped += sum(int((part >= NEARLY * most).sum()) for part in parts) if most > 0.0 else 0
-    return clipped / max(sum(block.numel for block in optimizer._active()), 1)
+def _clipped(
+    optimizer: PosteriorCorrected, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """The share of all weights whose step was η ξ long but for rounding, and the sum of their (1−β)/(1+β)."""
+    blocks = optimizer._active()
+    whole, clipped, averaged = sum(block.numel for block in blocks), 0.0, 0.0
+    for block in blocks:
+        if block.name not in before:
+            continue
+        old, new, s = before[block.name], after[block.name], block.settings
+        longest = s.lr * s.clip_radius
+        rounding = ROUNDINGS * torch.finfo(new.dtype).eps * torch.maximum(old.abs(), new.abs())
+        least = ((1.0 - 1e-4) * longest - rounding).clamp_min(0.5 * longest)
+        share = float(((new - old).abs() >= least).sum()) / whole
+        clipped, averaged = clipped + share, averaged + share * (1.0 - s.momentum) / (1.0 + s.momentum)
+    return clipped, averaged
 
 
 def batches_of(loader: Iterable[Any], count: int) -> list[Any]:

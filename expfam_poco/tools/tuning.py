@@ -18,8 +18,11 @@ from expfam_poco import arguments
 from expfam_poco.closures.caches import fresh_caches
 from expfam_poco.closures.effects import ModuleState, capture_random, replay_random
 from expfam_poco.closures.evaluate import functions_of
+from expfam_poco.correction.alpha import Staleness
 from expfam_poco.errors import NonFiniteError
+from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.named import IVONPoCo
+from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.tools.files import written_aside
 from expfam_poco.tools.pictures import empty_figure
 
@@ -194,13 +197,15 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Itera
     rates = [copy.deepcopy(group["lr"]) for group in groups]
     buffers = ModuleState([model])
     try:
-        with replay_random(capture_random(params)):
-            yield
+        with replay_random(capture_random(params)), _beside_state_kept(optimizer):
+            try:
+                yield
+            finally:
+                if optimizer is not None:
+                    optimizer.load_state_dict(state)  # type: ignore[arg-type]
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate
     finally:
-        if optimizer is not None:
-            optimizer.load_state_dict(state)  # type: ignore[arg-type]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
         buffers.restore()
         for module, training in modes.items():
             module.training = training
@@ -208,6 +213,25 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Itera
             for p, weight, grad in zip(params, weights, grads, strict=True):
                 p.copy_(weight)
                 p.grad = grad
+
+
+@contextmanager
+def _beside_state_kept(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Afterwards one of this package has what it remembers beside its state: α, products, flips, what was warned of."""
+    engine = optimizer._engine if isinstance(optimizer, AlphaSVRG) else optimizer
+    if not isinstance(engine, PosteriorCorrected):
+        yield
+        return
+    alphas, stale = engine._alphas, engine._stale
+    engine._stale = Staleness(None)
+    kept = [(own, copy.copy(vars(own))) for own in (engine._products, engine._flips, engine._width)]
+    try:
+        yield
+    finally:
+        engine._alphas, engine._stale = alphas, stale
+        for own, before in kept:
+            vars(own).clear()
+            vars(own).update(before)
 
 
 def suggest_ess(

@@ -252,7 +252,8 @@ def worth(
 
     It holds where it was measured: ask again when training is further, as noise/signal grows. Data of which the plain
     method sees several reshuffled passes are better to it than is said here, where an epoch is shorter than what steps
-    are annealed or averaged over. A transport's worth is a lower bound: what less lag gains is not in it.
+    are annealed or averaged over. A transport's worth is a lower bound: what less lag gains is not in it. Hooks of
+    the optimizer's steps run on the way.
 
     Args:
         model: that is trained, whose buffers the closures move.
@@ -264,8 +265,8 @@ def worth(
         batches: multiples of the loader's batch size.
         momenta: β₁ to look at; None: the optimizer's own.
         transports: γ of `correction.Transported`.
-        alphas: of the snapshot, beside the best one. The optimizer's own correction is asked for always, and after
-            this its `diagnostics()` have its predicted worth.
+        alphas: of the snapshot, beside the best one. The optimizer's own correction has a row, too, if its α is a
+            number and it states a law; after this its `diagnostics()` have a predicted worth.
         every, size: steps from refresh to refresh, and mini-batches of a mega-batch, as `megabatches` has them.
         samples: mini-batches to measure with; fewer where `most` would not do.
         window: mini-batches in a block sum.
@@ -284,14 +285,18 @@ def worth(
         >>> found["snapshot"].evaluations, found["cached"].evaluations
         (4.0, 2.0)
     """
-    _check(model, optimizer, closure_of, corrections, batches, momenta, transports, alphas)
+    _check(model, optimizer, closure_of, loader, corrections, batches, momenta, transports, alphas)
     for name, value in (("every", every), ("size", size), ("window", window), ("most", most)):
         arguments.whole(name, value, 1)
     arguments.whole("samples", samples, LEAST)
+    arguments.whole("seed", seed, 0)
     engine, there = _engine_of(optimizer), _length(loader)
     own = momentum_of(optimizer.param_groups[0])
+    if not own < 1.0:
+        raise ValueError(f"optimizer: its momentum is {own!r} and never forgets; give one below 1.")
     betas = [own] if momenta is None else list(momenta)
     lagging, gammas = own or max(betas, default=0.0), list(transports) if "transported" in corrections else []
+    gammas += [law.gamma for law in corrections if isinstance(law, MomentumLaw)]
     if engine is not None and isinstance(engine.correction, Transported):
         gammas.insert(0, engine.correction.gamma)
     ahead = [gamma for gamma in dict.fromkeys(gammas) if gamma > 0.0 and lagging > 0.0]
@@ -310,6 +315,11 @@ def worth(
         found = _measured(Stretch(optimizer, seed), steps, measured, ages, lagging, ahead)
     fresh = SnapshotLaw.error_share(size, there)
     pairs = found.pairs()
+    if not min(pairs.plain, pairs.now) > 0.0:
+        raise ValueError(
+            "loader: the gradients of its mini-batches do not differ, so that nothing tells of noise; give "
+            "mini-batches that differ, and a model that is not at rest."
+        )
     transported = [MomentumLaw(lagging, gamma) for gamma in ahead]
     laws = _laws(pairs, corrections, batches, betas, transported, alphas, (every, size, fresh))
     laws += [law for law in _present(engine, own, Pace(size, every), there) if law not in laws]
@@ -431,6 +441,7 @@ def _check(
     model: Any,
     optimizer: Any,
     closure_of: Any,
+    loader: Any,
     corrections: Any,
     batches: Any,
     momenta: Any,
@@ -438,6 +449,8 @@ def _check(
     alphas: Any,
 ) -> None:
     arguments.module(model)
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader={arguments.shown(loader)}: give an iterable of mini-batches.")
     arguments.instance("optimizer", optimizer, torch.optim.Optimizer, "give the optimizer that trains the model")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
