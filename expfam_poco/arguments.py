@@ -109,6 +109,6 @@ def number(name: str, value: Any, inside: Callable[[float], bool], remedy: str) 
     return found
 
 
-def positive(name: str, value: Any, remedy: str = "it must be positive and finite") -> float:
+def positive(name: str, value: Any, remedy: str = "it must be a positive, finite number") -> float:
     """The number, of those between 0 and infinity."""
     return number(name, value, lambda found: 0.0 < found < math.inf, remedy)

@@ -311,14 +311,14 @@ def test_estimators_of_binary_weights_refuse_other_families(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Relaxed(0.0), "temperature=0.0: it must be positive and finite"),
+        (lambda: Relaxed(0.0), "temperature=0.0: it must be a positive, finite number"),
         (lambda: Relaxed(math.inf), "temperature=inf"),
         (lambda: Relaxed(math.nan), "temperature=nan"),
         (lambda: Relaxed(1.0, epsilon=-1e-10), "epsilon=-1e-10: it must be in"),
         (lambda: Relaxed(1.0, epsilon=1.0), "epsilon=1.0"),
-        (lambda: StraightThrough(clip=0.0), "clip=0.0: it must be positive and finite, or None"),
+        (lambda: StraightThrough(clip=0.0), "clip=0.0: it must be a positive, finite number, or None"),
         (lambda: Bernoulli(initial="zero"), "initial='zero': choose 'value' or 'sign'"),
-        (lambda: Bernoulli(strength=0.0), "strength=0.0: it must be positive and finite"),
+        (lambda: Bernoulli(strength=0.0), "strength=0.0: it must be a positive, finite number"),
         (lambda: poco.BayesBiNN(ONE, 0.1, 1.0, temperature=0.5, curvature="score"), "only the relaxed estimator has"),
     ],
 )  # fmt: skip

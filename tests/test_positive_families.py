@@ -201,7 +201,7 @@ def test_expectations_that_no_weights_have_are_refused() -> None:
 @pytest.mark.parametrize("make", [Gamma, Beta, Dirichlet])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_strengths_out_of_range_are_refused(make: Any, value: float) -> None:
-    with pytest.raises(ValueError, match="must be positive and finite"):
+    with pytest.raises(ValueError, match="must be a positive, finite number"):
         make(value)
 
 

@@ -61,7 +61,7 @@ class Relaxed(Estimator):
 
     def __post_init__(self) -> None:
         """Refuse a temperature that is not positive and finite."""
-        positive("temperature", self.temperature, "it must be positive and finite; try 1.0")
+        positive("temperature", self.temperature, "it must be a positive, finite number; try 1.0")
         if not 0.0 <= self.epsilon < 1.0:
             raise ValueError(f"epsilon={self.epsilon}: it must be in [0, 1); 0 is exact.")
 
@@ -104,7 +104,7 @@ class StraightThrough(Estimator):
     def __post_init__(self) -> None:
         """Refuse a limit that is not positive."""
         if self.clip is not None:
-            positive("clip", self.clip, "it must be positive and finite, or None for no clipping")
+            positive("clip", self.clip, "it must be a positive, finite number, or None for no clipping")
 
     def check(self, family: ExponentialFamily) -> None:
         """Only for {−1, +1} weights."""

@@ -73,7 +73,7 @@ class RelaxedLevels(Estimator):
 
     def __post_init__(self) -> None:
         """Refuse a temperature that is not positive and finite."""
-        positive("temperature", self.temperature, "it must be positive and finite; try 1.0")
+        positive("temperature", self.temperature, "it must be a positive, finite number; try 1.0")
 
     def check(self, family: ExponentialFamily) -> None:
         """Only for weights from levels."""
