@@ -176,14 +176,19 @@ def test_a_second_call_repeats_nothing_and_mends_what_is_broken(
     assert timeless(again) == timeless(json.loads(results))
 
 
-def test_tuning_searches_each_rate_on_a_seed_of_its_own(tiny: Figure, tmp_path: Path) -> None:
+def test_tuning_searches_each_rate_on_seeds_of_its_own(tiny: Figure, tmp_path: Path) -> None:
     done = invoke("tiny", "--tune", "--quick", "--workers", "1", "--output", str(tmp_path))
     folder = tmp_path / "tiny-small-quick"
     found = json.loads((folder / "rates.json").read_text(encoding="utf-8"))
     assert done.exit_code == 0 and {len(tried) for tried in found["tried"].values()} == {2}
     for label, tried in found["tried"].items():
         assert found["rates"][label] == float(min(tried, key=tried.__getitem__))
-    assert {path.name.rpartition("seed")[2] for path in (folder / "tune").iterdir()} == {"1000000.json"}
+    assert {path.name.rpartition("seed")[2] for path in (folder / "tune").iterdir()} == {"1000000.json", "1000001.json"}
+    for label, tried in found["tried"].items():
+        for rate, mean in tried.items():
+            runs = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "tune").glob(f"*-lr{rate}-*")]
+            gaps = [run["points"]["gap"][-1] for run in runs if run["label"] == label]
+            assert len(gaps) == 2 and mean == pytest.approx(sum(gaps) / 2)
     assert rates_of("tiny", tiny.small, "small", folder) == found["rates"]
 
 

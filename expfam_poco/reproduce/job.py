@@ -20,7 +20,7 @@ from expfam_poco.reproduce.data import Source
 from expfam_poco.reproduce.figure import Figure, Scale, quick
 from expfam_poco.reproduce.figures import FIGURES
 from expfam_poco.reproduce.runs import Job, run_all
-from expfam_poco.reproduce.tune import TUNING_SEED, rates_of, tune
+from expfam_poco.reproduce.tune import TUNING_SEEDS, rates_of, tune
 from expfam_poco.tools.jobs import worker_count
 
 SCALES = ("small", "paper")
@@ -58,7 +58,7 @@ def reproduce(options: Options, out: Console, err: Console) -> list[table.Result
     figures = find_figures(options.figures)
     if options.scale not in SCALES:
         raise InputError(f"--scale {options.scale!r} is not known; choose small or paper.")
-    if options.seeds is not None and not 0 < options.seeds <= TUNING_SEED:
+    if options.seeds is not None and not 0 < options.seeds <= min(TUNING_SEEDS):
         raise InputError(f"--seeds {options.seeds}: give at least one.")
     if options.data is not None and not options.data.is_dir():
         raise InputError(f"--data {options.data}: there is no such folder; give the one that holds the papers' data.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,11 @@ def draw(results: Results, path: Path) -> None:
         _cells(axes, results)
     count = len(results.seeds)
     seeds = f"median and range of {count} seeds" if count > 1 else "one seed"
-    figure.suptitle(f"{results.figure.title} ({results.scale_name} scale, {seeds})", fontsize=11, x=0.01, ha="left")
+    title = f"{results.figure.title} ({results.scale_name} scale, {seeds})"
+    title = textwrap.fill(
+        title, int(12 * figure.get_figwidth())
+    )  # characters of this size are a twelfth of an inch wide
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     with written_aside(path) as file:
         figure.savefig(file, dpi=DPI, format="png")
 
