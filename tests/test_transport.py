@@ -1,5 +1,6 @@
 """`transport=` of every optimizer: the look-ahead where asked for, nothing where it is off, and what is refused."""
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,21 @@ def test_it_resumes(name: str) -> None:
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     run(resumed, Task(other), 3, start=3)
     assert same(state_of(resumed, other), whole)
+
+
+@NAMES
+def test_it_resumes_where_momentum_was_switched_off(name: str) -> None:
+    _, optimizer, model = trained(name, 2, transport=0.4)
+    for group in optimizer.param_groups:
+        group.update({"betas": (0.0, group["betas"][1])} if "betas" in group else {"momentum": 0.0})
+    run(optimizer, Task(model), 2, start=2)
+    other = network()
+    other.load_state_dict(model.state_dict())
+    resumed = MAKE[name](other.parameters(), transport=0.4)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch's own share their tensors
+    for one, net in ((optimizer, model), (resumed, other)):
+        run(one, Task(net), 2, start=4)
+    assert same(state_of(resumed, other), state_of(optimizer, model))
 
 
 @NAMES

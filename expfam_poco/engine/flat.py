@@ -295,7 +295,7 @@ def follow(block: Block, record: Record, correction: Correction) -> None:
     before = fields.map_fields(torch.clone, record["posterior"])
     block.follow(record)
     memory = correction.after_step(block.family, record["memory"], before, record["posterior"], Corrected(None, None))
-    record["step"] += 1
+    record["step"] = record["step"] + 1 if record["momentum"] else 0
     if isinstance(block, FlatBlock):
         for place, value in zip(fields.leaves(record["memory"]), fields.leaves(memory), strict=True):
             if place.ndim:
