@@ -75,6 +75,22 @@ def test_resuming_continues_bit_for_bit(name: str, dtype: torch.dtype) -> None:
 
 
 @every_shell
+def test_a_posterior_that_is_shown_before_the_first_step_begins_as_it_would_have(name: str) -> None:
+    """Its point may be elsewhere than the weights, which stay until then."""
+    found = []
+    for looks in (False, True):
+        model, opt, task = trained(name, 0)
+        if looks:
+            opt.posterior_states()
+            opt.diagnostics()
+        other, resumed, own = trained(name, 0)
+        other.load_state_dict(model.state_dict())
+        resumed.load_state_dict(through_a_file(opt.state_dict()))
+        found += [continued(model, opt, task, 0), continued(other, resumed, own, 0)]
+    assert all(same(found[0], one) for one in found[1:])
+
+
+@every_shell
 def test_resuming_into_an_optimizer_that_has_been_used(name: str) -> None:
     model, opt, task = trained(name, 6)
     saved = through_a_file({"model": model.state_dict(), "optimizer": opt.state_dict()})

@@ -112,6 +112,11 @@ class Beginning:
         same = all(torch.equal(a, b) for a, b in zip(point, block.tensors, strict=True))
         self._weights = None if same else [p.detach().clone() for p in block.tensors]
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the point is another than the weights that were there."""
+        return self._weights is not None
+
     def undo(self) -> None:
         """Give back the weights, where the posterior's point is another, and forget the posterior."""
         if self._weights is None:

@@ -65,11 +65,14 @@ def describe(thing: ExponentialFamily | Estimator | Correction) -> dict[str, Any
     return {"name": name, "settings": settings}
 
 
-def encode_state(block: Block, state: Mapping[str, Any], correction: Correction) -> dict[str, Any]:
+def encode_state(
+    block: Block, state: Mapping[str, Any], correction: Correction, *, begins: bool = False
+) -> dict[str, Any]:
     """One block's record: NamedTuples become dictionaries of copies, which later steps in place do not reach.
 
     All records of a block have the same entries, for torch.distributed.checkpoint reads only into those that there
-    are: what there is not yet holds its place with infinities, or with −1 in whole numbers.
+    are: what there is not yet holds its place with infinities, or with −1 in whole numbers; the posterior, too, of a
+    block that `begins` at its first step.
     """
     family, posterior, memory, momentum = block.family, state["posterior"], state["memory"], state["momentum"]
     count = len(family.momentum_block)
@@ -90,7 +93,7 @@ def encode_state(block: Block, state: Mapping[str, Any], correction: Correction)
         "stamp": state["stamp"],
         "in_mega": state["in_mega"],
         "drawn": drawn,
-        "posterior": plain_of(fields.map_leaves(_absent, posterior) if block.provisional else posterior),
+        "posterior": plain_of(fields.map_leaves(_absent, posterior) if begins else posterior),
         "momentum": {name: value.clone() for name, value in averaged.items()},
         "memory": {} if memory is None else plain_of(memory),
     }
@@ -358,7 +361,9 @@ class Resuming(Recorded, Shell):
         return encode_group(group)
 
     def _encoded(self, p: Parameter, record: Mapping[str, Any]) -> dict[str, Any]:
-        return encode_state(self._block_of(p), record, self.correction)
+        block = self._block_of(p)  # if only shown, its point is not in the model yet, and it will begin anew
+        shown = any(begun.block is block and begun.is_elsewhere for begun in self._begun) and record["memory"] is None
+        return encode_state(block, record, self.correction, begins=block.provisional or shown)
 
     def _block_of(self, p: Parameter) -> Block:
         return next(block for block in self._blocks if block.params[0] is p)
