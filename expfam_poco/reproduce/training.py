@@ -7,11 +7,13 @@ costs two, a mega-batch one for each of its mini-batches, a batch three times as
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,7 +23,6 @@ from expfam_poco.reproduce.corpus import MEGA_BATCH, TRAINING
 from expfam_poco.reproduce.data import Source
 from expfam_poco.reproduce.problems import Batch, Problem
 from expfam_poco.reproduce.recipe import DRAWN, Recipe, make_optimizer
-from expfam_poco.tools.files import written_aside
 
 Point = dict[str, float | None]
 DIVERGED = 1e6
@@ -171,8 +172,9 @@ def start(training: Training, first: Recipe, source: Source, folder: Path) -> No
             raise RuntimeError(f"the run to start from ended early: {reason}")
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": before.problem.model.state_dict(), "optimizer": before.optimizer.state_dict()}
-        with written_aside(path) as file:
-            torch.save(state, file)
+        with TemporaryDirectory(prefix=".", dir=folder) as aside:  # other workers may be making the same file
+            torch.save(state, Path(aside, path.name))
+            os.replace(Path(aside, path.name), path)
     stored = torch.load(path, map_location=source.device, weights_only=True)
     model = training.problem.model
     mine = model.state_dict()
