@@ -49,8 +49,8 @@ weights that are clipped
 
     steps ∝ (1 − q)(1 + c s) + q / erf²(1/√(2 κ c s)),
 
-exact for a setting without correlations in time where noise is small, and within π/2 of the law where it prevails.
-Between them it is an interpolation; benchmarks/RESULTS.md has predictions beside measurements.
+which is exact at β = 0 for independent gradients, and else an interpolation between 1, where noise is small, and the
+law, which it meets within π/2 where noise prevails. benchmarks/RESULTS.md has predictions beside measurements.
 
 Sources: ours (the law, its derivation, the use of S(0) in the second formula, and clipped steps); McCandlish, Kaplan
 and Amodei 2018, *An Empirical Model of Large-Batch Training* (progress against noise); Bernstein et al. 2018, *signSGD*

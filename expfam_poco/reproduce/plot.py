@@ -47,9 +47,8 @@ def draw(results: Results, path: Path) -> None:
     count = len(results.seeds)
     seeds = f"median and range of {count} seeds" if count > 1 else "one seed"
     title = f"{results.figure.title} ({results.scale_name} scale, {seeds})"
-    title = textwrap.fill(
-        title, int(12 * figure.get_figwidth())
-    )  # characters of this size are a twelfth of an inch wide
+    # Characters of this size are about a twelfth of an inch wide.
+    title = textwrap.fill(title, int(12 * figure.get_figwidth()))
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     with written_aside(path) as file:
         figure.savefig(file, dpi=DPI, format="png")
