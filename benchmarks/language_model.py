@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import platform
 import re
 import statistics
@@ -36,6 +35,7 @@ from corpus import Corpus, load  # noqa: E402
 from language_model import Settings, Training, draw  # noqa: E402
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 
+from expfam_poco.tools.files import written_aside  # noqa: E402
 from expfam_poco.tools.jobs import run_jobs  # noqa: E402
 
 RESULTS = HERE / "results" / "language-model"
@@ -145,15 +145,13 @@ class Runs:
         return f"{label}, lr {settings.rate:g}, seed {settings.seed}, {settings.noise}"
 
     def do(self, job: tuple[str, Settings], progress: Tell) -> dict[str, Any]:
-        """What is in the file, or a run."""
+        """A run, into its file."""
         label, settings = job
-        if self.stored(job) is None:
-            content = {"label": label, "settings": asdict(settings), **KINDS[self.kind](settings, progress)}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.path(job).with_suffix(".part")
-            part.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-            os.replace(part, self.path(job))
-        return self.stored(job) or {}
+        content = {"label": label, "settings": asdict(settings), **KINDS[self.kind](settings, progress)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_aside(self.path(job)) as file:
+            file.write(json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
+        return content
 
     def path(self, job: tuple[str, Settings]) -> Path:
         """The file of a job."""
@@ -186,7 +184,7 @@ def run_all(kind: str, jobs: Sequence[tuple[str, Settings]], folder: Path, worke
                 progress.console.print(runs.describe(todo[number]))
 
         run_jobs(runs, todo, workers, watch)
-    return [runs.stored(job) or {} for job in jobs]
+    return [content for job in jobs if (content := runs.stored(job)) is not None]
 
 
 # ---- the three experiments -------------------------------------------------------------------------------

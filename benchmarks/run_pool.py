@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expfam_poco.tools.files import written_aside
 from expfam_poco.tools.jobs import run_jobs
 
 Job = tuple[tuple[Any, ...], dict[str, Any]]
@@ -40,9 +40,8 @@ class Stored:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         found = self.function(*job[0], **job[1])
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(found), encoding="utf-8")
-        part.replace(path)
+        with written_aside(path) as file:
+            file.write(json.dumps(found).encode())
         return found
 
 

@@ -22,7 +22,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -41,6 +40,7 @@ from language_model import Settings, Training  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from expfam_poco.tools.files import written_aside  # noqa: E402
 from expfam_poco.tools.jobs import run_jobs  # noqa: E402
 
 RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
@@ -172,9 +172,9 @@ def run(jobs: Sequence[tuple[Settings, Path]]) -> list[float]:
     torch.cuda.synchronize() if on_gpu else None
     for training, (settings, path) in zip(trainings, todo, strict=True):
         loss = training.validate()
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"settings": asdict(settings), "loss": loss if math.isfinite(loss) else None}))
-        os.replace(part, path)
+        with written_aside(path) as file:
+            content = {"settings": asdict(settings), "loss": loss if math.isfinite(loss) else None}
+            file.write(json.dumps(content).encode())
     return [_stored(settings, path) or math.inf for settings, path in jobs]
 
 

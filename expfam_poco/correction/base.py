@@ -82,6 +82,12 @@ class Correction(ABC):
     unbiased: ClassVar[bool] = True
     exact_at_reference: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A law is of the class that states it: what a subclass changes, its noise may not outlive."""
+        super().__init_subclass__(**kwargs)
+        if "law" not in vars(cls):
+            cls.law = Correction.law  # type: ignore[method-assign]
+
     def begin(self, family: ExponentialFamily, state: Any) -> Any:
         """The memory before the first step, or None: only a refresh makes one.
 

@@ -63,5 +63,5 @@ class Recursive(Snapshot):
         return Outer(before, found.total())
 
     def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
-        """STORM's; none at α = 1, where it never forgets, with refreshes, which end it, or for a subclass."""
-        return RecursiveLaw(alpha) if type(self) is Recursive and alpha < 1.0 and not pace.chunks else None
+        """STORM's; none at α = 1, where it never forgets, or with refreshes, which end it."""
+        return RecursiveLaw(alpha) if alpha < 1.0 and not pace.chunks else None

@@ -199,10 +199,9 @@ class Snapshot(Correction):
     def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
         """Of a mega-batch whose chunks are mini-batches.
 
-        None before the first, after a refresh from one chunk, which is no mini-batch, and for a subclass, which states
-        its own.
+        None before the first, and after a refresh from one chunk, which is no mini-batch.
         """
-        if type(self) is not Snapshot or pace.chunks < 2:
+        if pace.chunks < 2:
             return None
         return SnapshotLaw(pace.steps, pace.chunks, alpha, SnapshotLaw.error_share(pace.chunks, batches))
 

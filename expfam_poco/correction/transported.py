@@ -95,9 +95,7 @@ class Transported(Correction):
         return Previous(before)
 
     def law(self, alpha: float, beta: float, pace: Pace, batches: float) -> Law | None:
-        """A momentum's, from gradients taken ahead; without momentum the plain rule's. None for a subclass."""
-        if type(self) is not Transported:
-            return None
+        """A momentum's, from gradients taken ahead; without momentum the plain rule's."""
         return MomentumLaw(beta, self.gamma) if beta > 0.0 else BatchLaw()
 
 

@@ -185,6 +185,12 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
+def engine_of(optimizer: torch.optim.Optimizer | None) -> PosteriorCorrected | None:
+    """What corrects in an optimizer, if anything of this package does."""
+    corrects = optimizer._engine if isinstance(optimizer, AlphaSVRG) else optimizer
+    return corrects if isinstance(corrects, PosteriorCorrected) else None
+
+
 @contextmanager
 def put_back(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """Run a block after which weights, buffers, modes, gradients, the optimizer and the generators are as before."""
@@ -218,8 +224,8 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Itera
 @contextmanager
 def _beside_state_kept(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """Afterwards one of this package has what it remembers beside its state: α, products, flips, what was warned of."""
-    engine = optimizer._engine if isinstance(optimizer, AlphaSVRG) else optimizer
-    if not isinstance(engine, PosteriorCorrected):
+    engine = engine_of(optimizer)
+    if engine is None:
         yield
         return
     alphas, stale = engine._alphas, engine._stale

@@ -27,12 +27,11 @@ from expfam_poco.correction.worth import (
     per_step,
     worth_of,
 )
-from expfam_poco.optim.alpha_svrg import AlphaSVRG
 from expfam_poco.optim.optimizer import PosteriorCorrected
 from expfam_poco.tools.files import written_aside
 from expfam_poco.tools.pictures import empty_figure
 from expfam_poco.tools.stretch import Counted, Gradients, Stretch, batches_of
-from expfam_poco.tools.tuning import put_back
+from expfam_poco.tools.tuning import engine_of, put_back
 
 NAMES = ("snapshot", "cached", "recursive", "transported")
 MOST = 200
@@ -290,7 +289,7 @@ def worth(
         arguments.whole(name, value, 1)
     arguments.whole("samples", samples, LEAST)
     arguments.whole("seed", seed, 0)
-    engine, there = _engine_of(optimizer), _length(loader)
+    engine, there = engine_of(optimizer), _length(loader)
     own = momentum_of(optimizer.param_groups[0])
     if not own < 1.0:
         raise ValueError(f"optimizer: its momentum is {own!r} and never forgets; give one below 1.")
@@ -386,12 +385,6 @@ def _row(law: Law, found: Gradients, pairs: Pairs) -> Row:
     error = found.error(lambda part: worth_of(law, part))
     share = found.kept(law.beta, law.gamma) if isinstance(law, MomentumLaw) else None
     return Row.alone(law, pairs, error, share)
-
-
-def _engine_of(optimizer: torch.optim.Optimizer) -> PosteriorCorrected | None:
-    """What corrects in it."""
-    corrects = optimizer._engine if isinstance(optimizer, AlphaSVRG) else optimizer
-    return corrects if isinstance(corrects, PosteriorCorrected) else None
 
 
 def _present(engine: PosteriorCorrected | None, beta: float, pace: Pace, batches: float) -> list[Law]:
